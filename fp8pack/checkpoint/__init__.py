@@ -1,0 +1,1 @@
+"""Files: reading and writing safetensors checkpoints, and the conventions that engines read."""

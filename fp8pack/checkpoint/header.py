@@ -1,0 +1,150 @@
+"""The safetensors header: a strict reader, and the builder.
+
+The reader refuses more than the safetensors library does: duplicate names, entries that are no objects, control
+characters in names, absurd ranks. tests/hostile/test_header.py lists the cases. A file is data: nothing here trusts a
+length before it is checked against the file.
+"""
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any, NoReturn
+
+from fp8pack.errors import InputError
+from fp8pack.planning.layout import Stored
+from fp8pack.planning.spec import DTYPE_BITS, TensorSpec, nbytes_of
+
+MAX_HEADER_NBYTES = 100_000_000  # the safetensors library's own limit
+DATA_ALIGNMENT = 4096
+_MAX_RANK = 64
+_MAX_DIM = 2**48
+_MAX_NAME = 4096
+_LENGTH_NBYTES = 8
+_CONTROL = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """A parsed header: tensors with offsets in the file, the free-text metadata, and where the data begins."""
+
+    tensors: tuple[TensorSpec, ...]
+    metadata: Mapping[str, str]
+    data_begin: int
+    raw: bytes
+
+
+def read_header(fd: int, file: str) -> Header:
+    """Read and check the header of an open safetensors file.
+
+    Raises:
+        InputError: with the file, the tensor and what is wrong, for anything but a well-formed file whose tensors
+            tile its data section exactly.
+    """
+    size = os.fstat(fd).st_size
+    prefix = os.pread(fd, 64, 0)
+    if prefix.startswith(b"version https://git-lfs"):
+        raise InputError(f"{file} is a Git LFS pointer, not the file: run `git lfs pull`")
+    if prefix.startswith(b"GGUF"):
+        raise InputError(f"{file} is a GGUF file: fp8pack packs the BF16 safetensors it was made from")
+    if len(prefix) < _LENGTH_NBYTES:
+        raise InputError(f"{file} has {size} bytes: not a safetensors file")
+    length = int.from_bytes(prefix[:_LENGTH_NBYTES], "little")
+    if not 2 <= length <= MAX_HEADER_NBYTES:
+        raise InputError(f"{file} claims a header of {length} bytes: not a safetensors file, or damaged")
+    if _LENGTH_NBYTES + length > size:
+        raise InputError(f"{file} has {size} bytes but its header alone needs {_LENGTH_NBYTES + length}: download it again")
+    raw = os.pread(fd, length, _LENGTH_NBYTES)
+    return parse_header(raw, file, size)
+
+
+def parse_header(raw: bytes, file: str, size: int) -> Header:
+    """Check the header bytes of a safetensors file of `size` bytes; raises as `read_header` does."""
+    data_begin = _LENGTH_NBYTES + len(raw)
+    document = _parse_json(raw, file)
+    metadata = document.pop("__metadata__", None)
+    specs = [_parse_entry(name, entry, file, data_begin) for name, entry in document.items()]
+    specs.sort(key=lambda spec: (spec.begin, spec.end))
+    position = data_begin
+    for spec in specs:
+        if spec.begin != position:
+            problem = "overlaps the tensor before it" if spec.begin < position else f"leaves a hole of {spec.begin - position} bytes before it"
+            raise InputError(f"{file}: tensor {spec.name!r} {problem}")
+        position = spec.end
+    if position != size:
+        state = f"{position - size} bytes are missing: download it again" if size < position else f"{size - position} bytes follow the last tensor"
+        raise InputError(f"{file}: {state}")
+    return Header(tuple(specs), _parse_metadata(metadata, file), data_begin, raw)
+
+
+def build_header(tensors: Sequence[Stored], begins: Sequence[int], metadata: Mapping[str, str]) -> bytes:
+    """Return the length prefix and header, padded with spaces so that the data section starts at a multiple of 4096."""
+    document: dict[str, Any] = {"__metadata__": dict(metadata)}
+    for stored, begin in zip(tensors, begins, strict=True):
+        offsets = [begin, begin + stored.nbytes]
+        document[stored.name] = {"dtype": stored.dtype, "shape": list(stored.shape), "data_offsets": offsets}
+    raw = json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
+    if len(raw) > MAX_HEADER_NBYTES:
+        raise InputError(f"a header of {len(raw)} bytes is over the limit of safetensors: split the checkpoint into shards")
+    raw += b" " * (-(_LENGTH_NBYTES + len(raw)) % DATA_ALIGNMENT)
+    return len(raw).to_bytes(_LENGTH_NBYTES, "little") + raw
+
+
+def _parse_json(raw: bytes, file: str) -> dict[str, Any]:
+    def refuse_constant(text: str) -> NoReturn:
+        raise ValueError(f"{text} is not JSON")
+
+    def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            names = [name for name, _ in pairs]
+            raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} appears twice")
+        return found
+
+    try:
+        document = json.loads(raw.decode(), object_pairs_hook=refuse_duplicates, parse_constant=refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{file}: the header is malformed: {error}") from None
+    if not isinstance(document, dict):
+        raise InputError(f"{file}: the header is malformed: not a JSON object")
+    return document
+
+
+def _parse_metadata(metadata: Any, file: str) -> Mapping[str, str]:
+    if metadata is None:
+        return {}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise InputError(f"{file}: __metadata__ is malformed: it must map text to text")
+    if any("\ud800" <= char <= "\udfff" for pair in metadata.items() for text in pair for char in text):
+        raise InputError(f"{file}: __metadata__ holds a lone surrogate")
+    return metadata
+
+
+def _parse_entry(name: str, entry: Any, file: str, data_begin: int) -> TensorSpec:
+    def refuse(problem: str) -> NoReturn:
+        raise InputError(f"{file}: tensor {name[:200]!r} {problem}")
+
+    if not name or len(name) > _MAX_NAME or _CONTROL.search(name):
+        refuse("has a name that is empty, over 4096 characters, or holds control characters")
+    if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
+        refuse("has no dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+        refuse(f"has a dtype that is not known: {str(dtype)[:40]!r}")
+    if not _is_ints(shape) or len(shape) > _MAX_RANK or any(dim > _MAX_DIM for dim in shape):
+        refuse("has a malformed shape")
+    if not _is_ints(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        refuse("has malformed data_offsets")
+    try:
+        expected = nbytes_of(dtype, tuple(shape))
+    except ValueError as error:
+        refuse(str(error))
+    if prod(max(dim, 1) for dim in shape) > 2**63 or offsets[1] - offsets[0] != expected:
+        refuse(f"spans {offsets[1] - offsets[0]} bytes, but {dtype} {shape} needs {expected}")
+    return TensorSpec(name, dtype, tuple(shape), file, data_begin + offsets[0], data_begin + offsets[1])
+
+
+def _is_ints(values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)

@@ -1,0 +1,111 @@
+"""The journal of an unfinished pack: its fsynced lines are the only truth about finished work.
+
+Line 1    {"journal": 1, "source": fingerprint}
+then      {"amax": {tensor: amax}}                                   a finished part of the amax pass
+          {"shard": file, "plan": digest, "bands": [[...], ...]}     bands whose bytes are on the disk
+          {"done": file, "plan": digest}                             a shard that was synced and cross-checked
+A line counts once its newline is on the disk; what follows the last newline is cut off.
+"""
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+from fp8pack.checkpoint.shard_writer import writing
+
+_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class BandResult:
+    """A finished band: BLAKE3 of its payload and of its scales, amax, and the energies of a sample of its rows.
+
+    A copied band has no scales and no amax. Energies are float64 sums over the first 16 rows of the band.
+    """
+
+    tensor: str
+    index: int
+    digest: str
+    scale_digest: str = ""
+    amax: float = 0.0
+    signal: float = 0.0
+    noise: float = 0.0
+
+    def as_row(self) -> list[Any]:
+        """Return the result as it stands in the journal."""
+        return [self.tensor, self.index, self.digest, self.scale_digest, self.amax, self.signal, self.noise]
+
+
+@dataclass(slots=True)
+class Progress:
+    """What a journal says is finished: amax values, and for each (file, plan digest) its bands and whether it is done."""
+
+    amax: dict[str, float] = field(default_factory=dict)
+    bands: dict[tuple[str, str], list[BandResult]] = field(default_factory=dict)
+    done: set[tuple[str, str]] = field(default_factory=set)
+
+
+class Journal:
+    """An append-only file; each line is on the disk when `append` returns."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._lock = Lock()
+        with writing(path):
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+
+    def read(self) -> tuple[str, Progress]:
+        """Return the fingerprint of the source that the journal belongs to, and what is finished; cut off a torn line."""
+        data = os.pread(self._fd, os.fstat(self._fd).st_size, 0)
+        kept = data[: data.rfind(b"\n") + 1]
+        if len(kept) != len(data):
+            os.ftruncate(self._fd, len(kept))
+        lines = [json.loads(line) for line in kept.splitlines()]
+        if not lines or lines[0].get("journal") != _VERSION:
+            return "", Progress()
+        progress = Progress()
+        for line in lines[1:]:
+            _replay(progress, line)
+        return str(lines[0]["source"]), progress
+
+    def start(self, source: str) -> None:
+        """Begin anew for a source with this fingerprint."""
+        os.ftruncate(self._fd, 0)
+        self._append({"journal": _VERSION, "source": source})
+
+    def add_amax(self, amax: dict[str, float]) -> None:
+        """Record finished tensors of the amax pass."""
+        self._append({"amax": amax})
+
+    def add_bands(self, file: str, plan: str, results: Iterable[BandResult]) -> None:
+        """Record bands; their bytes must be on the disk already."""
+        self._append({"shard": file, "plan": plan, "bands": [result.as_row() for result in results]})
+
+    def add_done(self, file: str, plan: str) -> None:
+        """Record a finished shard."""
+        self._append({"done": file, "plan": plan})
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._fd)
+
+    def _append(self, line: dict[str, Any]) -> None:
+        data = memoryview(json.dumps(line, separators=(",", ":")).encode() + b"\n")
+        with self._lock, writing(self._path):
+            while data:
+                data = data[os.write(self._fd, data) :]
+            os.fdatasync(self._fd)
+
+
+def _replay(progress: Progress, line: dict[str, Any]) -> None:
+    match line:
+        case {"amax": dict(values)}:
+            progress.amax.update(values)
+        case {"shard": str(file), "plan": str(plan), "bands": list(rows)}:
+            progress.bands.setdefault((file, plan), []).extend(BandResult(*row) for row in rows)
+        case {"done": str(file), "plan": str(plan)}:
+            progress.done.add((file, plan))

@@ -1,0 +1,69 @@
+"""`fp8pack.json`: what every tensor of a packed checkpoint is, where it came from, and the digests that prove it.
+
+It is written as a stream, one tensor at a time, so that its size does not matter; `root` is BLAKE3 of the canonical
+JSON of all the rest (sorted keys, no spaces). manifest_schema.py defines the entries and reads them back.
+"""
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from blake3 import blake3
+
+from fp8pack.checkpoint.shard_writer import writing
+
+MANIFEST_NAME = "fp8pack.json"
+SCHEMA_VERSION = 1
+NUMERICS_VERSION = 1
+
+Entries = Iterable[tuple[str, dict[str, Any]]]
+
+
+def write_manifest(path: Path, head: dict[str, dict[str, Any]], tensors: Entries) -> str:
+    """Write a manifest and bring it to the disk; return its root.
+
+    head: the sections `files`, `fp8pack`, `recipe` and `source`; tensors: (name, entry), sorted by name. Canonical and
+    written order agree, so that the root is computed on the way.
+    """
+    hasher = blake3()
+    with writing(path), path.open("wb") as file:
+        separator = "{"
+        for section in sorted([*head, "tensors"]):
+            hasher.update(f'{separator}"{section}":{{'.encode())
+            file.write(f'{separator}\n"{section}": {{'.encode())
+            comma = ""
+            for name, entry in tensors if section == "tensors" else sorted(head[section].items()):
+                key = json.dumps(name, ensure_ascii=False)
+                hasher.update(f"{comma}{key}:{canonical(entry)}".encode())
+                file.write(f"{comma}\n  {key}: {json.dumps(entry, ensure_ascii=False)}".encode())
+                comma = ","
+            hasher.update(b"}")
+            file.write(b"\n}")
+            separator = ","
+        hasher.update(b"}")
+        root = f"blake3:{hasher.hexdigest()}"
+        file.write(f',\n"root": "{root}"\n}}\n'.encode())
+        file.flush()
+        os.fsync(file.fileno())
+    return root
+
+
+def canonical(value: Any) -> str:
+    """Return JSON with sorted keys and no spaces."""
+    return json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+
+
+def root_of(document: dict[str, Any]) -> str:
+    """Return the root digest that a parsed manifest must carry."""
+    body = {key: value for key, value in document.items() if key != "root"}
+    return f"blake3:{blake3(canonical(body).encode()).hexdigest()}"
+
+
+def digest_of_bands(digests: Iterable[str]) -> str:
+    """Return the digest of a tensor: BLAKE3 over the BLAKE3 digests of its bands, in order."""
+    hasher = blake3()
+    for digest in digests:
+        hasher.update(bytes.fromhex(digest))
+    return f"blake3:{hasher.hexdigest()}"

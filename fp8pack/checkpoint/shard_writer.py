@@ -1,0 +1,106 @@
+"""Writing one output shard: its size is reserved first, then bytes go to the offsets that the plan gave them."""
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import safe_open
+
+from fp8pack.errors import SpaceError, VerificationError
+from fp8pack.planning.layout import ShardPlan
+from fp8pack.units import format_size
+
+_NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO)
+
+
+class ShardWriter:
+    """One shard of known size, open for writing from several threads at once."""
+
+    def __init__(self, path: Path) -> None:
+        with writing(path):
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        self.path = path
+
+    def start(self, header: bytes, size: int) -> None:
+        """Empty the file, give it its final size, and write the header."""
+        with writing(self.path):
+            os.ftruncate(self._fd, 0)
+            os.ftruncate(self._fd, size)
+        self.write(memoryview(header), 0)
+
+    def reserve(self, size: int) -> None:
+        """Take the file's whole size from the disk now, so that a full disk shows before the work; other threads may write."""
+        with writing(self.path):
+            try:
+                os.posix_fallocate(self._fd, 0, size)
+            except OSError as error:
+                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                    raise
+
+    def write(self, data: memoryview, offset: int) -> None:
+        """Write all bytes at this offset of the file."""
+        with writing(self.path):
+            written = 0
+            while written < len(data):
+                written += os.pwrite(self._fd, data[written:], offset + written)
+
+    def sync(self) -> None:
+        """Return when what was written is on the disk."""
+        with writing(self.path):
+            os.fdatasync(self._fd)
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._fd)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what the file system refuses into a SpaceError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _NOT_WRITABLE:
+            raise
+        reason = "no space left" if error.errno in (errno.ENOSPC, errno.EDQUOT) else str(error.strerror).lower()
+        raise SpaceError(f"{path} cannot be written: {reason}; finished work is kept, the same command continues") from None
+
+
+def check_space(directory: Path, needed: int) -> None:
+    """Raise SpaceError if the file system of a directory has fewer free bytes than are needed."""
+    free = os.statvfs(directory)
+    available = free.f_bavail * free.f_frsize
+    if available < needed:
+        raise SpaceError(f"{directory} has {format_size(available)} free, the output needs {format_size(needed)}: free some space or choose -o elsewhere")
+
+
+def check_shard(path: Path, plan: ShardPlan) -> None:
+    """Raise VerificationError unless the safetensors library sees the planned names, dtypes and shapes in a file."""
+    with safe_open(path, framework="numpy") as opened:
+        if set(opened.keys()) != {stored.name for stored in plan.tensors}:
+            raise VerificationError(f"{path} does not hold the tensors that were planned: run again with --no-resume")
+        for stored in plan.tensors:
+            view = opened.get_slice(stored.name)
+            if (view.get_dtype(), tuple(view.get_shape())) != (stored.dtype, stored.shape):
+                raise VerificationError(f"{path}: tensor {stored.name!r} is not what was planned: run again with --no-resume")
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a small file and bring it to the disk."""
+    writer = ShardWriter(path)
+    try:
+        writer.start(data, len(data))
+        writer.sync()
+    finally:
+        writer.close()
+
+
+def sync_directory(path: Path) -> None:
+    """Bring a directory's own entries to the disk."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,89 @@
+"""Everything in a model directory that is no weight: what is carried over, what stays behind, and why."""
+
+import os
+import re
+import stat
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from fp8pack.errors import InputError
+
+_LEFT_OUT = tuple(
+    (re.compile(pattern), rule)
+    for pattern, rule in (
+        (r"(^|/)(\.git[^/]*|\.cache|\.ipynb_checkpoints)(/|$)|(^|/)\.DS_Store$", "tool state"),
+        (r"\.index\.json$", "an index of the source"),
+        (r"(^|/)original/|(^|/)consolidated[^/]*\.safetensors$", "another weight format"),
+        (r"\.(bin|pt|pth|ckpt|gguf|h5|msgpack|ot|npz|tflite|mlmodel)$|\.onnx[^/]*$", "another weight format"),
+        (r"\.safetensors$", "weights outside the index"),
+        (r"(^|/)(optimizer|scheduler|rng_state)[^/]*$|(^|/)training_args\.bin$|(^|/)trainer_state\.json$", "training state"),
+        (r"(^|/)(checkpoint-\d+|global_step\d+)(/|$)", "training state"),
+        (r"(^|/)(hf_quant_config|quantize_config|quant_config|quantization_config)\.json$|(^|/)recipe\.ya?ml$", "another tool's quantization"),
+        (r"(^|/)fp8pack\.json$|\.fp8pack\.json$", "a manifest of fp8pack"),
+    )
+)
+
+
+@dataclass(frozen=True, slots=True)
+class SideFile:
+    """A file beside the weights; `rule` says why it is left out, None that it is carried over."""
+
+    name: str
+    size: int
+    rule: str | None
+
+
+def list_side_files(directory: Path, weights: Sequence[str], copy: Sequence[str] = ()) -> tuple[SideFile, ...]:
+    """Return every file of a model directory but its weights and config.json, sorted by name.
+
+    `copy` holds globs of files that are brought along although a rule would leave them out.
+
+    Raises:
+        InputError: a link leads out of the model, a file is no regular file, or a glob matches nothing.
+    """
+    own = {"config.json", *weights}
+    found = [_classify(directory, name, copy) for name in _walk(directory) if name not in own]
+    for pattern in copy:
+        if not any(fnmatchcase(side.name, pattern) for side in found):
+            raise InputError(f"--copy {pattern!r} matches no file in {directory}")
+    return tuple(sorted(found, key=lambda side: side.name))
+
+
+def _walk(directory: Path) -> list[str]:
+    names = []
+    for root, folders, files in os.walk(directory):
+        base = Path(root)
+        folders[:] = [folder for folder in folders if not _is_tool_folder(folder)]
+        names += [(base / file).relative_to(directory).as_posix() for file in files]
+        names += [(base / folder).relative_to(directory).as_posix() for folder in folders if (base / folder).is_symlink()]
+    return names
+
+
+def _is_tool_folder(name: str) -> bool:
+    return name in (".git", ".cache", ".ipynb_checkpoints") or name.endswith((".fp8pack-partial", ".fp8pack-old"))
+
+
+def _classify(directory: Path, name: str, copy: Sequence[str]) -> SideFile:
+    path = directory / name
+    wanted = any(fnmatchcase(name, pattern) for pattern in copy)
+    rule = None if wanted else next((rule for pattern, rule in _LEFT_OUT if pattern.search(name)), None)
+    if path.is_symlink() and rule is None:
+        _check_link(directory, path, name)
+    try:
+        status = path.stat()
+    except OSError:
+        return SideFile(name, 0, rule or "a broken link")
+    if not stat.S_ISREG(status.st_mode):
+        return SideFile(name, 0, "no regular file")
+    return SideFile(name, status.st_size, rule)
+
+
+def _check_link(directory: Path, path: Path, name: str) -> None:
+    target = path.resolve()
+    inside = [directory.resolve()]
+    if directory.absolute().parent.name == "snapshots":
+        inside.append(directory.absolute().parent.parent.resolve() / "blobs")
+    if not any(target.is_relative_to(folder) for folder in inside):
+        raise InputError(f"{name} links to {target}, outside the model: replace the link by the file, or remove it")

@@ -1,0 +1,279 @@
+"""A source checkpoint: which files it has, what their headers say, and how its bytes are read."""
+
+import json
+import os
+import re
+import stat
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PureWindowsPath
+from typing import Any
+
+from blake3 import blake3
+
+from fp8pack.checkpoint.header import Header, read_header
+from fp8pack.errors import InputError
+from fp8pack.planning.model import ModelFacts, read_facts
+from fp8pack.planning.spec import TensorSpec
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+_SINGLE_NAMES = (SINGLE_NAME, "diffusion_pytorch_model.safetensors")
+_SAMPLE_NBYTES = 4096
+_MAX_JSON_NBYTES = 100_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFile:
+    """A safetensors file of the source: its size, its free-text metadata, and the digest of its header."""
+
+    name: str
+    size: int
+    metadata: Mapping[str, str]
+    header_digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A checkpoint that has been looked at: headers are read and checked, no tensor is."""
+
+    path: Path
+    name: str
+    directory: Path
+    files: tuple[SourceFile, ...]
+    specs: tuple[TensorSpec, ...]
+    config: dict[str, Any]
+    is_single_file: bool
+    index_name: str | None
+    fingerprint: str
+
+    @property
+    def facts(self) -> ModelFacts:
+        """What config.json says of the model."""
+        return read_facts(self.config)
+
+
+class ShardReader:
+    """One open shard: the only way that tensor bytes are read."""
+
+    def __init__(self, path: Path) -> None:
+        self._fd = open_regular(path)
+        self.path = path
+
+    def readinto(self, buffer: memoryview, offset: int) -> None:
+        """Fill the buffer with the bytes at this offset of the file; InputError when the file ends before."""
+        filled = 0
+        while filled < len(buffer):
+            got = os.preadv(self._fd, [buffer[filled:]], offset + filled)
+            if got == 0:
+                raise InputError(f"{self.path.name} became shorter while it was read: leave the source alone and run again")
+            filled += got
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._fd)
+
+
+def open_source(path: Path) -> Source:
+    """Look at a checkpoint: a directory, a `.safetensors` file, or the id of a repository in the hub cache.
+
+    Raises:
+        InputError: the path is no checkpoint that fp8pack takes; the sentence names the way out.
+    """
+    if not path.exists():
+        path = _find_in_hub_cache(path)
+    index_name = None
+    if path.is_file():
+        files = [path.name]
+        directory, config, is_single = path.parent, {}, True
+        if path.suffix != ".safetensors":
+            raise InputError(f"{path} is no .safetensors file: save the model as safetensors, with `save_pretrained(safe_serialization=True)`")
+    else:
+        directory, is_single = path, False
+        _refuse_other_kinds(path)
+        config = read_json(path / "config.json") if (path / "config.json").exists() else {}
+        index_name = _find_index(path)
+        weight_map = _read_index(path, index_name) if index_name else {}
+        files = sorted(set(weight_map.values())) if weight_map else [_only_file(path)]
+    _refuse_quantized(config, directory)
+    headers = {}
+    for file in files:
+        with _opened(directory / file) as fd:
+            headers[file] = (read_header(fd, file), os.fstat(fd).st_size)
+    specs = tuple(spec for header, _ in headers.values() for spec in header.tensors)
+    _check_tensors(specs, directory)
+    if index_name:
+        _check_index(specs, weight_map, index_name)
+    sources = tuple(SourceFile(file, size, header.metadata, _digest(header.raw)) for file, (header, size) in headers.items())
+    fingerprint = _fingerprint(directory, {file: header for file, (header, _) in headers.items()})
+    return Source(path, _display_name(path), directory, sources, specs, config, is_single, index_name, fingerprint)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object of at most 100 MB; duplicate keys and other shapes are an InputError."""
+    with _opened(path) as fd:
+        size = os.fstat(fd).st_size
+        if size > _MAX_JSON_NBYTES:
+            raise InputError(f"{path.name} has {size} bytes: a JSON file over 100 MB is refused")
+        raw = os.pread(fd, size, 0)
+    try:
+        document = json.loads(raw.decode(), object_pairs_hook=_refuse_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path.name} is malformed: {error}") from None
+    if not isinstance(document, dict):
+        raise InputError(f"{path.name} is malformed: not a JSON object")
+    return document
+
+
+def open_regular(path: Path) -> int:
+    """Open a regular file for reading; a FIFO, device or directory is refused before it can hang."""
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise InputError(f"{path.name} is no regular file")
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise InputError(f"{path.name} is missing in {path.parent}") from None
+    except PermissionError:
+        raise InputError(f"{path} cannot be read: permission denied") from None
+
+
+def check_file_name(name: Any, where: str) -> str:
+    """Return the name if it is that of a `.safetensors` file in the same directory; InputError otherwise."""
+    windows = PureWindowsPath(name) if isinstance(name, str) else None
+    if windows is None or windows.name != name or windows.drive or not name.endswith(".safetensors") or re.search(r"[\x00-\x1f/\\]", name):
+        raise InputError(f"{where}: {str(name)[:200]!r} is no file name of a .safetensors file in this directory")
+    return str(name)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    fd = open_regular(path)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key appears twice")
+    return found
+
+
+def _find_in_hub_cache(path: Path) -> Path:
+    """The id of a cached repository becomes its snapshot; nothing is ever downloaded."""
+    text = path.as_posix()
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", text):
+        raise InputError(f"{path} does not exist")
+    from huggingface_hub import try_to_load_from_cache  # heavy, and only for repository ids
+
+    found = try_to_load_from_cache(text, "config.json")
+    if not isinstance(found, str):
+        raise InputError(f"{text} is neither a directory nor a repository in the hub cache: run `hf download {text}`")
+    return Path(found).parent
+
+
+def _display_name(path: Path) -> str:
+    resolved = path.absolute()
+    if resolved.parent.name == "snapshots" and resolved.parent.parent.name.startswith("models--"):
+        return resolved.parent.parent.name.rsplit("--", 1)[-1]
+    return path.resolve().name if path.is_dir() else path.stem
+
+
+def is_hub_snapshot(path: Path) -> bool:
+    """Say whether a directory is a snapshot in the hub cache, where no output belongs."""
+    return path.absolute().parent.name == "snapshots"
+
+
+def _refuse_other_kinds(directory: Path) -> None:
+    names = {entry.name for entry in directory.iterdir()}
+    if "adapter_config.json" in names:
+        raise InputError(f"{directory} holds a LoRA adapter: merge it into its base model first")
+    if "model_index.json" in names:
+        part = next((name for name in ("transformer", "unet") if name in names), "transformer")
+        raise InputError(f"{directory} is a diffusers pipeline: pack its model, `fp8pack pack {directory / part}`")
+    if any(name.endswith(".safetensors") for name in names):
+        return
+    if any(name.endswith(".gguf") for name in names):
+        raise InputError(f"{directory} holds GGUF files: fp8pack packs the BF16 safetensors they were made from")
+    if any(name.endswith((".bin", ".pt", ".pth", ".ckpt")) for name in names):
+        raise InputError(f"{directory} holds pickled weights only: save the model as safetensors, with `save_pretrained(safe_serialization=True)`")
+    raise InputError(f"{directory} holds no .safetensors file")
+
+
+def _find_index(directory: Path) -> str | None:
+    """The index that says which files hold the model; a whole model.safetensors beside it wins, as in transformers."""
+    if any((directory / name).exists() for name in _SINGLE_NAMES):
+        return None
+    indexes = sorted(path.name for path in directory.glob("*.safetensors.index.json"))
+    return INDEX_NAME if INDEX_NAME in indexes else indexes[0] if len(indexes) == 1 else None
+
+
+def _only_file(directory: Path) -> str:
+    files = sorted(path.name for path in directory.glob("*.safetensors"))
+    files = [name for name in _SINGLE_NAMES if name in files][:1] or files
+    if len(files) > 1:
+        raise InputError(f"{directory} holds {len(files)} .safetensors files and no index: name the one file to pack")
+    return files[0]
+
+
+def _read_index(directory: Path, name: str) -> dict[str, str]:
+    weight_map = read_json(directory / name).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{name} has no weight_map")
+    files = {tensor: check_file_name(file, name) for tensor, file in weight_map.items()}
+    if len({file.casefold() for file in files.values()}) != len(set(files.values())):
+        raise InputError(f"{name} names two files that differ only in case")
+    return files
+
+
+def _check_tensors(specs: tuple[TensorSpec, ...], directory: Path) -> None:
+    if not specs:
+        raise InputError(f"{directory} holds no tensor")
+    seen: dict[str, str] = {}
+    for spec in specs:
+        if spec.name in seen:
+            raise InputError(f"tensor {spec.name!r} stands in both {seen[spec.name]} and {spec.file}")
+        seen[spec.name] = spec.file
+        if spec.dtype.startswith(("F8", "F6", "F4")):
+            raise InputError(f"{spec.file}: tensor {spec.name!r} is {spec.dtype} already: fp8pack packs BF16, FP16 and FP32 checkpoints")
+
+
+def _check_index(specs: tuple[TensorSpec, ...], weight_map: dict[str, str], name: str) -> None:
+    found = {spec.name: spec.file for spec in specs}
+    if missing := weight_map.keys() - found.keys():
+        raise InputError(f"tensor {min(missing)!r} stands in {name} but in no file: download the checkpoint again")
+    for tensor, file in found.items():
+        if weight_map.get(tensor) != file:
+            raise InputError(f"tensor {tensor!r} stands in {file}, but {name} says {weight_map.get(tensor, 'nothing of it')}")
+
+
+def _refuse_quantized(config: dict[str, Any], directory: Path) -> None:
+    sections = [config, *(value for value in config.values() if isinstance(value, dict))]
+    for section in sections:
+        quantized = section.get("quantization_config") or section.get("compression_config")
+        if isinstance(quantized, dict):
+            method = str(quantized.get("quant_method", "unknown"))[:40]
+            raise InputError(f"{directory} is quantized already ({method}): fp8pack packs the BF16, FP16 or FP32 checkpoint it was made from")
+    if (directory / "hf_quant_config.json").exists():
+        raise InputError(f"{directory} is quantized already (modelopt): fp8pack packs the checkpoint it was made from")
+
+
+def _digest(raw: bytes) -> str:
+    return f"blake3:{blake3(raw).hexdigest()}"
+
+
+def _fingerprint(directory: Path, headers: dict[str, Header]) -> str:
+    """BLAKE3 over each header and each tensor's first, middle and last 4 KiB: two fine-tunes of one base differ."""
+    hasher = blake3()
+    for file, header in sorted(headers.items()):
+        hasher.update(header.raw)
+        with _opened(directory / file) as fd:
+            for spec in header.tensors:
+                length = min(_SAMPLE_NBYTES, spec.nbytes)
+                middle = spec.begin + (spec.nbytes - length) // 2
+                for offset in (spec.begin, middle, spec.end - length):
+                    hasher.update(os.pread(fd, length, offset))
+    return f"blake3:{hasher.hexdigest()}"

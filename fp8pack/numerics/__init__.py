@@ -1,0 +1,1 @@
+"""Formats, granularities, scales and casts. Nothing here knows a file."""

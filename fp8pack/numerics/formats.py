@@ -1,0 +1,52 @@
+"""The two FP8 element types, as facts."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fp8pack.errors import RecipeError
+
+
+@dataclass(frozen=True, slots=True)
+class Float8Format:
+    """An FP8 element type.
+
+    `max` is the largest finite magnitude, `emax` its binary exponent, `bias` the exponent bias.
+    Source: OCP 8-bit Floating Point Specification 1.0; tests/numerics/test_formats.py checks each value.
+    """
+
+    name: str
+    dtype: str  # in a safetensors header
+    torch_dtype: str
+    mantissa_bits: int
+    bias: int
+    max: float
+    emax: int
+
+
+E4M3 = Float8Format("e4m3", "F8_E4M3", "float8_e4m3fn", mantissa_bits=3, bias=7, max=448.0, emax=8)
+E5M2 = Float8Format("e5m2", "F8_E5M2", "float8_e5m2", mantissa_bits=2, bias=15, max=57344.0, emax=15)
+FORMATS = (E4M3, E5M2)
+
+
+def parse_format(text: str) -> Float8Format:
+    """Return the format of a name such as `e4m3`, `E4M3`, `fp8_e4m3` or `float8_e4m3fn`."""
+    name = text.lower().replace("-", "_").removeprefix("fp8_").removeprefix("float8_").removesuffix("fn")
+    for candidate in FORMATS:
+        if candidate.name == name:
+            return candidate
+    raise RecipeError(f"format {text!r} is not known: choose e4m3 or e5m2")
+
+
+def value_table(format: Float8Format) -> NDArray[np.float32]:
+    """Return the value of each of the 256 bytes, float32; E4M3 has NaN at 0x7F/0xFF, E5M2 also infinities."""
+    codes = np.arange(128)
+    exponent, mantissa = codes >> format.mantissa_bits, codes & ((1 << format.mantissa_bits) - 1)
+    fraction = mantissa / (1 << format.mantissa_bits)
+    positive = np.where(exponent == 0, fraction * 2.0 ** (1 - format.bias), (1 + fraction) * 2.0 ** (exponent - format.bias))
+    if format.bias == E5M2.bias:
+        positive[-4:] = [np.inf, np.nan, np.nan, np.nan]
+    else:
+        positive[-1] = np.nan
+    return np.concatenate([positive, -positive]).astype(np.float32)

@@ -1,0 +1,34 @@
+"""Scales: the multipliers that dequantize, and how they are rounded and stored."""
+
+from enum import StrEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+MIN_SCALE = 2.0**-126  # the smallest normal float32: a smaller scale would be flushed to zero on GPUs
+
+
+class ScaleRounding(StrEnum):
+    """How amax / max becomes a scale.
+
+    none: as it is, in float32.
+    up: the smallest power of two that is not below it, so that nothing saturates.
+    floor: 2^(floor(log2 amax) - emax), the OCP Microscaling 1.0 rule; up to 1/8 (E4M3) of a binade saturates.
+    """
+
+    NONE = "none"
+    UP = "up"
+    FLOOR = "floor"
+
+
+def encode_e8m0(scales: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Return the E8M0 bytes (value 2^(byte - 127)) of scales that are powers of two, float32, normal."""
+    return (scales.view(np.uint32) >> 23).astype(np.uint8)
+
+
+def decode_e8m0(exponents: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Return 2^(byte - 127) in float32; byte 0 is the subnormal 2^-127, byte 255 is NaN."""
+    bits = exponents.astype(np.uint32) << 23
+    bits[exponents == 0] = 0x00400000
+    bits[exponents == 255] = 0x7FC00000
+    return bits.view(np.float32)

@@ -1,0 +1,1 @@
+"""Carrying out a plan, and reading results, tensor by tensor."""

@@ -1,0 +1,128 @@
+"""Rows of raw weight bits in, FP8 bytes and scales out: by the CPU kernels, or by torch on a device; the same bytes."""
+
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fp8pack.errors import Fp8PackError
+from fp8pack.numerics.formats import value_table
+from fp8pack.planning.plan import Packing
+
+Array = NDArray[Any]
+BITS_DTYPE = {"BF16": np.dtype(np.uint16), "F16": np.dtype(np.uint16), "F32": np.dtype(np.uint32)}
+
+
+class Codec(Protocol):
+    """Quantizes whole rows of regions; weights are raw bits, uint16 for BF16 and F16, uint32 for F32."""
+
+    strip_nbytes: int
+
+    def amax(self, weight: Array, dtype: str) -> float:
+        """Return the largest magnitude, NaN if the weight holds a NaN or infinity."""
+        ...
+
+    def scale(self, amax: float, packing: Packing) -> np.float32:
+        """Return the scale of a region with this amax."""
+        ...
+
+    def quantize(self, weight: Array, payload: Array, scales: Array, *, dtype: str, packing: Packing) -> float:
+        """Fill payload [N, K] and, unless the packing is two-pass, scales; return amax as above."""
+        ...
+
+    def error(self, weight: Array, payload: Array, scales: Array, *, dtype: str, packing: Packing) -> tuple[float, float]:
+        """Return the energy of the weight and of the quantization error."""
+        ...
+
+
+def make_codec(device: str) -> Codec:
+    """Return the codec of a device: `cpu` is the Numba kernels, anything else is torch on that device.
+
+    Raises:
+        Fp8PackError: torch sees no such device.
+    """
+    return NumbaCodec() if device == "cpu" else TorchCodec(device)
+
+
+class NumbaCodec:
+    """The CPU kernels. A strip is what is read, quantized and written at a time: small enough to stay in the L2 cache."""
+
+    strip_nbytes = 1 << 20
+
+    def __init__(self) -> None:
+        from fp8pack.numerics import kernels  # importing Numba takes 0.2 s, which only quantizing should pay
+
+        self._kernels = kernels
+
+    def amax(self, weight: Array, dtype: str) -> float:
+        """See Codec."""
+        return self._kernels.amax_rows(weight, dtype=dtype)
+
+    def scale(self, amax: float, packing: Packing) -> np.float32:
+        """See Codec."""
+        return self._kernels.scale_of(amax, self._kernels.target_of(packing.format, packing.rounding))
+
+    def quantize(self, weight: Array, payload: Array, scales: Array, *, dtype: str, packing: Packing) -> float:
+        """See Codec."""
+        target = self._kernels.target_of(packing.format, packing.rounding, fixed=packing.two_pass)
+        region = packing.granularity.region(weight.shape)
+        return self._kernels.quantize_rows(weight, payload, scales, dtype=dtype, region=region, target=target)
+
+    def error(self, weight: Array, payload: Array, scales: Array, *, dtype: str, packing: Packing) -> tuple[float, float]:
+        """See Codec."""
+        region = packing.granularity.region(weight.shape)
+        table = value_table(packing.format)
+        signal, noise = self._kernels.error_rows(weight, payload, scales, dtype=dtype, region=region, table=table)
+        return float(signal), float(noise)
+
+
+class TorchCodec:
+    """The torch reference on a device; strips are as large as bands, to keep a GPU busy."""
+
+    strip_nbytes = 8 << 20
+
+    def __init__(self, device: str) -> None:
+        import torch  # heavy, and never needed to pack on a CPU
+
+        from fp8pack.numerics import torch_codec
+
+        if device.startswith("cuda") and not torch.cuda.is_available():
+            raise Fp8PackError(f"--device {device}: torch sees no such device here; use --device cpu, which writes the same bytes")
+        self._torch, self._codec = torch, torch_codec
+        self._device = torch.device(device.removeprefix("torch:"))
+        self._dtypes = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+
+    def amax(self, weight: Array, dtype: str) -> float:
+        """See Codec."""
+        amax = self._upload(weight, dtype).float().abs().amax()
+        return float(amax) if self._torch.isfinite(amax) else float("nan")
+
+    def scale(self, amax: float, packing: Packing) -> np.float32:
+        """See Codec."""
+        value = self._torch.tensor([amax], dtype=self._torch.float32, device=self._device)
+        return np.float32(self._codec.scales_of(value, packing.format, packing.rounding).item())
+
+    def quantize(self, weight: Array, payload: Array, scales: Array, *, dtype: str, packing: Packing) -> float:
+        """See Codec."""
+        uploaded = self._upload(weight, dtype)
+        amax = float(uploaded.float().abs().amax())
+        if not np.isfinite(amax):
+            return float("nan")
+        given = self._torch.from_numpy(scales).to(self._device) if packing.two_pass else None
+        region = packing.granularity.region(weight.shape)
+        codes, found = self._codec.quantize(uploaded, region, format=packing.format, rounding=packing.rounding, scales=given)
+        payload[...] = codes.view(self._torch.uint8).cpu().numpy()
+        scales[...] = found.cpu().numpy()
+        return amax
+
+    def error(self, weight: Array, payload: Array, scales: Array, *, dtype: str, packing: Packing) -> tuple[float, float]:
+        """See Codec."""
+        exact = self._upload(weight, dtype).double()
+        codes = self._torch.from_numpy(payload).view(getattr(self._torch, packing.format.torch_dtype)).to(self._device)
+        region = packing.granularity.region(weight.shape)
+        values = self._codec.dequantize(codes, self._torch.from_numpy(scales).to(self._device), region)
+        return float((exact**2).sum()), float(((exact - values.double()) ** 2).sum())
+
+    def _upload(self, weight: Array, dtype: str) -> Any:
+        signed = weight.view(f"i{weight.dtype.itemsize}")
+        return self._torch.from_numpy(signed).to(self._device).view(self._dtypes[dtype])

@@ -1,0 +1,271 @@
+"""Carrying out a plan in a staging directory: amax pass, bands, checkpoints, finished shards."""
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Lock, Thread
+
+import numpy as np
+from blake3 import blake3
+
+from fp8pack.checkpoint.header import build_header
+from fp8pack.checkpoint.journal import BandResult, Journal, Progress
+from fp8pack.checkpoint.shard_writer import ShardWriter, check_shard
+from fp8pack.checkpoint.source import Source
+from fp8pack.errors import InputError
+from fp8pack.packing.bands import Band, BandWorker, Place
+from fp8pack.packing.codecs import Codec
+from fp8pack.packing.workers import Stop, run_threads
+from fp8pack.planning.layout import ShardPlan
+from fp8pack.planning.plan import PackPlan, TensorPlan
+
+CHECKPOINT_NBYTES = 1 << 30  # of source: what a killed run may have to do again, for each shard
+
+
+@dataclass(slots=True)
+class ShardWork:
+    """An output shard while it is made; `results` holds its finished bands, `pending` those not journalled yet."""
+
+    plan: ShardPlan
+    tensors: tuple[TensorPlan, ...]
+    digest: str
+    header: bytes
+    places: dict[str, Place]
+    results: dict[tuple[str, int], BandResult] = field(default_factory=dict)
+    pending: list[BandResult] = field(default_factory=list)
+    pending_nbytes: int = 0
+    is_done: bool = False
+    lock: Lock = field(default_factory=Lock)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the output file."""
+        return len(self.header) + self.plan.nbytes
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every band is finished."""
+        return len(self.results) == sum(tensor.num_bands for tensor in self.tensors)
+
+    def missing(self) -> Iterator[Band]:
+        """Yield the bands that are not finished, in the order of the source."""
+        for tensor in self.tensors:
+            for index in range(tensor.num_bands):
+                if (tensor.spec.name, index) not in self.results:
+                    yield Band(tensor, index)
+
+
+@dataclass(slots=True)
+class Counters:
+    """Bytes of source to go through, gone through, and taken over from an earlier run."""
+
+    total_nbytes: int
+    done_nbytes: int = 0
+    resumed_nbytes: int = 0
+    lock: Lock = field(default_factory=Lock)
+
+    def add(self, nbytes: int) -> None:
+        """Count bytes as gone through."""
+        with self.lock:
+            self.done_nbytes += nbytes
+
+
+def plan_work(plan: PackPlan, source: Source) -> tuple[ShardWork, ...]:
+    """Return the shards to be made, each with the digest of its part of the plan."""
+    by_name = {tensor.spec.name: tensor for tensor in plan.tensors}
+    metadata = {file.name: file.metadata for file in source.files}
+    groups: dict[str, list[str]] = {}
+    for tensor in plan.packed:
+        if tensor.packing and tensor.packing.two_pass:
+            groups.setdefault(tensor.packing.scale_group, []).append(tensor.spec.name)
+    works = []
+    for shard in plan.shards:
+        tensors = [by_name[stored.name] for stored in shard.tensors if stored.name in by_name]
+        tensors.sort(key=lambda tensor: (tensor.spec.file, tensor.spec.begin))
+        header = build_header(shard.tensors, shard.begins, {"format": "pt", **metadata.get(shard.file, {})})
+        begins = {stored.name: len(header) + begin for stored, begin in zip(shard.tensors, shard.begins, strict=True)}
+        places = {t.spec.name: Place(shard.file, begins[t.spec.name], begins[t.packing.scale.name] if t.packing else 0) for t in tensors}
+        works.append(ShardWork(shard, tuple(tensors), _digest(source, header, tensors, groups), header, places))
+    return tuple(works)
+
+
+class Execution:
+    """One run over the shards of a plan. Every finished piece goes to the journal, so that another run can go on."""
+
+    def __init__(self, plan: PackPlan, source: Source, *, folder: Path, journal: Journal) -> None:
+        self.works = plan_work(plan, source)
+        self._two_pass = [tensor for tensor in plan.packed if tensor.packing and tensor.packing.two_pass]
+        self.counters = Counters(plan.source_nbytes + sum(tensor.spec.nbytes for tensor in self._two_pass))
+        self._source, self._folder, self._journal = source.directory, folder, journal
+        self._amax: dict[str, float] = {}
+        self._offenders: set[str] = set()
+
+    def resume(self, progress: Progress) -> bool:
+        """Take over what a journal says is finished and still lies there; say whether any of it fits this plan."""
+        self._amax = dict(progress.amax)
+        for work in self.works:
+            key = (work.plan.file, work.digest)
+            path = self._folder / work.plan.file
+            if path.exists() and path.stat().st_size == work.size:
+                work.results = {(result.tensor, result.index): result for result in progress.bands.get(key, [])}
+                work.is_done = key in progress.done and work.is_complete
+                self.counters.resumed_nbytes += sum(
+                    Band(tensor, i).nbytes for tensor in work.tensors for i in range(tensor.num_bands) if (tensor.spec.name, i) in work.results
+                )
+        self.counters.done_nbytes = self.counters.resumed_nbytes
+        return any(work.results for work in self.works)
+
+    def remaining_nbytes(self) -> int:
+        """Return the bytes that the outputs still need on the disk."""
+        return sum(work.size for work in self.works if not work.results)
+
+    def run(self, make_codec: Callable[[], Codec], *, workers: int, stop: Stop, tick: Callable[[], None]) -> None:
+        """Make every shard. The disk is reserved by a thread of its own while the codec loads.
+
+        Raises:
+            InputError: weights hold a NaN or infinity; all of them are named. Finished work is kept.
+            SpaceError: the disk is full or not writable.
+        """
+        for work in self.works:
+            if not work.results:
+                _start(self._folder / work.plan.file, work)
+        reservation = Thread(target=self._reserve, args=(stop,), daemon=True)
+        reservation.start()
+        try:
+            codec = make_codec()
+            self._find_amax(codec, workers, stop, tick)
+            scales = self._scales(codec)
+            jobs = (
+                (work, band) for work in self.works if not work.is_done for band in work.missing() if band.tensor.spec.name not in self._offenders
+            )
+            run_threads(jobs, lambda: self._worker(codec, scales), count=workers, stop=stop, tick=tick)
+        finally:
+            reservation.join()
+            for work in self.works:
+                self._checkpoint(work, work.pending)
+        if self._offenders:
+            flags = " ".join(f"--ignore {name}" for name in sorted(self._offenders))
+            raise InputError(f"{len(self._offenders)} weights hold a NaN or infinity; finished work is kept, and {flags} packs the rest")
+        if stop.errors:
+            raise stop.errors[0]
+        for work in self.works:
+            if work.is_complete and not work.is_done:
+                self._finish(work)
+
+    def _reserve(self, stop: Stop) -> None:
+        try:
+            for work in self.works:
+                if not work.results and not stop.event.is_set():
+                    writer = ShardWriter(self._folder / work.plan.file)
+                    try:
+                        writer.reserve(work.size)
+                    finally:
+                        writer.close()
+        except BaseException as error:
+            stop.fail(error)
+
+    def _find_amax(self, codec: Codec, workers: int, stop: Stop, tick: Callable[[], None]) -> None:
+        todo = [tensor for tensor in self._two_pass if tensor.spec.name not in self._amax]
+        self.counters.add(sum(tensor.spec.nbytes for tensor in self._two_pass) - sum(tensor.spec.nbytes for tensor in todo))
+        if not todo:
+            return
+        found: dict[str, dict[int, float]] = {tensor.spec.name: {} for tensor in todo}
+
+        def make_worker() -> Callable[[Band], None]:
+            worker = BandWorker(codec, self._source, self._folder)
+
+            def work(band: Band) -> None:
+                found[band.tensor.spec.name][band.index] = worker.amax(band)
+                self.counters.add(band.nbytes)
+
+            return work
+
+        jobs = (Band(tensor, index) for tensor in todo for index in range(tensor.num_bands))
+        try:
+            run_threads(jobs, make_worker, count=workers, stop=stop, tick=tick)
+        finally:
+            finished = {t.spec.name: max(found[t.spec.name].values(), key=_nan_first) for t in todo if len(found[t.spec.name]) == t.num_bands}
+            self._offenders |= {name for name, amax in finished.items() if math.isnan(amax)}
+            self._amax |= {name: amax for name, amax in finished.items() if not math.isnan(amax)}
+            self._journal.add_amax({name: amax for name, amax in finished.items() if not math.isnan(amax)})
+
+    def _scales(self, codec: Codec) -> dict[str, np.float32]:
+        """The scale of each two-pass tensor: that of the largest amax among the tensors it is fused with."""
+        groups: dict[str, float] = {}
+        for tensor in self._two_pass:
+            if tensor.packing:
+                group = tensor.packing.scale_group
+                groups[group] = max(groups.get(group, 0.0), self._amax.get(tensor.spec.name, 0.0))
+        return {t.spec.name: codec.scale(groups[t.packing.scale_group], t.packing) for t in self._two_pass if t.packing}
+
+    def _worker(self, codec: Codec, scales: dict[str, np.float32]) -> Callable[[tuple[ShardWork, Band]], None]:
+        worker = BandWorker(codec, self._source, self._folder)
+
+        def work_band(job: tuple[ShardWork, Band]) -> None:
+            work, band = job
+            name = band.tensor.spec.name
+            place, packing = work.places[name], band.tensor.packing
+            if packing is None:
+                self._record(work, band, worker.copy(band, place))
+            else:
+                self._record(work, band, worker.pack(band, packing, place, scales.get(name, np.float32(0))))
+
+        return work_band
+
+    def _record(self, work: ShardWork, band: Band, result: BandResult) -> None:
+        self.counters.add(band.nbytes)
+        if math.isnan(result.amax):
+            self._offenders.add(result.tensor)
+            return
+        with work.lock:
+            work.results[result.tensor, result.index] = result
+            work.pending.append(result)
+            work.pending_nbytes += band.nbytes
+            complete = work.is_complete
+            ready = work.pending if complete or work.pending_nbytes >= CHECKPOINT_NBYTES else []
+            if ready:
+                work.pending, work.pending_nbytes = [], 0
+        if ready:
+            self._checkpoint(work, ready)
+        if complete:
+            self._finish(work)
+
+    def _checkpoint(self, work: ShardWork, results: list[BandResult]) -> None:
+        """Bring bands to the disk, then say so in the journal."""
+        if results:
+            writer = ShardWriter(self._folder / work.plan.file)
+            try:
+                writer.sync()
+            finally:
+                writer.close()
+            self._journal.add_bands(work.plan.file, work.digest, results)
+
+    def _finish(self, work: ShardWork) -> None:
+        check_shard(self._folder / work.plan.file, work.plan)
+        self._journal.add_done(work.plan.file, work.digest)
+        work.is_done = True
+
+
+def _start(path: Path, work: ShardWork) -> None:
+    writer = ShardWriter(path)
+    try:
+        writer.start(work.header, work.size)
+    finally:
+        writer.close()
+
+
+def _digest(source: Source, header: bytes, tensors: list[TensorPlan], groups: dict[str, list[str]]) -> str:
+    """The digest of a shard's part of the plan: what is read, how it is packed, and where it goes."""
+    hasher = blake3(source.fingerprint.encode())
+    hasher.update(header)
+    for tensor in tensors:
+        packing = tensor.packing
+        how = [packing.format.name, packing.granularity.name, packing.rounding.value, groups.get(packing.scale_group, [])] if packing else []
+        hasher.update(json.dumps([tensor.spec.name, tensor.spec.file, tensor.spec.begin, tensor.band_rows, how]).encode())
+    return hasher.hexdigest()
+
+
+def _nan_first(value: float) -> float:
+    return math.inf if math.isnan(value) else value

@@ -1,0 +1,118 @@
+"""All that is no shard: config.json, the index, side files, and last the manifest."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from blake3 import blake3
+
+from fp8pack.checkpoint.config import add_quantization_config
+from fp8pack.checkpoint.journal import BandResult
+from fp8pack.checkpoint.manifest import MANIFEST_NAME, NUMERICS_VERSION, SCHEMA_VERSION, digest_of_bands, write_manifest
+from fp8pack.checkpoint.shard_writer import ShardWriter, write_file
+from fp8pack.checkpoint.source import INDEX_NAME, SINGLE_NAME, ShardReader
+from fp8pack.packing.execute import ShardWork
+from fp8pack.packing.prepare import Prepared
+from fp8pack.planning.plan import PackPlan, Packing, TensorPlan
+
+_COPY_NBYTES = 1 << 20
+
+
+def write_metadata(prepared: Prepared, works: tuple[ShardWork, ...], folder: Path) -> str:
+    """Write everything beside the shards into the staged directory; return the root of the manifest."""
+    source, plan = prepared.source, prepared.plan
+    files = {work.plan.file: {"size": work.size, "header": f"blake3:{blake3(work.header).hexdigest()}"} for work in works}
+    contents: dict[str, bytes] = {}
+    if source.config:
+        text = (source.directory / "config.json").read_bytes()
+        contents["config.json"] = add_quantization_config(text, prepared.method.config(plan))
+    if len(plan.shards) > 1 or (source.index_name and plan.shards[0].file != SINGLE_NAME):
+        contents[source.index_name or INDEX_NAME] = _index(plan)
+    for name, content in contents.items():
+        write_file(folder / name, content)
+        files[name] = {"size": len(content), "digest": f"blake3:{blake3(content).hexdigest()}"}
+    for side in prepared.side_files:
+        if side.rule is None:
+            files[side.name] = {"size": side.size, "digest": _copy(source.directory / side.name, folder / side.name, side.size)}
+    name = prepared.output.name.removesuffix(".safetensors") + ".fp8pack.json" if source.is_single_file else MANIFEST_NAME
+    return write_manifest(folder / name, _head(prepared, files), _tensors(works))
+
+
+def manifest_path(prepared: Prepared) -> Path:
+    """Return where the manifest of the finished output lies."""
+    if prepared.source.is_single_file:
+        return prepared.output.with_suffix(".fp8pack.json")
+    return prepared.output / MANIFEST_NAME
+
+
+def _head(prepared: Prepared, files: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    source = prepared.source
+    return {
+        "fp8pack": {"schema": SCHEMA_VERSION, "numerics": NUMERICS_VERSION},
+        "source": {"fingerprint": source.fingerprint, "files": {file.name: {"size": file.size} for file in source.files}},
+        "recipe": prepared.plan.recipe.as_data(prepared.request),
+        "files": files,
+    }
+
+
+def _tensors(works: tuple[ShardWork, ...]) -> Iterator[tuple[str, dict[str, Any]]]:
+    located = sorted(((tensor.spec.name, tensor, work) for work in works for tensor in work.tensors), key=lambda item: item[0])
+    for name, tensor, work in located:
+        results = [work.results[name, index] for index in range(tensor.num_bands)]
+        yield name, _entry(tensor, work.plan.file, results)
+
+
+def _entry(tensor: TensorPlan, file: str, results: list[BandResult]) -> dict[str, Any]:
+    entry: dict[str, Any] = {"action": tensor.action.value, "role": tensor.role, "reason": tensor.reason, "file": file}
+    if tensor.packing is None:
+        entry |= {"dtype": tensor.spec.dtype, "shape": list(tensor.spec.shape)}
+    else:
+        entry |= _packed_entry(tensor, tensor.packing, results)
+    return entry | {"digest": digest_of_bands(result.digest for result in results)}
+
+
+def _packed_entry(tensor: TensorPlan, packing: Packing, results: list[BandResult]) -> dict[str, Any]:
+    scale = packing.scale
+    return {
+        "format": packing.format.name,
+        "granularity": packing.granularity.name,
+        "block": list(packing.granularity.region(tensor.spec.shape)),
+        "layout": "row-major [N, K]",
+        "shape": list(tensor.spec.shape),
+        "source_dtype": tensor.spec.dtype,
+        "scale_inv": {
+            "tensor": scale.name,
+            "dtype": scale.dtype,
+            "shape": list(scale.shape),
+            "dequantize": "value = fp8 * 2^(scale_inv - 127)" if scale.dtype == "U8" else "value = fp8 * scale_inv",
+            "digest": digest_of_bands(result.scale_digest for result in results if result.scale_digest),
+        },
+        "amax": max(result.amax for result in results),
+        "band_rows": tensor.band_rows,
+    }
+
+
+def _index(plan: PackPlan) -> bytes:
+    weight_map = {stored.name: shard.file for shard in plan.shards for stored in shard.tensors}
+    total = sum(stored.nbytes for shard in plan.shards for stored in shard.tensors)
+    document = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _copy(source: Path, target: Path, size: int) -> str:
+    """Copy a file byte for byte; return its digest."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    reader, writer, hasher = ShardReader(source), ShardWriter(target), blake3()
+    try:
+        writer.start(b"", size)
+        for offset in range(0, size, _COPY_NBYTES):
+            data = memoryview(bytearray(min(_COPY_NBYTES, size - offset)))
+            reader.readinto(data, offset)
+            writer.write(data, offset)
+            hasher.update(data)
+        writer.sync()
+    finally:
+        reader.close()
+        writer.close()
+    return f"blake3:{hasher.hexdigest()}"

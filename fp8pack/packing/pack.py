@@ -1,0 +1,148 @@
+"""`pack`: a BF16, FP16 or FP32 checkpoint in, an FP8 checkpoint out."""
+
+import json
+import os
+import resource
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fp8pack.checkpoint.journal import Journal
+from fp8pack.checkpoint.shard_writer import check_space
+from fp8pack.checkpoint.staging import Staging
+from fp8pack.errors import DeadlineError, OutputError
+from fp8pack.numerics.metrics import sqnr_db
+from fp8pack.packing.codecs import make_codec
+from fp8pack.packing.execute import Execution
+from fp8pack.packing.metadata import manifest_path, write_metadata
+from fp8pack.packing.prepare import Prepared
+from fp8pack.packing.workers import Stop
+from fp8pack.units import format_size
+
+_BASE_MEMORY = 100 << 20  # interpreter and Numba
+
+OnProgress = Callable[[int, int], None]  # bytes gone through, bytes in all
+
+
+@dataclass(frozen=True, slots=True)
+class PackResult:
+    """What a run did. SQNR is measured on the first 16 rows of every band; None where this run measured nothing."""
+
+    output: Path
+    root: str
+    already_complete: bool
+    seconds: float
+    resumed_nbytes: int = 0
+    sqnr_mean: float | None = None
+    sqnr_worst: float | None = None
+    sqnr_worst_tensor: str | None = None
+    peak_memory: int = 0
+    notes: tuple[str, ...] = ()
+
+
+def pack(prepared: Prepared, on_progress: OnProgress = lambda done, total: None) -> PackResult:
+    """Write the packed checkpoint; a finished one of the same source and recipe is left as it is.
+
+    Raises:
+        OutputError: the output exists, is being written, or holds an unfinished pack of another recipe.
+        SpaceError, InputError, DeadlineError: what is finished is kept, and the same call continues.
+    """
+    started = time.monotonic()
+    options = prepared.options
+    if not options.overwrite and (root := _finished_root(prepared)):
+        return PackResult(prepared.output, root, True, time.monotonic() - started)
+    if prepared.output.exists() and not options.overwrite:
+        raise OutputError(f"{prepared.output} exists: choose another -o, or --overwrite replaces it")
+    stop = Stop(deadline=None if options.deadline_seconds is None else started + options.deadline_seconds)
+    with Staging(prepared.output) as staging:
+        journal = Journal(staging.journal)
+        try:
+            execution = Execution(prepared.plan, prepared.source, folder=staging.content, journal=journal)
+            _resume(prepared, execution, journal, staging)
+            side_nbytes = sum(side.size for side in prepared.side_files if side.rule is None)
+            check_space(staging.folder, execution.remaining_nbytes() + side_nbytes)
+            _run(prepared, execution, stop, staging, on_progress)
+            root = write_metadata(prepared, execution.works, staging.content)
+        finally:
+            journal.close()
+        commit = staging.commit_file if prepared.source.is_single_file else staging.commit
+        commit(overwrite=options.overwrite)
+    return _result(prepared, root, time.monotonic() - started, execution, staging)
+
+
+def _finished_root(prepared: Prepared) -> str | None:
+    """The root of the output, if it is finished and was made from this source by this recipe."""
+    try:
+        document = json.loads(manifest_path(prepared).read_bytes())
+        same_source = document["source"]["fingerprint"] == prepared.source.fingerprint
+        recipes = [_decisive(document["recipe"]), _decisive(prepared.plan.recipe.as_data(prepared.request))]
+        folder = manifest_path(prepared).parent
+        whole = all((folder / name).stat().st_size == entry["size"] for name, entry in document["files"].items())
+        return str(document["root"]) if same_source and recipes[0] == recipes[1] and whole else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _decisive(recipe: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in recipe.items() if key != "reason"}
+
+
+def _resume(prepared: Prepared, execution: Execution, journal: Journal, staging: Staging) -> None:
+    fingerprint, progress = journal.read()
+    if prepared.options.resume and progress.bands:
+        if fingerprint != prepared.source.fingerprint:
+            raise OutputError(f"{staging.folder} holds an unfinished pack of another checkpoint: finish it, or --no-resume throws it away")
+        if not execution.resume(progress):
+            raise OutputError(f"{staging.folder} holds an unfinished pack of another recipe: finish it, or --no-resume throws it away")
+    elif prepared.options.resume and fingerprint == prepared.source.fingerprint:
+        execution.resume(progress)
+    else:
+        staging.clear_content()
+        journal.start(prepared.source.fingerprint)
+
+
+def _run(prepared: Prepared, execution: Execution, stop: Stop, staging: Staging, on_progress: OnProgress) -> None:
+    counters = execution.counters
+
+    def tick() -> None:
+        staging.beat()
+        on_progress(counters.done_nbytes, counters.total_nbytes)
+
+    execution.run(lambda: make_codec(prepared.options.device), workers=_num_workers(prepared), stop=stop, tick=tick)
+    on_progress(counters.done_nbytes, counters.total_nbytes)
+    if stop.deadline_passed:
+        done, total = format_size(counters.done_nbytes), format_size(counters.total_nbytes)
+        raise DeadlineError(f"the deadline is reached with {done} of {total} done; the same command continues")
+
+
+def _num_workers(prepared: Prepared) -> int:
+    """As many threads as there are cores, but no more than the memory budget holds bands for."""
+    cores = len(os.sched_getaffinity(0))
+    band = max(tensor.band_rows * (tensor.spec.nbytes // tensor.spec.shape[0]) for tensor in prepared.plan.packed)
+    budget = max(prepared.options.max_memory - _BASE_MEMORY, 0)
+    return max(1, min(prepared.options.workers or cores, budget // (band + band // 2)))
+
+
+def _result(prepared: Prepared, root: str, seconds: float, execution: Execution, staging: Staging) -> PackResult:
+    energies: dict[str, list[float]] = {}
+    for work in execution.works:
+        for result in work.results.values():
+            if result.scale_digest or result.amax:
+                signal, noise = energies.get(result.tensor, [0.0, 0.0])
+                energies[result.tensor] = [signal + result.signal, noise + result.noise]
+    sqnr = {name: sqnr_db(*energy) for name, energy in energies.items() if energy[1] > 0}
+    worst = min(sqnr, key=lambda name: sqnr[name], default=None)
+    return PackResult(
+        output=prepared.output,
+        root=root,
+        already_complete=False,
+        seconds=seconds,
+        resumed_nbytes=execution.counters.resumed_nbytes,
+        sqnr_mean=sum(sqnr.values()) / len(sqnr) if sqnr else None,
+        sqnr_worst=sqnr[worst] if worst else None,
+        sqnr_worst_tensor=worst,
+        peak_memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        notes=tuple(staging.notes),
+    )

@@ -1,0 +1,70 @@
+"""Everything that is decided before a byte is written."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from fp8pack.checkpoint.quant_methods import WrittenMethod, find_method
+from fp8pack.checkpoint.side_files import SideFile, list_side_files
+from fp8pack.checkpoint.source import Source, is_hub_snapshot, open_source
+from fp8pack.checkpoint.staging import check_output
+from fp8pack.errors import RecipeError
+from fp8pack.planning.plan import PackPlan, choose_recipe, make_plan
+from fp8pack.planning.recipe import Request
+
+DEFAULT_MEMORY = 256 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class WriteOptions:
+    """How to write; only `max_shard_nbytes` and `copy` change what the output holds. None stands for the default."""
+
+    output: Path | None = None
+    workers: int | None = None
+    max_memory: int = DEFAULT_MEMORY
+    max_shard_nbytes: int | None = None
+    device: str = "cpu"
+    copy: tuple[str, ...] = ()
+    resume: bool = True
+    overwrite: bool = False
+    deadline_seconds: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A source, the plan for it, and where the output goes."""
+
+    source: Source
+    side_files: tuple[SideFile, ...]
+    request: Request
+    plan: PackPlan
+    method: WrittenMethod
+    output: Path
+    options: WriteOptions
+
+
+def prepare(model: Path, request: Request, options: WriteOptions) -> Prepared:
+    """Look at a checkpoint and decide everything; nothing is written.
+
+    Raises:
+        InputError: the checkpoint is refused.
+        RecipeError: the request cannot be carried out.
+        OutputError, SpaceError: the output cannot stand where it is asked for.
+    """
+    source = open_source(model)
+    weights = [file.name for file in source.files]
+    side_files = () if source.is_single_file else list_side_files(source.directory, weights, options.copy)
+    recipe = choose_recipe(source.specs, source.facts, request)
+    method = find_method(recipe.quant_method)
+    plan = make_plan(source.specs, source.facts, request, recipe=recipe, method=method, max_shard_nbytes=options.max_shard_nbytes)
+    output = (options.output or _default_output(source, plan)).absolute()
+    if source.is_single_file and output.suffix != ".safetensors":
+        raise RecipeError(f"{source.path.name} is a single file, so -o must name a .safetensors file, not {output.name}")
+    check_output(output, source.path)
+    return Prepared(source, side_files, request, plan, method, output, options)
+
+
+def _default_output(source: Source, plan: PackPlan) -> Path:
+    if source.is_single_file:
+        return source.path.parent / f"{source.path.stem}-fp8.safetensors"
+    folder = Path.cwd() if is_hub_snapshot(source.path) else source.path.resolve().parent
+    return folder / f"{source.name}-{plan.recipe.suffix}"

@@ -1,0 +1,43 @@
+"""What `config.json` says of a model, as far as packing needs it."""
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """Facts of a model; 0 and empty where the configuration does not say."""
+
+    architecture: str = ""
+    model_type: str = ""
+    num_layers: int = 0
+    head_dim: int = 0
+    num_kv_heads: int = 0
+    tied: bool = False
+    wrapper: bool = False  # a multimodal model around a language model
+
+
+def read_facts(config: dict[str, Any]) -> ModelFacts:
+    """Return the facts of a parsed config.json; the language model's own section wins for its sizes."""
+    text = next((config[key] for key in ("text_config", "llm_config", "language_config") if _is_section(config, key)), config)
+    architectures = config.get("architectures")
+    heads = _count(text, "num_attention_heads", "n_head", "num_heads")
+    hidden = _count(text, "hidden_size", "n_embd", "d_model")
+    return ModelFacts(
+        architecture=str(architectures[0]) if isinstance(architectures, list) and architectures else "",
+        model_type=str(config.get("model_type", "")),
+        num_layers=_count(text, "num_hidden_layers", "n_layer", "num_layers"),
+        head_dim=_count(text, "head_dim") or (hidden // heads if heads else 0),
+        num_kv_heads=_count(text, "num_key_value_heads") or heads,
+        tied=config.get("tie_word_embeddings", text.get("tie_word_embeddings")) is True,
+        wrapper=text is not config,
+    )
+
+
+def _is_section(config: dict[str, Any], key: str) -> bool:
+    return isinstance(config.get(key), dict)
+
+
+def _count(section: dict[str, Any], *keys: str) -> int:
+    values = (section.get(key) for key in keys)
+    return next((value for value in values if type(value) is int and 0 < value < 2**31), 0)

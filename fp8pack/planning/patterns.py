@@ -1,0 +1,51 @@
+"""Patterns that name tensors: an exact name, a glob over the whole dotted name, or `re:` and a regular expression."""
+
+import re
+from dataclasses import dataclass
+from fnmatch import translate
+
+from fp8pack.errors import RecipeError
+
+
+@dataclass(frozen=True, slots=True)
+class Pattern:
+    """A pattern as written; `?` before it allows that it matches nothing."""
+
+    text: str
+
+    @property
+    def optional(self) -> bool:
+        """Whether it may match nothing."""
+        return self.text.startswith("?")
+
+    def compile(self) -> re.Pattern[str]:
+        """Return an expression whose `match` accepts the names it means; `re:` is anchored at the start only."""
+        body = self.text.removeprefix("?")
+        if not body.startswith("re:"):
+            return re.compile(re.escape(body) + r"\Z" if not set("*?[") & set(body) else translate(body))
+        try:
+            return re.compile(body[3:])
+        except re.error as error:
+            raise RecipeError(f"pattern {self.text!r} is no regular expression: {error}") from None
+
+
+class Matcher:
+    """Finds the first of several patterns that means a tensor, and remembers which ones meant any."""
+
+    def __init__(self, patterns: tuple[Pattern, ...], flag: str) -> None:
+        self._patterns = [(pattern, pattern.compile()) for pattern in patterns]
+        self._flag = flag
+        self._unused = {pattern.text for pattern in patterns if not pattern.optional}
+
+    def find(self, name: str) -> Pattern | None:
+        """Return the first pattern that means the tensor or its module; every pattern that does counts as used."""
+        names = (name, name.removesuffix(".weight"))
+        hits = [pattern for pattern, regex in self._patterns if any(regex.match(candidate) for candidate in names)]
+        self._unused.difference_update(hit.text for hit in hits)
+        return hits[0] if hits else None
+
+    def check(self) -> None:
+        """Raise RecipeError if a pattern meant no tensor."""
+        if self._unused:
+            text = min(self._unused)
+            raise RecipeError(f"{self._flag} {text!r} matches no tensor: check the name, or write '?{text}' to allow that")

@@ -1,0 +1,293 @@
+"""The plan: every decision about every tensor, from headers alone. Nothing after it looks at a tensor's name."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Protocol
+
+from fp8pack.errors import RecipeError
+from fp8pack.numerics.formats import Float8Format
+from fp8pack.numerics.granularity import MX, TENSOR, Granularity
+from fp8pack.numerics.scaling import ScaleRounding
+from fp8pack.planning.engines import EngineVerdict, choose_scheme, judge_engines
+from fp8pack.planning.layout import Output, ShardPlan, Stored, arrange
+from fp8pack.planning.model import ModelFacts
+from fp8pack.planning.patterns import Matcher
+from fp8pack.planning.policy import UNKNOWN_LINEAR, fused_module, judge, layer_of, together
+from fp8pack.planning.recipe import Recipe, Request, Rule, RuleAction, resolve
+from fp8pack.planning.spec import FLOAT_DTYPES, TensorSpec
+from fp8pack.units import ceil_div
+
+BAND_NBYTES = 8 << 20
+MAX_GRANULE_NBYTES = 64 << 20
+UNKNOWN_SHARE = 0.05
+
+
+class Action(StrEnum):
+    """What happens to a tensor."""
+
+    PACKED = "packed"
+    COPIED = "copied"
+
+
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """How a weight [N, K] is packed; `scale_group` names the tensors that share a tensor-wide scale."""
+
+    format: Float8Format
+    granularity: Granularity
+    rounding: ScaleRounding
+    scale: Stored
+    scale_group: str
+
+    @property
+    def two_pass(self) -> bool:
+        """Whether a scale spans bands, so that amax must be known before the first byte is written."""
+        return self.granularity == TENSOR
+
+
+@dataclass(frozen=True, slots=True)
+class TensorPlan:
+    """The decision about one tensor. `band_rows` counts rows of a packed weight, bytes of anything copied."""
+
+    spec: TensorSpec
+    action: Action
+    role: str
+    reason: str
+    band_rows: int
+    packing: Packing | None = None
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of a packed weight, bytes of anything copied."""
+        return self.spec.shape[0] if self.packing else self.spec.nbytes
+
+    @property
+    def num_bands(self) -> int:
+        """Bands that make up the tensor; an empty tensor has none."""
+        return ceil_div(self.num_rows, self.band_rows)
+
+
+@dataclass(frozen=True, slots=True)
+class PackPlan:
+    """What packing a checkpoint will do: the recipe, each tensor, each output shard, and who can load it."""
+
+    recipe: Recipe
+    facts: ModelFacts
+    tensors: tuple[TensorPlan, ...]
+    shards: tuple[ShardPlan, ...]
+    engines: tuple[EngineVerdict, ...]
+    kept_linears: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+    @property
+    def source_nbytes(self) -> int:
+        """Bytes of all source tensors."""
+        return sum(tensor.spec.nbytes for tensor in self.tensors)
+
+    @property
+    def output_nbytes(self) -> int:
+        """Bytes of all output tensors."""
+        return sum(shard.nbytes for shard in self.shards)
+
+    @property
+    def packed(self) -> tuple[TensorPlan, ...]:
+        """The tensors that are packed."""
+        return tuple(tensor for tensor in self.tensors if tensor.action == Action.PACKED)
+
+
+class QuantMethod(Protocol):
+    """An on-disk convention, as far as the plan needs it; `checkpoint/quant_methods/` holds one file for each."""
+
+    @property
+    def name(self) -> str:
+        """The value of `quantization_config.quant_method`."""
+        ...
+
+    def check(self, recipe: Recipe, rules: Sequence[Rule]) -> None:
+        """Raise RecipeError when the convention cannot express the recipe."""
+        ...
+
+    def problem(self, shape: tuple[int, ...], granularity: Granularity) -> str | None:
+        """Return why no engine reads a weight of this shape in this convention, None if engines do."""
+        ...
+
+    def scale(self, spec: TensorSpec, granularity: Granularity) -> Stored:
+        """Return name, dtype and shape of the scale tensor beside a weight."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Decision:
+    spec: TensorSpec
+    role: str
+    packed: bool
+    reason: str
+    rule: Rule | None = None
+
+
+def choose_recipe(specs: Sequence[TensorSpec], facts: ModelFacts, request: Request) -> Recipe:
+    """Return the recipe: the scheme asked for, or the one that `auto` finds right for these shapes and this model."""
+    packed = [(d.spec, d.role) for d in _decide(specs, facts, request) if d.packed]
+    scheme, reason = choose_scheme(request, packed, facts)
+    return resolve(request, scheme, reason)
+
+
+def make_plan(
+    specs: Sequence[TensorSpec],
+    facts: ModelFacts,
+    request: Request,
+    *,
+    recipe: Recipe,
+    method: QuantMethod,
+    max_shard_nbytes: int | None = None,
+) -> PackPlan:
+    """Return the plan of packing these tensors.
+
+    Raises:
+        RecipeError: a pattern matches nothing, a rule packs what cannot be packed, a convention cannot express the
+            recipe, nothing is left to pack, or a named target cannot load the result.
+    """
+    method.check(recipe, request.rules)
+    decisions = _settle(_decide(specs, facts, request), recipe, method)
+    tensors = tuple(_plan_tensor(decision, recipe, method) for decision in decisions)
+    if not any(tensor.packing for tensor in tensors):
+        raise RecipeError("nothing to pack: no tensor is a linear weight that the rules let be packed")
+    packed = [(tensor.spec, tensor.role) for tensor in tensors if tensor.packing]
+    engines = judge_engines(recipe, packed, facts, request)
+    return PackPlan(
+        recipe,
+        facts,
+        tensors,
+        arrange([_output(tensor) for tensor in tensors], max_shard_nbytes),
+        engines,
+        _kept_linears(tensors, facts),
+        _warnings(tensors),
+    )
+
+
+def _decide(specs: Iterable[TensorSpec], facts: ModelFacts, request: Request) -> list[_Decision]:
+    ignore = Matcher(request.ignore, "--ignore")
+    only = Matcher(request.only, "--only")
+    pack = Matcher(request.pack, "--pack")
+    rules = Matcher(tuple(rule.pattern for rule in request.rules), "rule")
+    by_pattern = {rule.pattern: rule for rule in reversed(request.rules)}
+    last = facts.num_layers or 1 + max((layer_of(spec.name) or 0 for spec in specs), default=0)
+    decisions = []
+    for spec in specs:
+        hits = ignore.find(spec.name), pack.find(spec.name), rules.find(spec.name), only.find(spec.name)
+        verdict = judge(spec, facts)
+        decision = _Decision(spec, verdict.role, verdict.packed, verdict.reason)
+        layer = layer_of(spec.name)
+        if hits[0]:
+            decision = replace(decision, packed=False, reason=f"--ignore {hits[0].text}")
+        elif hits[1]:
+            decision = _overrule(decision, f"--pack {hits[1].text}", None)
+        elif hits[2]:
+            decision = _apply(decision, by_pattern[hits[2]])
+        elif decision.packed and layer is not None and not request.keep_first_layers <= layer < last - request.keep_last_layers:
+            decision = replace(decision, packed=False, reason="recipe: first and last layers stay")
+        if request.only and not hits[3]:
+            decision = replace(decision, packed=False, reason="not named by --only")
+        decisions.append(decision)
+    for matcher in (ignore, only, pack, rules):
+        matcher.check()
+    return decisions
+
+
+def _apply(decision: _Decision, rule: Rule) -> _Decision:
+    if rule.action == RuleAction.KEEP:
+        return replace(decision, packed=False, reason=f"rule: keep {rule.pattern.text}")
+    return _overrule(decision, f"rule: pack {rule.pattern.text}", rule)
+
+
+def _overrule(decision: _Decision, reason: str, rule: Rule | None) -> _Decision:
+    spec = decision.spec
+    if len(spec.shape) != 2 or spec.dtype not in FLOAT_DTYPES or 0 in spec.shape:
+        if spec.name.endswith(".weight") or not spec.name.endswith(("bias", "_scale")):
+            raise RecipeError(f"{spec.name}: {spec.dtype} {list(spec.shape)} cannot be packed ({reason}): only 2-D BF16, FP16 and FP32 weights can")
+        return decision
+    return replace(decision, packed=True, reason=reason, rule=rule)
+
+
+def _settle(decisions: list[_Decision], recipe: Recipe, method: QuantMethod) -> list[_Decision]:
+    """Keep what the convention cannot hold, and with it everything that engines fuse it with."""
+    settled = [_check_shape(decision, recipe, method) for decision in decisions]
+    if recipe.quant_method == "fp8pack":
+        return settled
+    kept: dict[str, _Decision] = {}
+    for decision in settled:
+        group = together(decision.spec.name)
+        if group and not decision.packed:
+            kept.setdefault(group, decision)
+    return [_keep_with(decision, kept.get(together(decision.spec.name) or "")) for decision in settled]
+
+
+def _check_shape(decision: _Decision, recipe: Recipe, method: QuantMethod) -> _Decision:
+    if not decision.packed:
+        return decision
+    if 0 in decision.spec.shape:
+        return replace(decision, packed=False, reason="empty")
+    granularity = _granularity(decision, recipe)
+    row_nbytes = decision.spec.nbytes // decision.spec.shape[0]
+    if row_nbytes * (granularity.rows or 1) > MAX_GRANULE_NBYTES:
+        return replace(decision, packed=False, reason=f"rows too long: one region of {granularity} is over 64 MiB")
+    problem = method.problem(decision.spec.shape, granularity)
+    return replace(decision, packed=False, reason=problem) if problem else decision
+
+
+def _keep_with(decision: _Decision, cause: _Decision | None) -> _Decision:
+    if cause is None or not decision.packed:
+        return decision
+    leaf = ".".join(cause.spec.name.removesuffix(".weight").split(".")[-1:])
+    return replace(decision, packed=False, reason=f"kept with {leaf}, which engines fuse it with ({cause.reason})")
+
+
+def _granularity(decision: _Decision, recipe: Recipe) -> Granularity:
+    return (decision.rule.granularity if decision.rule else None) or recipe.granularity
+
+
+def _plan_tensor(decision: _Decision, recipe: Recipe, method: QuantMethod) -> TensorPlan:
+    spec = decision.spec
+    if not decision.packed:
+        return TensorPlan(spec, Action.COPIED, decision.role, decision.reason, BAND_NBYTES)
+    granularity = _granularity(decision, recipe)
+    format = (decision.rule.format if decision.rule else None) or recipe.format
+    rounding = ScaleRounding.UP if granularity == MX and recipe.scale_rounding == ScaleRounding.NONE else recipe.scale_rounding
+    packing = Packing(format, granularity, rounding, method.scale(spec, granularity), fused_module(spec.name) or spec.name)
+    granule = 1 if granularity.rows is None else granularity.rows
+    row_nbytes = spec.nbytes // spec.shape[0]
+    band_rows = max(1, BAND_NBYTES // (row_nbytes * granule)) * granule
+    return TensorPlan(spec, Action.PACKED, decision.role, decision.reason, band_rows, packing)
+
+
+def _output(tensor: TensorPlan) -> Output:
+    if tensor.packing is None:
+        return Output(tensor.spec, Stored(tensor.spec.name, tensor.spec.dtype, tensor.spec.shape))
+    payload = Stored(tensor.spec.name, tensor.packing.format.dtype, tensor.spec.shape)
+    return Output(tensor.spec, payload, tensor.packing.scale)
+
+
+def _kept_linears(tensors: Sequence[TensorPlan], facts: ModelFacts) -> tuple[str, ...]:
+    """The modules that engines would take for FP8 linears unless they are listed: all but norms and embeddings."""
+    names = [
+        tensor.spec.name.removesuffix(".weight")
+        for tensor in tensors
+        if tensor.packing is None
+        and tensor.role not in ("norm", "embedding", "bias", "rotary")
+        and (tensor.role == "experts" or (tensor.spec.name.endswith(".weight") and len(tensor.spec.shape) == 2))
+    ]
+    experts = [name.rpartition(".")[0] for name in names if name.rpartition(".")[0].endswith("experts")]
+    head = ["lm_head"] if facts.tied and "lm_head" not in names else []
+    return tuple(dict.fromkeys([*names, *experts, *head]))
+
+
+def _warnings(tensors: Sequence[TensorPlan]) -> tuple[str, ...]:
+    unknown = [tensor.spec for tensor in tensors if tensor.role == UNKNOWN_LINEAR and tensor.packing]
+    total = sum(tensor.spec.nbytes for tensor in tensors)
+    if sum(spec.nbytes for spec in unknown) <= UNKNOWN_SHARE * total:
+        return ()
+    names = ", ".join(spec.name for spec in unknown[:5])
+    return (f"{len(unknown)} packed weights have a role that fp8pack does not know, such as {names}: --ignore keeps them",)
+
+

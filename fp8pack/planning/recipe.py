@@ -1,0 +1,151 @@
+"""The recipe: what to do with a checkpoint, as data."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from fp8pack.errors import RecipeError
+from fp8pack.numerics.formats import E4M3, Float8Format
+from fp8pack.numerics.granularity import BLOCK_128, CHANNEL, MX, TENSOR, Granularity
+from fp8pack.numerics.scaling import ScaleRounding
+from fp8pack.planning.patterns import Pattern
+
+
+class RuleAction(StrEnum):
+    """What a rule does with the tensors that its pattern means."""
+
+    KEEP = "keep"
+    PACK = "pack"
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """Overrules the policy for the tensors of a pattern; format and granularity, if given, overrule the recipe's."""
+
+    pattern: Pattern
+    action: RuleAction
+    format: Float8Format | None = None
+    granularity: Granularity | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What the user asked, before anything is known of the checkpoint; None leaves the choice to the scheme."""
+
+    scheme: str = "auto"
+    format: Float8Format | None = None
+    granularity: Granularity | None = None
+    quant_method: str | None = None
+    scale_rounding: ScaleRounding | None = None
+    activations: str | None = None
+    ignore: tuple[Pattern, ...] = ()
+    only: tuple[Pattern, ...] = ()
+    pack: tuple[Pattern, ...] = ()
+    rules: tuple[Rule, ...] = ()
+    keep_first_layers: int = 0
+    keep_last_layers: int = 0
+    targets: tuple[str, ...] = ()
+    tp: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """A named whole: the parts of a recipe that engines know under one name."""
+
+    name: str
+    format: Float8Format
+    granularity: Granularity
+    scale_rounding: ScaleRounding
+    activations: str
+    quant_method: str
+    suffix: str
+
+
+FP8_BLOCK = Scheme("FP8_BLOCK", E4M3, BLOCK_128, ScaleRounding.NONE, "dynamic", "fp8", "FP8-block")
+FP8_DYNAMIC = Scheme("FP8_DYNAMIC", E4M3, CHANNEL, ScaleRounding.NONE, "dynamic", "compressed-tensors", "FP8-dynamic")
+MXFP8 = Scheme("MXFP8", E4M3, MX, ScaleRounding.UP, "dynamic", "compressed-tensors", "MXFP8")
+W8A16 = Scheme("W8A16", E4M3, CHANNEL, ScaleRounding.NONE, "none", "compressed-tensors", "FP8-W8A16")
+SCHEMES = (FP8_BLOCK, FP8_DYNAMIC, MXFP8, W8A16)
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """Everything that decides the bytes of the output, resolved; `reason` says why the scheme was chosen."""
+
+    scheme: str
+    reason: str
+    format: Float8Format
+    granularity: Granularity
+    scale_rounding: ScaleRounding
+    activations: str
+    quant_method: str
+    suffix: str
+
+    def as_data(self, request: Request) -> dict[str, Any]:
+        """Return the recipe as it stands in the manifest, with what the request selected."""
+        return {
+            **_selection(request),
+            "scheme": self.scheme,
+            "reason": self.reason,
+            "format": self.format.name,
+            "granularity": self.granularity.name,
+            "scale_rounding": self.scale_rounding.value,
+            "activations": self.activations,
+            "quant_method": self.quant_method,
+        }
+
+
+def _selection(request: Request) -> dict[str, Any]:
+    named = {"ignore": request.ignore, "only": request.only, "pack": request.pack}
+    selection: dict[str, Any] = {flag: [pattern.text for pattern in patterns] for flag, patterns in named.items() if patterns}
+    if request.rules:
+        selection["rules"] = [
+            {
+                "match": rule.pattern.text,
+                "action": rule.action.value,
+                "format": rule.format.name if rule.format else None,
+                "granularity": rule.granularity.name if rule.granularity else None,
+            }
+            for rule in request.rules
+        ]
+    layers = {"keep_first_layers": request.keep_first_layers, "keep_last_layers": request.keep_last_layers}
+    return selection | {key: count for key, count in layers.items() if count}
+
+
+def parse_scheme(text: str) -> Scheme | None:
+    """Return the scheme of a name in any case, `-` as `_`; None for `auto`."""
+    name = text.upper().replace("-", "_")
+    if name == "AUTO":
+        return None
+    if name == "FP8":
+        raise RecipeError("scheme FP8 needs calibrated activation scales, which this version does not read: use FP8_DYNAMIC")
+    for scheme in SCHEMES:
+        if scheme.name == name:
+            return scheme
+    raise RecipeError(f"scheme {text!r} is not known: choose auto, {', '.join(scheme.name for scheme in SCHEMES)}")
+
+
+def resolve(request: Request, scheme: Scheme, reason: str) -> Recipe:
+    """Return the scheme with the parts that the request overrides; a changed part makes it a scheme of its own."""
+    granularity = request.granularity or scheme.granularity
+    format = request.format or scheme.format
+    rounding = request.scale_rounding or (ScaleRounding.UP if granularity == MX else scheme.scale_rounding)
+    activations = request.activations or scheme.activations
+    method = request.quant_method or _method_of(format, granularity, rounding, activations)
+    parts = (format, granularity, rounding, activations, method)
+    for known in SCHEMES:
+        if parts == (known.format, known.granularity, known.scale_rounding, known.activations, known.quant_method):
+            return Recipe(known.name, reason, *parts, known.suffix)
+    detail = granularity.name.replace(":", "-")
+    suffix = f"FP8-{detail}" if format == E4M3 else f"FP8-{format.name}-{detail}"
+    return Recipe("custom", reason if request.scheme == "auto" else f"{scheme.name}, changed", *parts, suffix)
+
+
+def _method_of(format: Float8Format, granularity: Granularity, rounding: ScaleRounding, activations: str) -> str:
+    if format != E4M3:
+        return "fp8pack"
+    if granularity in (BLOCK_128, TENSOR) and activations == "dynamic":
+        return "fp8"
+    if granularity == CHANNEL or (granularity == MX and rounding == ScaleRounding.UP):
+        return "compressed-tensors"
+    return "fp8pack"
