@@ -24,7 +24,7 @@ _VERSION = 1
 class BandResult:
     """A finished band: BLAKE3 of its payload and of its scales, amax, and the energies of a sample of its rows.
 
-    A copied band has no scales and no amax. Energies are float64 sums over the first 16 rows of the band.
+    A copied band has no scales and no amax. Energies are float64 sums over the first 8 rows of the band.
     """
 
     tensor: str

@@ -4,6 +4,7 @@ import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 from safetensors import safe_open
@@ -24,20 +25,13 @@ class ShardWriter:
         self.path = path
 
     def start(self, header: bytes, size: int) -> None:
-        """Empty the file, give it its final size, and write the header."""
+        """Empty the file, take its final size from the disk where that costs nothing, and write the header."""
         with writing(self.path):
             os.ftruncate(self._fd, 0)
+            if _has_extents(self.path):
+                os.posix_fallocate(self._fd, 0, size)
             os.ftruncate(self._fd, size)
         self.write(memoryview(header), 0)
-
-    def reserve(self, size: int) -> None:
-        """Take the file's whole size from the disk now, so that a full disk shows before the work; other threads may write."""
-        with writing(self.path):
-            try:
-                os.posix_fallocate(self._fd, 0, size)
-            except OSError as error:
-                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
-                    raise
 
     def write(self, data: memoryview, offset: int) -> None:
         """Write all bytes at this offset of the file."""
@@ -54,6 +48,22 @@ class ShardWriter:
     def close(self) -> None:
         """Close the file."""
         os.close(self._fd)
+
+
+@cache
+def _mounts() -> dict[str, str]:
+    """The file system type of each device, by the kernel's own table; empty where there is none."""
+    try:
+        lines = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return {}
+    return {line.split()[2]: line.rpartition(" - ")[2].split()[0] for line in lines}
+
+
+def _has_extents(path: Path) -> bool:
+    """Whether reserving is a note in a tree; elsewhere, on tmpfs say, it would touch every page once more."""
+    device = path.stat().st_dev
+    return _mounts().get(f"{os.major(device)}:{os.minor(device)}") in ("ext4", "xfs", "btrfs", "f2fs")
 
 
 @contextmanager

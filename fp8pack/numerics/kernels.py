@@ -1,90 +1,35 @@
-"""The CPU kernels: one pass over cache-warm rows from BF16, FP16 or FP32 to FP8 bytes and scales.
+"""The CPU kernels, in Numba: one pass over cache-warm rows from BF16, FP16 or FP32 to FP8 bytes and scales.
 
 Legend: weight [N, K] arrives as its raw bits, uint16 (BF16, FP16) or uint32 (FP32); one scale serves a region of
-R x C elements; payload [N, K] uint8; scales [ceil(N/R), ceil(K/C)] float32.
+R x C elements; payload [N, K] uint8; scales [ceil(N/R), ceil(K/C)] float32; scratch holds three rows of K values.
 
     amax   the largest magnitude of the region: for these formats the largest integer once the sign is masked off
     scale  max(amax / max, 2^-126), rounded as asked; 1.0 for a region of zeros
     code   RNE(min(|x| / scale, max)), by true float32 division, with the sign of x
 
-All kernels stand in this one file because Numba's cache watches only the file of the function that is called. They
-are compiled when first called and kept in the cache directory where that can be written. `error_model="numpy"`
-drops Python's check for division by zero, which would keep LLVM from vectorising; no fast-math anywhere.
-Integer casts look redundant and are not: Numba widens uint16 and uint32 arithmetic to 64 bits, and each cast
-narrows it again, which is what lets 16 lanes fit a 512-bit register.
-Proof of the bytes: tests/numerics/test_kernels.py, against ml_dtypes and against torch.
+`error_model="numpy"` drops Python's check for division by zero, which would keep LLVM from vectorising; no fast-math
+anywhere. Integer casts look redundant and are not: Numba widens uint16 and uint32 arithmetic to 64 bits, and each
+cast narrows it again, which is what lets 16 lanes fit a 512-bit register.
+
+Nobody calls these functions as they stand: `native.py` has them compiled by `compile_kernels`, once on a machine, and
+loads the machine code without importing Numba. Proof of the bytes: tests/numerics/test_kernels.py, against ml_dtypes
+and against torch.
 """
 
+import re
 from typing import Any, Final
 
+import llvmlite.binding as llvm
 import numpy as np
-from numba import njit, types
+from numba import carray, cfunc, njit, types
 from numba.extending import intrinsic
-from numpy.typing import NDArray
 
-from fp8pack.numerics.formats import Float8Format
-from fp8pack.numerics.scaling import MIN_SCALE, ScaleRounding
+from fp8pack.numerics.scaling import MIN_SCALE
 
-Array = NDArray[Any]
+BF16, F16, F32 = 0, 1, 2  # kinds of weight
+NO_ROUNDING, ROUND_UP, ROUND_FLOOR = 0, 1, 2
 
-_KIND: Final = {"BF16": 0, "F16": 1, "F32": 2}
-_ROUNDING: Final = {ScaleRounding.NONE: 0, ScaleRounding.UP: 1, ScaleRounding.FLOOR: 2}
-_SIGN_MASK: Final = {"BF16": np.uint16(0x7FFF), "F16": np.uint16(0x7FFF), "F32": np.uint32(0x7FFFFFFF)}
-_INFINITY: Final = {"BF16": np.uint16(0x7F80), "F16": np.uint16(0x7C00), "F32": np.uint32(0x7F800000)}
-SOURCE_DTYPES: Final = tuple(_KIND)
-
-
-def quantize_rows(
-    weight: Array, payload: Array, scales: Array, *, dtype: str, region: tuple[int, int], target: tuple[Any, ...]
-) -> float:
-    """Write the payload and the scales of whole rows of regions; return amax, NaN if the weight holds a NaN or infinity.
-
-    Shapes: weight [N, K] uint16/uint32 bits of `dtype` (BF16, F16, F32); payload [N, K] uint8;
-        scales [ceil(N/R), ceil(K/C)] float32, where region = (R, C).
-    target: `target_of(format, rounding)`; with `fixed=True` the scales are read, not computed.
-    The bytes of a region with a NaN or infinity mean nothing.
-    """
-    limits = (_SIGN_MASK[dtype], _INFINITY[dtype])
-    return float(_quantize_rows(weight, payload, scales, region, _KIND[dtype], limits, target))
-
-
-def target_of(format: Float8Format, rounding: ScaleRounding, *, fixed: bool = False) -> tuple[Any, ...]:
-    """Return what the kernel needs to know of a format: max, emax, the encoder's three constants, the rounding.
-
-    The encoder adds to |q| a power of two 23 - mantissa_bits binades above it, so that the float32 adder rounds to
-    the FP8 grid, half to even. The low bits of the sum, plus the exponent moved to its FP8 place, plus a constant,
-    are the code; the constant is even and small, so it rides in the low bits of the addend.
-    """
-    shift = 23 - format.mantissa_bits
-    smallest = (128 - format.bias) << 23  # float32 bits of the smallest normal FP8 number
-    constant = -((128 - format.bias) << format.mantissa_bits) & 0xFF
-    return (
-        np.float32(format.max),
-        format.emax,
-        np.uint32(smallest),
-        np.uint32((shift << 23) | constant),
-        np.uint32(shift),
-        _ROUNDING[rounding],
-        fixed,
-    )
-
-
-def amax_rows(weight: Array, *, dtype: str) -> float:
-    """Return the largest magnitude of weight [N, K] (raw bits of `dtype`); NaN if it holds a NaN or infinity."""
-    return float(_amax_rows(weight, _KIND[dtype], _SIGN_MASK[dtype], _INFINITY[dtype]))
-
-
-def scale_of(amax: float, target: tuple[Any, ...]) -> np.float32:
-    """Return the scale of a region with this amax, rounded as `target` asks."""
-    return np.float32(_scale_of(np.float32(amax), target))
-
-
-def error_rows(weight: Array, payload: Array, scales: Array, *, dtype: str, region: tuple[int, int], table: Array) -> Array:
-    """Return float64 [signal, noise]: the energy of the weight and of what quantizing took away.
-
-    table: float32 [256], the value of each FP8 byte. `quantize_rows` gives the other arguments their meaning.
-    """
-    return np.asarray(_error_rows(weight, payload, scales, region, _KIND[dtype], table))
+_inline = njit(nogil=True, error_model="numpy")
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -111,15 +56,11 @@ def _shift_right(context: Any, value: Any, amount: Any) -> Any:
     return types.uint32(types.uint32, types.uint32), build
 
 
-_kernel = njit(nogil=True, error_model="numpy", cache=True)
-_inline = njit(nogil=True, error_model="numpy")
-
-
 @_inline
 def _widen(bits, kind):  # type: ignore[no-untyped-def]
-    if kind == 0:
+    if kind == BF16:
         return _float(np.uint32(np.uint32(bits) << np.uint32(16)))
-    if kind == 1:
+    if kind == F16:
         half = np.uint32(bits)
         magnitude = np.uint32(np.uint32(half & np.uint32(0x7FFF)) << np.uint32(13))
         sign = np.uint32(np.uint32(half & np.uint32(0x8000)) << np.uint32(16))
@@ -130,15 +71,15 @@ def _widen(bits, kind):  # type: ignore[no-untyped-def]
 
 @_inline
 def _widen_row(row, kind, values):  # type: ignore[no-untyped-def]
-    if kind == 0:
+    if kind == BF16:
         for c in range(row.size):
-            values[c] = _widen(row[c], 0)
-    elif kind == 1:
+            values[c] = _widen(row[c], BF16)
+    elif kind == F16:
         for c in range(row.size):
-            values[c] = _widen(row[c], 1)
+            values[c] = _widen(row[c], F16)
     else:
         for c in range(row.size):
-            values[c] = _widen(row[c], 2)
+            values[c] = _widen(row[c], F32)
 
 
 @_inline
@@ -147,10 +88,10 @@ def _scale_of(amax, target):  # type: ignore[no-untyped-def]
     if amax == np.float32(0):
         return np.float32(1)
     scale = max(np.float32(amax / largest), np.float32(MIN_SCALE))
-    if rounding == 1:
+    if rounding == ROUND_UP:
         bits = _bits(scale)
         scale = _float(np.uint32(np.uint32(bits + np.uint32(0x7FFFFF)) & np.uint32(0x7F800000)))
-    elif rounding == 2:
+    elif rounding == ROUND_FLOOR:
         exponent = np.int32(_bits(amax) >> np.uint32(23)) - np.int32(emax)
         scale = _float(np.uint32(np.uint32(max(exponent, np.int32(1))) << np.uint32(23)))
     return scale
@@ -186,14 +127,10 @@ def _largest(values):  # type: ignore[no-untyped-def]
     return found
 
 
-@_kernel
-def _quantize_rows(weight, payload, scales, region, kind, limits, target):  # type: ignore[no-untyped-def]
+@_inline
+def _quantize(weight, payload, scales, scratch, rows, cols, kind, mask, infinity, target):  # type: ignore[no-untyped-def]
     n, k = weight.shape
-    rows, cols = region
-    mask, infinity = limits
-    peaks = np.empty(k, weight.dtype)
-    row_scales = np.empty(k, np.float32)
-    values = np.empty(k, np.float32)
+    peaks, row_scales, values = scratch
     largest = weight.dtype.type(0)
     for i in range((n + rows - 1) // rows):
         lo, hi = i * rows, min(n, (i + 1) * rows)
@@ -213,26 +150,77 @@ def _quantize_rows(weight, payload, scales, region, kind, limits, target):  # ty
     return _widen(largest, kind) if largest < infinity else np.float32(np.nan)
 
 
-@_kernel
-def _amax_rows(weight, kind, mask, infinity):  # type: ignore[no-untyped-def]
-    peaks = np.empty(weight.shape[1], weight.dtype)
-    _peaks(weight, 0, weight.shape[0], mask, peaks)
-    peak = _largest(peaks)
-    return _widen(peak, kind) if peak < infinity else np.float32(np.nan)
+@_inline
+def _error(weight, payload, scales, rows, cols, kind, table, energy):  # type: ignore[no-untyped-def]
+    n, k = weight.shape
+    signal, noise = np.float64(0), np.float64(0)
+    for r in range(n):
+        source, codes = weight[r], payload[r]
+        for j in range((k + cols - 1) // cols):
+            scale = np.float64(scales[r // rows, j])
+            for c in range(j * cols, min(k, (j + 1) * cols)):
+                x = np.float64(_widen(source[c], kind))
+                error = x - np.float64(table[codes[c]]) * scale
+                signal += x * x
+                noise += error * error
+    energy[0], energy[1] = signal, noise
 
 
-@_kernel
-def _error_rows(weight, payload, scales, region, kind, table):  # type: ignore[no-untyped-def]
-    rows, cols = region
-    energy = np.zeros(2, np.float64)
-    for r in range(weight.shape[0]):
-        signal = np.float64(0)
-        noise = np.float64(0)
-        for c in range(weight.shape[1]):
-            x = np.float64(_widen(weight[r, c], kind))
-            error = x - np.float64(table[payload[r, c]]) * np.float64(scales[r // rows, c // cols])
-            signal += x * x
-            noise += error * error
-        energy[0] += signal
-        energy[1] += noise
-    return energy
+def compile_kernels(bits: type[np.uint16] | type[np.uint32]) -> str:
+    """Return LLVM IR of the kernels for weights of these raw bits, optimised for this processor.
+
+    It defines four C functions, with pointers to contiguous arrays:
+        float fp8pack_quantize(weight, payload, scales, peaks, row_scales, values, n, k, rows, cols, kind, mask,
+                               infinity, max, emax, smallest, addend, shift, rounding, fixed)
+        float fp8pack_amax(weight, peaks, n, k, kind, mask, infinity)
+        void  fp8pack_error(weight, payload, scales, table, energy, n, k, rows, cols, kind)
+        float fp8pack_scale(amax, max, emax, rounding)
+    """
+    u, p = (types.uint16 if bits is np.uint16 else types.uint32), types.CPointer
+    f, i, w = types.float32, types.int64, types.uint32
+    grid = (i, i, i, i)
+
+    @cfunc(f(p(u), p(types.uint8), p(f), p(u), p(f), p(f), *grid, i, u, u, f, i, w, w, w, i, i), error_model="numpy")
+    def quantize(weight, payload, scales, peaks, row_scales, values, n, k, rows, cols, kind, mask, infinity,  # type: ignore[no-untyped-def] # noqa: PLR0913
+                 largest, emax, smallest, addend, shift, rounding, fixed):  # fmt: skip
+        shape = ((n + rows - 1) // rows, (k + cols - 1) // cols)
+        scratch = (carray(peaks, (k,)), carray(row_scales, (k,)), carray(values, (k,)))
+        target = (largest, emax, smallest, addend, shift, rounding, fixed)
+        arrays = (carray(weight, (n, k)), carray(payload, (n, k)), carray(scales, shape))
+        return _quantize(arrays[0], arrays[1], arrays[2], scratch, rows, cols, kind, mask, infinity, target)
+
+    @cfunc(f(p(u), p(u), i, i, i, u, u), error_model="numpy")
+    def amax(weight, peaks, n, k, kind, mask, infinity):  # type: ignore[no-untyped-def] # noqa: PLR0913
+        row = carray(peaks, (k,))
+        _peaks(carray(weight, (n, k)), 0, n, mask, row)
+        peak = _largest(row)
+        return _widen(peak, kind) if peak < infinity else np.float32(np.nan)
+
+    @cfunc(types.void(p(u), p(types.uint8), p(f), p(f), p(types.float64), *grid, i), error_model="numpy")
+    def error(weight, payload, scales, table, energy, n, k, rows, cols, kind):  # type: ignore[no-untyped-def] # noqa: PLR0913
+        shape = ((n + rows - 1) // rows, (k + cols - 1) // cols)
+        _error(carray(weight, (n, k)), carray(payload, (n, k)), carray(scales, shape), rows, cols, kind,
+               carray(table, (256,)), carray(energy, (2,)))  # fmt: skip
+
+    @cfunc(f(f, f, i, i), error_model="numpy")
+    def scale(amax, largest, emax, rounding):  # type: ignore[no-untyped-def]
+        return _scale_of(amax, (largest, emax, np.uint32(0), np.uint32(0), np.uint32(0), rounding, 0))
+
+    compiled = {"quantize": quantize, "amax": amax, "error": error, "scale": scale}
+    modules = [_self_contained(function, f"fp8pack_{name}") for name, function in compiled.items()]
+    for module in modules[1:]:
+        modules[0].link_in(module)
+    return str(modules[0])
+
+
+def _self_contained(function: Any, name: str) -> llvm.ModuleRef:
+    """The IR of a C function under a plain name, with traps for Numba's own helpers.
+
+    Numba links in what raises Python exceptions and frees arrays. Nothing here raises or owns memory, so that code is
+    never reached; with traps in its place the object file needs neither Numba nor Python.
+    """
+    ir = function.inspect_llvm().replace(function.native_name, name)
+    trap = r"define internal \1 {\n  unreachable\n}"
+    ir = re.sub(r"^declare ((?!.*@llvm\.)[^@]*@[\w.]+\([^)]*\))[^\n]*$", trap, ir, flags=re.MULTILINE)
+    ir = re.sub(r"^(@PyExc_\w+) = external (?:local_unnamed_addr )?global (\S+).*$", r"\1 = internal global \2 zeroinitializer", ir, flags=re.MULTILINE)
+    return llvm.parse_assembly(ir)

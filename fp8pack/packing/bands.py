@@ -21,7 +21,7 @@ from fp8pack.packing.codecs import BITS_DTYPE, Codec
 from fp8pack.planning.plan import Packing, TensorPlan
 from fp8pack.units import ceil_div
 
-SAMPLE_ROWS = 16  # rows of each band whose error is measured
+SAMPLE_ROWS = 8  # rows of each band whose error is measured
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fp8pack.errors import Fp8PackError
+from fp8pack.numerics import native
 from fp8pack.numerics.formats import value_table
 from fp8pack.planning.plan import Packing
 
@@ -36,44 +37,37 @@ class Codec(Protocol):
 
 
 def make_codec(device: str) -> Codec:
-    """Return the codec of a device: `cpu` is the Numba kernels, anything else is torch on that device.
+    """Return the codec of a device: `cpu` is the CPU kernels, anything else is torch on that device.
 
     Raises:
         Fp8PackError: torch sees no such device.
     """
-    return NumbaCodec() if device == "cpu" else TorchCodec(device)
+    return CpuCodec() if device == "cpu" else TorchCodec(device)
 
 
-class NumbaCodec:
+class CpuCodec:
     """The CPU kernels. A strip is what is read, quantized and written at a time: small enough to stay in the L2 cache."""
 
-    strip_nbytes = 1 << 20
-
-    def __init__(self) -> None:
-        from fp8pack.numerics import kernels  # importing Numba takes 0.2 s, which only quantizing should pay
-
-        self._kernels = kernels
+    strip_nbytes = 2 << 20
 
     def amax(self, weight: Array, dtype: str) -> float:
         """See Codec."""
-        return self._kernels.amax_rows(weight, dtype=dtype)
+        return native.amax_rows(weight, dtype=dtype)
 
     def scale(self, amax: float, packing: Packing) -> np.float32:
         """See Codec."""
-        return self._kernels.scale_of(amax, self._kernels.target_of(packing.format, packing.rounding))
+        return native.scale_of(amax, packing.format, packing.rounding)
 
     def quantize(self, weight: Array, payload: Array, scales: Array, *, dtype: str, packing: Packing) -> float:
         """See Codec."""
-        target = self._kernels.target_of(packing.format, packing.rounding, fixed=packing.two_pass)
         region = packing.granularity.region(weight.shape)
-        return self._kernels.quantize_rows(weight, payload, scales, dtype=dtype, region=region, target=target)
+        rounding = None if packing.two_pass else packing.rounding
+        return native.quantize_rows(weight, payload, scales, dtype=dtype, region=region, format=packing.format, rounding=rounding)
 
     def error(self, weight: Array, payload: Array, scales: Array, *, dtype: str, packing: Packing) -> tuple[float, float]:
         """See Codec."""
         region = packing.granularity.region(weight.shape)
-        table = value_table(packing.format)
-        signal, noise = self._kernels.error_rows(weight, payload, scales, dtype=dtype, region=region, table=table)
-        return float(signal), float(noise)
+        return native.error_rows(weight, payload, scales, dtype=dtype, region=region, table=value_table(packing.format))
 
 
 class TorchCodec:

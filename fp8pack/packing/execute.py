@@ -4,8 +4,9 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
-from threading import Lock, Thread
+from threading import Lock
 
 import numpy as np
 from blake3 import blake3
@@ -121,8 +122,8 @@ class Execution:
         """Return the bytes that the outputs still need on the disk."""
         return sum(work.size for work in self.works if not work.results)
 
-    def run(self, make_codec: Callable[[], Codec], *, workers: int, stop: Stop, tick: Callable[[], None]) -> None:
-        """Make every shard. The disk is reserved by a thread of its own while the codec loads.
+    def run(self, codec: Codec, *, workers: int, stop: Stop, tick: Callable[[], None]) -> None:
+        """Make every shard. What is finished stays finished, whatever ends the run.
 
         Raises:
             InputError: weights hold a NaN or infinity; all of them are named. Finished work is kept.
@@ -131,18 +132,12 @@ class Execution:
         for work in self.works:
             if not work.results:
                 _start(self._folder / work.plan.file, work)
-        reservation = Thread(target=self._reserve, args=(stop,), daemon=True)
-        reservation.start()
         try:
-            codec = make_codec()
             self._find_amax(codec, workers, stop, tick)
             scales = self._scales(codec)
-            jobs = (
-                (work, band) for work in self.works if not work.is_done for band in work.missing() if band.tensor.spec.name not in self._offenders
-            )
-            run_threads(jobs, lambda: self._worker(codec, scales), count=workers, stop=stop, tick=tick)
+            streams = (self._jobs(work) for work in self.works if not work.is_done)
+            run_threads(streams, lambda: self._worker(codec, scales), count=workers, stop=stop, tick=tick)
         finally:
-            reservation.join()
             for work in self.works:
                 self._checkpoint(work, work.pending)
         if self._offenders:
@@ -154,17 +149,8 @@ class Execution:
             if work.is_complete and not work.is_done:
                 self._finish(work)
 
-    def _reserve(self, stop: Stop) -> None:
-        try:
-            for work in self.works:
-                if not work.results and not stop.event.is_set():
-                    writer = ShardWriter(self._folder / work.plan.file)
-                    try:
-                        writer.reserve(work.size)
-                    finally:
-                        writer.close()
-        except BaseException as error:
-            stop.fail(error)
+    def _jobs(self, work: ShardWork) -> Iterator[tuple[ShardWork, Band]]:
+        return ((work, band) for band in work.missing() if band.tensor.spec.name not in self._offenders)
 
     def _find_amax(self, codec: Codec, workers: int, stop: Stop, tick: Callable[[], None]) -> None:
         todo = [tensor for tensor in self._two_pass if tensor.spec.name not in self._amax]
@@ -182,9 +168,9 @@ class Execution:
 
             return work
 
-        jobs = (Band(tensor, index) for tensor in todo for index in range(tensor.num_bands))
+        files = [list(members) for _, members in groupby(todo, key=lambda tensor: tensor.spec.file)]
         try:
-            run_threads(jobs, make_worker, count=workers, stop=stop, tick=tick)
+            run_threads([_bands(tensors) for tensors in files], make_worker, count=workers, stop=stop, tick=tick)
         finally:
             finished = {t.spec.name: max(found[t.spec.name].values(), key=_nan_first) for t in todo if len(found[t.spec.name]) == t.num_bands}
             self._offenders |= {name for name, amax in finished.items() if math.isnan(amax)}
@@ -246,6 +232,10 @@ class Execution:
         check_shard(self._folder / work.plan.file, work.plan)
         self._journal.add_done(work.plan.file, work.digest)
         work.is_done = True
+
+
+def _bands(tensors: list[TensorPlan]) -> Iterator[Band]:
+    return (Band(tensor, index) for tensor in tensors for index in range(tensor.num_bands))
 
 
 def _start(path: Path, work: ShardWork) -> None:

@@ -5,7 +5,6 @@ import os
 import resource
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,11 @@ from fp8pack.errors import DeadlineError, OutputError
 from fp8pack.numerics.metrics import sqnr_db
 from fp8pack.packing.codecs import make_codec
 from fp8pack.packing.execute import Execution
+from fp8pack.packing.facts import PackResult, pack_facts
 from fp8pack.packing.metadata import manifest_path, write_metadata
-from fp8pack.packing.prepare import Prepared
+from fp8pack.packing.prepare import Prepared, WriteOptions, prepare
 from fp8pack.packing.workers import Stop
+from fp8pack.planning.recipe import Request
 from fp8pack.units import format_size
 
 _BASE_MEMORY = 100 << 20  # interpreter and Numba
@@ -26,23 +27,19 @@ _BASE_MEMORY = 100 << 20  # interpreter and Numba
 OnProgress = Callable[[int, int], None]  # bytes gone through, bytes in all
 
 
-@dataclass(frozen=True, slots=True)
-class PackResult:
-    """What a run did. SQNR is measured on the first 16 rows of every band; None where this run measured nothing."""
+def pack(model: str | Path, request: Request | None = None, options: WriteOptions | None = None, *, dry_run: bool = False) -> dict[str, Any]:
+    """Pack a checkpoint; return what `fp8pack pack --json` prints.
 
-    output: Path
-    root: str
-    already_complete: bool
-    seconds: float
-    resumed_nbytes: int = 0
-    sqnr_mean: float | None = None
-    sqnr_worst: float | None = None
-    sqnr_worst_tensor: str | None = None
-    peak_memory: int = 0
-    notes: tuple[str, ...] = ()
+    model: a directory, a `.safetensors` file, or the id of a repository in the hub cache.
+
+    Raises:
+        Fp8PackError: in the kinds of errors.py, as `prepare` and `carry_out` say.
+    """
+    prepared = prepare(Path(model), request or Request(), options or WriteOptions())
+    return pack_facts(prepared, None if dry_run else carry_out(prepared))
 
 
-def pack(prepared: Prepared, on_progress: OnProgress = lambda done, total: None) -> PackResult:
+def carry_out(prepared: Prepared, on_progress: OnProgress = lambda done, total: None) -> PackResult:
     """Write the packed checkpoint; a finished one of the same source and recipe is left as it is.
 
     Raises:
@@ -110,7 +107,7 @@ def _run(prepared: Prepared, execution: Execution, stop: Stop, staging: Staging,
         staging.beat()
         on_progress(counters.done_nbytes, counters.total_nbytes)
 
-    execution.run(lambda: make_codec(prepared.options.device), workers=_num_workers(prepared), stop=stop, tick=tick)
+    execution.run(make_codec(prepared.options.device), workers=_num_workers(prepared), stop=stop, tick=tick)
     on_progress(counters.done_nbytes, counters.total_nbytes)
     if stop.deadline_passed:
         done, total = format_size(counters.done_nbytes), format_size(counters.total_nbytes)

@@ -1,10 +1,10 @@
 """Threads that work bands until none is left, something fails, or somebody asks them to stop."""
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from threading import Event, Lock, Thread
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
@@ -32,22 +32,47 @@ class Stop:
             self.event.set()
 
 
-def run_threads(jobs: Iterable[T], make_worker: Callable[[], Callable[[T], None]], *, count: int, stop: Stop, tick: Callable[[], None]) -> None:
-    """Hand the jobs, in order, to `count` threads, each with a worker of its own; return when all threads ended.
+class _Queue(Generic[T]):
+    """Hands out the jobs of several streams; a thread stays in its stream, and helps in another only at the end."""
 
+    def __init__(self, streams: Iterable[Iterable[T]]) -> None:
+        self._waiting = (iter(stream) for stream in streams)
+        self._started: list[Iterator[T]] = []
+        self._lock = Lock()
+
+    def take(self, current: Iterator[T] | None) -> tuple[Iterator[T] | None, T | None]:
+        """Return a job and the stream it is from, None when all are given out."""
+        with self._lock:
+            if current is not None and (job := next(current, None)) is not None:
+                return current, job
+            for stream in self._waiting:
+                if (job := next(stream, None)) is not None:
+                    self._started.append(stream)
+                    return stream, job
+            for stream in self._started:
+                if (job := next(stream, None)) is not None:
+                    return stream, job
+            return None, None
+
+
+def run_threads(
+    streams: Iterable[Iterable[T]], make_worker: Callable[[], Callable[[T], None]], *, count: int, stop: Stop, tick: Callable[[], None]
+) -> None:
+    """Work the jobs of several streams with `count` threads, each with a worker of its own; return when all threads ended.
+
+    A stream is a file: threads in one file would wait for each other, because the kernel lets one at a time write to it.
     `tick` is called about four times a second from the calling thread. An exception there (KeyboardInterrupt, say)
     stops the threads after the jobs in their hands and is raised; the first exception of a worker likewise.
     """
-    queue, lock, ended = iter(jobs), Lock(), Event()
+    queue, lock, ended = _Queue(streams), Lock(), Event()
     running = count
 
     def work() -> None:
         nonlocal running
         try:
-            worker = make_worker()
+            worker, stream = make_worker(), None
             while not stop.event.is_set():
-                with lock:
-                    job = next(queue, None)
+                stream, job = queue.take(stream)
                 if job is None:
                     break
                 worker(job)

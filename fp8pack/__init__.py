@@ -1,0 +1,29 @@
+"""Pack BF16 checkpoints into FP8, offline, and load the result into device buffers.
+
+The public names are resolved when they are first used, so that `import fp8pack` costs nothing.
+"""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "Fp8PackError": "fp8pack.errors",
+    "PackedCheckpoint": "fp8pack.runtime.load",
+    "PackedTensor": "fp8pack.runtime.packed_tensor",
+    "inspect": "fp8pack.api",
+    "load_packed": "fp8pack.runtime.load",
+    "pack": "fp8pack.api",
+}
+__all__ = ["__version__", *_PUBLIC]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'fp8pack' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

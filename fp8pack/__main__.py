@@ -1,0 +1,12 @@
+"""`python -m fp8pack`, and the entry point of the `fp8pack` command."""
+
+import gc
+import os
+
+gc.set_threshold(100_000)  # imports make many objects and no garbage: 3 % of a pack went into looking for some
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # NumPy starts these threads, they spin, and nothing here needs them
+
+from fp8pack.cli.app import main  # noqa: E402
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""The Typer application, and the one place where an error becomes a sentence and an exit code."""
+
+import os
+import signal
+import sys
+import traceback
+from types import FrameType
+from typing import Annotated, NoReturn
+
+import typer
+
+from fp8pack import __version__
+from fp8pack.cli.inspect import inspect
+from fp8pack.cli.pack import pack
+from fp8pack.errors import Fp8PackError
+
+app = typer.Typer(
+    name="fp8pack",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(pack)
+app.command()(inspect)
+
+
+class Interrupted(BaseException):
+    """SIGINT or SIGTERM arrived; not an Exception, so that nothing on the way swallows it."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signum)
+        self.signum = signum
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"fp8pack {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    """Pack BF16 checkpoints into FP8: offline, without the model's class, in constant memory."""
+
+
+def main() -> NoReturn:
+    """Run the command line; an expected failure is one line on stderr and the exit code of its kind."""
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, _interrupt)
+    try:
+        app()
+    except Fp8PackError as error:
+        if os.environ.get("FP8PACK_DEBUG") == "1":
+            traceback.print_exc()
+        print(f"fp8pack: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except Interrupted as interruption:
+        print("fp8pack: interrupted; finished work is kept, the same command continues", file=sys.stderr)
+        sys.exit(128 + interruption.signum)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
+    sys.exit(0)
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> NoReturn:
+    signal.signal(signum, signal.SIG_DFL)
+    raise Interrupted(signum)

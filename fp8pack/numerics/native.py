@@ -1,0 +1,174 @@
+"""The CPU kernels as machine code: compiled once on a machine, then loaded in a hundredth of a second.
+
+Importing Numba and reviving its own cache takes a quarter of a second of every run; so the object file is kept by
+fp8pack, in $FP8PACK_CACHE_DIR or $XDG_CACHE_HOME/fp8pack or ~/.cache/fp8pack, under a name that changes with the
+kernels, the compiler and the processor. Where that directory is not writable, each run compiles anew.
+"""
+
+import ctypes
+import os
+from collections.abc import Callable
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from threading import Lock
+from typing import Any, Final
+
+import llvmlite.binding as llvm
+import numpy as np
+from blake3 import blake3
+from numpy.typing import NDArray
+
+from fp8pack.numerics.formats import Float8Format
+from fp8pack.numerics.scaling import ScaleRounding
+
+Array = NDArray[Any]
+Bits = type[np.uint16] | type[np.uint32]
+
+_KIND: Final = {"BF16": 0, "F16": 1, "F32": 2}
+_BITS: Final[dict[str, Bits]] = {"BF16": np.uint16, "F16": np.uint16, "F32": np.uint32}
+_SIGN_MASK: Final = {"BF16": 0x7FFF, "F16": 0x7FFF, "F32": 0x7FFFFFFF}
+_INFINITY: Final = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F800000}
+_ROUNDING: Final = {ScaleRounding.NONE: 0, ScaleRounding.UP: 1, ScaleRounding.FLOOR: 2}
+_DIGEST_NBYTES = 32
+
+
+def quantize_rows(
+    weight: Array,
+    payload: Array,
+    scales: Array,
+    *,
+    dtype: str,
+    region: tuple[int, int],
+    format: Float8Format,
+    rounding: ScaleRounding | None,
+) -> float:
+    """Write the payload and the scales of whole rows of regions; return amax, NaN if the weight holds a NaN or infinity.
+
+    Shapes: weight [N, K], the raw bits of `dtype` (uint16 for BF16 and F16, uint32 for F32); payload [N, K] uint8;
+        scales [ceil(N/R), ceil(K/C)] float32, where region = (R, C); all contiguous.
+    rounding: None reads the scales instead of computing them.
+    The bytes of a region with a NaN or infinity mean nothing.
+
+    The encoder adds to |q| a power of two 23 - mantissa_bits binades above it, so that the float32 adder rounds to
+    the FP8 grid, half to even. The low bits of the sum, plus the exponent moved to its FP8 place, plus a constant,
+    are the code; the constant is even and small, so it rides in the low bits of the addend.
+    """
+    n, k = weight.shape
+    shift = 23 - format.mantissa_bits
+    smallest = (128 - format.bias) << 23  # float32 bits of the smallest normal FP8 number
+    constant = -((128 - format.bias) << format.mantissa_bits) & 0xFF
+    scratch = np.empty((3, k), np.uint32)
+    return float(
+        _kernels(_BITS[dtype]).quantize(
+            *_pointers(weight, payload, scales, scratch[0], scratch[1], scratch[2]),
+            *(n, k, *region, _KIND[dtype], _SIGN_MASK[dtype], _INFINITY[dtype]),
+            *(format.max, format.emax, smallest, (shift << 23) | constant, shift),
+            *(0 if rounding is None else _ROUNDING[rounding], int(rounding is None)),
+        )
+    )
+
+
+def amax_rows(weight: Array, *, dtype: str) -> float:
+    """Return the largest magnitude of weight [N, K] (raw bits of `dtype`); NaN if it holds a NaN or infinity."""
+    n, k = weight.shape
+    scratch = np.empty(k, weight.dtype)
+    limits = (_KIND[dtype], _SIGN_MASK[dtype], _INFINITY[dtype])
+    return float(_kernels(_BITS[dtype]).amax(*_pointers(weight, scratch), n, k, *limits))
+
+
+def scale_of(amax: float, format: Float8Format, rounding: ScaleRounding) -> np.float32:
+    """Return the scale of a region with this amax."""
+    return np.float32(_kernels(np.uint16).scale(amax, format.max, format.emax, _ROUNDING[rounding]))
+
+
+def error_rows(
+    weight: Array, payload: Array, scales: Array, *, dtype: str, region: tuple[int, int], table: Array
+) -> tuple[float, float]:
+    """Return signal and noise: the energy of the weight, and of what quantizing took away from it, in float64.
+
+    table: float32 [256], the value of each FP8 byte. `quantize_rows` gives the other arguments their meaning.
+    """
+    energy = np.zeros(2, np.float64)
+    _kernels(_BITS[dtype]).error(*_pointers(weight, payload, scales, table, energy), *weight.shape, *region, _KIND[dtype])
+    return float(energy[0]), float(energy[1])
+
+
+class _Kernels:
+    """The four C functions, and the engine that owns their code."""
+
+    def __init__(self, machine_code: bytes, machine: llvm.TargetMachine) -> None:
+        self._engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
+        self._engine.add_object_file(llvm.ObjectFileRef.from_data(machine_code))
+        self._engine.finalize_object()
+        p, f, i, u = ctypes.c_void_p, ctypes.c_float, ctypes.c_int64, ctypes.c_uint32
+        self.quantize = self._function("quantize", f, *[p] * 6, *[i] * 5, u, u, f, i, u, u, u, i, i)
+        self.amax = self._function("amax", f, p, p, i, i, i, u, u)
+        self.error = self._function("error", None, *[p] * 5, *[i] * 5)
+        self.scale = self._function("scale", f, f, f, i, i)
+
+    def _function(self, name: str, result: Any, *arguments: Any) -> Callable[..., Any]:
+        address = self._engine.get_function_address(f"fp8pack_{name}")
+        return ctypes.CFUNCTYPE(result, *arguments)(address)  # ctypes lets go of the GIL during the call
+
+
+_loading = Lock()
+
+
+def _kernels(bits: Bits) -> _Kernels:
+    with _loading:  # two threads that both loaded would each free the code that the other is running
+        return _load(bits)
+
+
+@cache
+def _load(bits: Bits) -> _Kernels:
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    cpu, features = llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()
+    machine = llvm.Target.from_default_triple().create_target_machine(
+        cpu=cpu, features=features, opt=3, reloc="pic", codemodel="jitdefault", jit=True
+    )
+    source = Path(__file__).with_name("kernels.py").read_bytes()
+    key = blake3(source)
+    key.update(repr((bits.__name__, cpu, features, version("numba"), version("llvmlite"))).encode())
+    path = _cache_dir() / f"kernels-{key.hexdigest(16)}.o"
+    machine_code = _read_cached(path)
+    if machine_code is None:
+        from fp8pack.numerics.kernels import compile_kernels  # imports Numba, which only compiling needs
+
+        machine_code = machine.emit_object(llvm.parse_assembly(compile_kernels(bits)))
+        _write_cached(path, machine_code)
+    return _Kernels(machine_code, machine)
+
+
+def _pointers(*arrays: Array) -> tuple[int, ...]:
+    return tuple(array.ctypes.data for array in arrays)
+
+
+def _cache_dir() -> Path:
+    if configured := os.environ.get("FP8PACK_CACHE_DIR"):
+        return Path(configured)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fp8pack"
+
+
+def _read_cached(path: Path) -> bytes | None:
+    """The machine code, if it is whole and nobody but this user (or root) could have written it."""
+    try:
+        status = path.stat()
+        data = path.read_bytes()
+    except OSError:
+        return None
+    trusted = status.st_uid in (os.geteuid(), 0) and not status.st_mode & 0o022
+    whole = blake3(data[_DIGEST_NBYTES:]).digest() == data[:_DIGEST_NBYTES]
+    return data[_DIGEST_NBYTES:] if trusted and whole else None
+
+
+def _write_cached(path: Path, machine_code: bytes) -> None:
+    temporary = path.with_suffix(f".{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(blake3(machine_code).digest() + machine_code)
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)

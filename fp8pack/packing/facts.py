@@ -1,0 +1,78 @@
+"""What a pack will do, or did, as plain data: the document that `--json` prints and the summary is drawn from."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fp8pack.packing.prepare import Prepared
+from fp8pack.planning.plan import Action, TensorPlan
+
+
+@dataclass(frozen=True, slots=True)
+class PackResult:
+    """What a run did. SQNR is measured on the first 8 rows of every band; None where this run measured nothing."""
+
+    output: Path
+    root: str
+    already_complete: bool
+    seconds: float
+    resumed_nbytes: int = 0
+    sqnr_mean: float | None = None
+    sqnr_worst: float | None = None
+    sqnr_worst_tensor: str | None = None
+    peak_memory: int = 0
+    notes: tuple[str, ...] = ()
+
+
+def pack_facts(prepared: Prepared, result: PackResult | None) -> dict[str, Any]:
+    """Return the facts of a pack; without a result those of a dry run, which also lists every tensor."""
+    source, plan = prepared.source, prepared.plan
+    facts: dict[str, Any] = {
+        "schema": 1,
+        "model": source.name,
+        "source": str(source.path),
+        "architecture": plan.facts.architecture,
+        "source_dtypes": sorted({tensor.spec.dtype for tensor in plan.tensors}),
+        "recipe": plan.recipe.as_data(prepared.request),
+        "num_tensors": len(plan.tensors),
+        "num_packed": len(plan.packed),
+        "kept": [_kept(tensor) for tensor in plan.tensors if tensor.action == Action.COPIED],
+        "left_out": [{"file": side.name, "size": side.size, "rule": side.rule} for side in prepared.side_files if side.rule],
+        "source_nbytes": plan.source_nbytes,
+        "output_nbytes": plan.output_nbytes,
+        "output": str(prepared.output),
+        "engines": [
+            {"engine": v.engine, "tp": list(v.tp), "note": v.note, "reason": v.reason, "remedy": v.remedy} for v in plan.engines
+        ],
+        "warnings": list(plan.warnings),
+        "dry_run": result is None,
+    }
+    if result is None:
+        return facts | {"tensors": [_planned(tensor) for tensor in plan.tensors]}
+    return facts | {
+        "already_complete": result.already_complete,
+        "root": result.root,
+        "seconds": result.seconds,
+        "resumed_nbytes": result.resumed_nbytes,
+        "peak_memory": result.peak_memory,
+        "sqnr": {"mean": result.sqnr_mean, "worst": result.sqnr_worst, "worst_tensor": result.sqnr_worst_tensor},
+        "notes": list(result.notes),
+    }
+
+
+def _kept(tensor: TensorPlan) -> dict[str, Any]:
+    return {"name": tensor.spec.name, "role": tensor.role, "reason": tensor.reason, "nbytes": tensor.spec.nbytes}
+
+
+def _planned(tensor: TensorPlan) -> dict[str, Any]:
+    planned: dict[str, Any] = {
+        "name": tensor.spec.name,
+        "action": tensor.action.value,
+        "role": tensor.role,
+        "reason": tensor.reason,
+        "dtype": tensor.spec.dtype,
+        "shape": list(tensor.spec.shape),
+    }
+    if tensor.packing:
+        planned |= {"format": tensor.packing.format.name, "granularity": tensor.packing.granularity.name, "scale": tensor.packing.scale.name}
+    return planned

@@ -1,0 +1,1 @@
+"""What a person looks at. Facts are drawn here, never computed."""
