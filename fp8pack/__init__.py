@@ -12,9 +12,11 @@ _PUBLIC = {
     "Fp8PackError": "fp8pack.errors",
     "PackedCheckpoint": "fp8pack.runtime.load",
     "PackedTensor": "fp8pack.runtime.packed_tensor",
-    "inspect": "fp8pack.api",
+    "Request": "fp8pack.planning.recipe",
+    "WriteOptions": "fp8pack.packing.prepare",
+    "inspect": "fp8pack.packing.inspect",
     "load_packed": "fp8pack.runtime.load",
-    "pack": "fp8pack.api",
+    "pack": "fp8pack.packing.pack",
 }
 __all__ = ["__version__", *_PUBLIC]
 

@@ -76,27 +76,36 @@ class ShardReader:
 
 
 def open_source(path: Path) -> Source:
-    """Look at a checkpoint: a directory, a `.safetensors` file, or the id of a repository in the hub cache.
+    """Look at a checkpoint that is to be packed: a directory, a `.safetensors` file, or a repository in the hub cache.
 
     Raises:
         InputError: the path is no checkpoint that fp8pack takes; the sentence names the way out.
     """
+    source = open_checkpoint(path)
+    _refuse_quantized(source.config, source.directory)
+    for spec in source.specs:
+        if spec.dtype.startswith(("F8", "F6", "F4")):
+            raise InputError(f"{spec.file}: tensor {spec.name!r} is {spec.dtype} already: fp8pack packs BF16, FP16 and FP32 checkpoints")
+    return source
+
+
+def open_checkpoint(path: Path) -> Source:
+    """Look at any safetensors checkpoint, packed or not; raises as `open_source` does."""
     if not path.exists():
         path = _find_in_hub_cache(path)
-    index_name = None
-    if path.is_file():
-        files = [path.name]
-        directory, config, is_single = path.parent, {}, True
-        if path.suffix != ".safetensors":
-            raise InputError(f"{path} is no .safetensors file: save the model as safetensors, with `save_pretrained(safe_serialization=True)`")
-    else:
-        directory, is_single = path, False
+    config: dict[str, Any] = {}
+    index_name, weight_map = None, {}
+    if path.is_dir():
+        directory = path
         _refuse_other_kinds(path)
         config = read_json(path / "config.json") if (path / "config.json").exists() else {}
         index_name = _find_index(path)
         weight_map = _read_index(path, index_name) if index_name else {}
         files = sorted(set(weight_map.values())) if weight_map else [_only_file(path)]
-    _refuse_quantized(config, directory)
+    elif path.suffix == ".safetensors":
+        directory, files = path.parent, [path.name]
+    else:
+        raise InputError(f"{path} is no .safetensors file: save the model as safetensors, with `save_pretrained(safe_serialization=True)`")
     headers = {}
     for file in files:
         with _opened(directory / file) as fd:
@@ -107,7 +116,7 @@ def open_source(path: Path) -> Source:
         _check_index(specs, weight_map, index_name)
     sources = tuple(SourceFile(file, size, header.metadata, _digest(header.raw)) for file, (header, size) in headers.items())
     fingerprint = _fingerprint(directory, {file: header for file, (header, _) in headers.items()})
-    return Source(path, _display_name(path), directory, sources, specs, config, is_single, index_name, fingerprint)
+    return Source(path, _display_name(path), directory, sources, specs, config, not path.is_dir(), index_name, fingerprint)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -237,8 +246,6 @@ def _check_tensors(specs: tuple[TensorSpec, ...], directory: Path) -> None:
         if spec.name in seen:
             raise InputError(f"tensor {spec.name!r} stands in both {seen[spec.name]} and {spec.file}")
         seen[spec.name] = spec.file
-        if spec.dtype.startswith(("F8", "F6", "F4")):
-            raise InputError(f"{spec.file}: tensor {spec.name!r} is {spec.dtype} already: fp8pack packs BF16, FP16 and FP32 checkpoints")
 
 
 def _check_index(specs: tuple[TensorSpec, ...], weight_map: dict[str, str], name: str) -> None:

@@ -1,2 +1,26 @@
-def inspect() -> None:
-    """x"""
+"""`fp8pack inspect`."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def inspect(
+    checkpoint: Annotated[Path, typer.Argument(help="A directory or a .safetensors file, packed or not.", show_default=False)],
+    against: Annotated[Path | None, typer.Option(metavar="SOURCE", help="What it was packed from: measures the SQNR of every weight.")] = None,
+    fail_if: Annotated[list[str] | None, typer.Option(metavar="BOUND", help="Exit with 8 if it holds, such as 'sqnr_min<28'.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+) -> None:
+    """Show what a checkpoint holds, tensor by tensor."""
+    from fp8pack.packing import inspect as inspection  # imports NumPy and LLVM, which --help must not wait for
+    from fp8pack.report.table import print_inspection
+
+    bounds = [inspection.parse_bound(text) for text in fail_if or ()]
+    facts = inspection.inspect(checkpoint, against)
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2, ensure_ascii=False))
+    else:
+        print_inspection(facts)
+    inspection.check_bounds(facts, bounds)

@@ -1,7 +1,6 @@
 """`pack`: a BF16, FP16 or FP32 checkpoint in, an FP8 checkpoint out."""
 
 import json
-import os
 import resource
 import time
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from fp8pack.packing.execute import Execution
 from fp8pack.packing.facts import PackResult, pack_facts
 from fp8pack.packing.metadata import manifest_path, write_metadata
 from fp8pack.packing.prepare import Prepared, WriteOptions, prepare
-from fp8pack.packing.workers import Stop
+from fp8pack.packing.workers import Stop, available_cores
 from fp8pack.planning.recipe import Request
 from fp8pack.units import format_size
 
@@ -116,10 +115,9 @@ def _run(prepared: Prepared, execution: Execution, stop: Stop, staging: Staging,
 
 def _num_workers(prepared: Prepared) -> int:
     """As many threads as there are cores, but no more than the memory budget holds bands for."""
-    cores = len(os.sched_getaffinity(0))
     band = max(tensor.band_rows * (tensor.spec.nbytes // tensor.spec.shape[0]) for tensor in prepared.plan.packed)
     budget = max(prepared.options.max_memory - _BASE_MEMORY, 0)
-    return max(1, min(prepared.options.workers or cores, budget // (band + band // 2)))
+    return max(1, min(prepared.options.workers or available_cores(), budget // (band + band // 2)))
 
 
 def _result(prepared: Prepared, root: str, seconds: float, execution: Execution, staging: Staging) -> PackResult:

@@ -51,7 +51,7 @@ def prepare(model: Path, request: Request, options: WriteOptions) -> Prepared:
         OutputError, SpaceError: the output cannot stand where it is asked for.
     """
     source = open_source(model)
-    weights = [file.name for file in source.files]
+    weights = [file.name for file in source.files] + ([source.index_name] if source.index_name else [])
     side_files = () if source.is_single_file else list_side_files(source.directory, weights, options.copy)
     recipe = choose_recipe(source.specs, source.facts, request)
     method = find_method(recipe.quant_method)

@@ -1,5 +1,6 @@
 """Threads that work bands until none is left, something fails, or somebody asks them to stop."""
 
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -30,6 +31,11 @@ class Stop:
         if self.deadline is not None and time.monotonic() >= self.deadline:
             self.deadline_passed = True
             self.event.set()
+
+
+def available_cores() -> int:
+    """Return the processors that this process may use."""
+    return len(os.sched_getaffinity(0))
 
 
 class _Queue(Generic[T]):

@@ -160,6 +160,15 @@ def fused_module(name: str) -> str | None:
     return f"{parent}.{_FUSED_LEAF[leaf][0]}"
 
 
+def is_part_of(name: str, module: str) -> bool:
+    """Say whether engines fuse this weight into a module: `….qkv_proj`, or `….experts.gate_up_proj` of all experts."""
+    match = _EXPERT.match(name.removesuffix(".weight"))
+    if match and name.endswith(".weight"):
+        leaf = _FUSED_LEAF.get(match["leaf"], (match["leaf"], 0))[0]
+        return module in (f"{match['parent']}.{leaf}", f"{match['parent']}.{match['index']}.{leaf}")
+    return fused_module(name) == module
+
+
 def together(name: str) -> str | None:
     """Return the group that must be packed or kept as one: the experts of a layer, or a fused module."""
     match = _EXPERT.match(name.removesuffix(".weight"))

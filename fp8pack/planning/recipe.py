@@ -133,12 +133,14 @@ def resolve(request: Request, scheme: Scheme, reason: str) -> Recipe:
     activations = request.activations or scheme.activations
     method = request.quant_method or _method_of(format, granularity, rounding, activations)
     parts = (format, granularity, rounding, activations, method)
+    asked = (request.format, request.granularity, request.scale_rounding, request.activations, request.quant_method)
+    reason = "asked for" if any(asked) else reason
     for known in SCHEMES:
         if parts == (known.format, known.granularity, known.scale_rounding, known.activations, known.quant_method):
             return Recipe(known.name, reason, *parts, known.suffix)
     detail = granularity.name.replace(":", "-")
     suffix = f"FP8-{detail}" if format == E4M3 else f"FP8-{format.name}-{detail}"
-    return Recipe("custom", reason if request.scheme == "auto" else f"{scheme.name}, changed", *parts, suffix)
+    return Recipe("custom", reason, *parts, suffix)
 
 
 def _method_of(format: Float8Format, granularity: Granularity, rounding: ScaleRounding, activations: str) -> str:

@@ -1,0 +1,117 @@
+"""The manifest's entries as pydantic models: they read `fp8pack.json` back and publish its schema."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from fp8pack.checkpoint.manifest import MANIFEST_NAME, SCHEMA_VERSION
+from fp8pack.errors import InputError
+
+Digest = Annotated[str, Field(pattern=r"^blake3:[0-9a-f]{64}$")]
+Shape = list[Annotated[int, Field(ge=0)]]
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class ScaleEntry(_Entry):
+    """The scale tensor beside a payload: the multiplier that dequantizes, under the name that the convention gives it."""
+
+    tensor: str
+    dtype: Literal["F32", "U8"]
+    shape: Shape
+    dequantize: str
+    digest: Digest
+
+
+class PackedEntry(_Entry):
+    """A weight [N, K] that was packed; `block` is the region that shares a scale, `band_rows` the unit of its digest."""
+
+    action: Literal["packed"]
+    role: str
+    reason: str
+    file: str
+    format: Literal["e4m3", "e5m2"]
+    granularity: str
+    block: tuple[int, int]
+    layout: Literal["row-major [N, K]"]
+    shape: tuple[int, int]
+    source_dtype: Literal["BF16", "F16", "F32"]
+    scale_inv: ScaleEntry
+    amax: float
+    band_rows: int
+    digest: Digest
+
+
+class CopiedEntry(_Entry):
+    """A tensor that was carried over byte for byte, and why."""
+
+    action: Literal["copied"]
+    role: str
+    reason: str
+    file: str
+    dtype: str
+    shape: Shape
+    digest: Digest
+
+
+class FileEntry(_Entry):
+    """A file of the output: a shard is proved by the digest of its header and those of its tensors, any other by its own."""
+
+    size: Annotated[int, Field(ge=0)]
+    header: Digest | None = None
+    digest: Digest | None = None
+
+
+class Versions(_Entry):
+    """The versions of this file's schema and of the numerics that made the bytes."""
+
+    schema_: Annotated[int, Field(alias="schema")]
+    numerics: int
+
+
+class SourceEntry(_Entry):
+    """What was packed: its fingerprint, and the sizes of its files."""
+
+    fingerprint: Digest
+    files: dict[str, FileEntry]
+
+
+class Manifest(_Entry):
+    """`fp8pack.json`."""
+
+    fp8pack: Versions
+    source: SourceEntry
+    recipe: dict[str, Any]
+    tensors: dict[str, Annotated[PackedEntry | CopiedEntry, Field(discriminator="action")]]
+    files: dict[str, FileEntry]
+    root: Digest
+
+
+def find_manifest(path: Path) -> Path | None:
+    """Return the manifest of a packed checkpoint, a directory or a single file; None if there is none."""
+    found = path / MANIFEST_NAME if path.is_dir() else path.with_suffix(".fp8pack.json")
+    return found if found.exists() else None
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Read and check a manifest.
+
+    Raises:
+        InputError: it is malformed, or of a schema that this version does not know.
+    """
+    try:
+        document = json.loads(path.read_bytes())
+        schema = document["fp8pack"]["schema"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        raise InputError(f"{path} is no manifest of fp8pack") from None
+    if schema != SCHEMA_VERSION:
+        raise InputError(f"{path} has schema {schema}, this version reads {SCHEMA_VERSION}: use the version that wrote it, or a newer one")
+    try:
+        return Manifest.model_validate(document)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise InputError(f"{path} is malformed: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None

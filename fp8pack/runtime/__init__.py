@@ -1,0 +1,1 @@
+"""What inference code uses: packed tensors on a device."""

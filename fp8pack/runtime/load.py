@@ -1,0 +1,153 @@
+"""`load_packed`: a packed checkpoint as a mapping from names to tensors on a device, first form.
+
+On a CPU the tensors are views of the mapped files: nothing is copied, and a page is read when it is first used. On
+another device each shard is one buffer, and the tensors are views of it. What is fused by engines lies side by side
+in the file, so a fused weight is a view, too.
+"""
+
+import json
+import math
+import mmap
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fp8pack.checkpoint.header import Header, read_header
+from fp8pack.checkpoint.manifest_schema import Manifest, PackedEntry, find_manifest, read_manifest
+from fp8pack.checkpoint.source import check_file_name, open_regular
+from fp8pack.errors import InputError
+from fp8pack.planning.policy import is_part_of, storage_key
+from fp8pack.planning.spec import TensorSpec
+from fp8pack.runtime.packed_tensor import PackedTensor
+
+_DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "U16": torch.uint16,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I32": torch.int32,
+    "U32": torch.uint32,
+    "F32": torch.float32,
+    "I64": torch.int64,
+    "U64": torch.uint64,
+    "F64": torch.float64,
+    "C64": torch.complex64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+}
+
+
+def load_packed(path: str | Path, device: str | torch.device = "cpu") -> "PackedCheckpoint":
+    """Load a checkpoint that fp8pack packed: a directory, or a single `.safetensors` file with its manifest.
+
+    Raises:
+        InputError: there is no manifest, or a file is malformed or not what the manifest says.
+    """
+    root = Path(path)
+    manifest_path = find_manifest(root)
+    if manifest_path is None:
+        raise InputError(f"{root} has no fp8pack.json: pack it with `fp8pack pack`")
+    manifest = read_manifest(manifest_path)
+    folder = root if root.is_dir() else root.parent
+    files = sorted({entry.file for entry in manifest.tensors.values()})
+    buffers, specs = {}, {}
+    for file in files:
+        located = root if root.is_file() else folder / check_file_name(file, manifest_path.name)
+        header, buffers[file] = _map(located, file, torch.device(device))
+        specs |= {spec.name: spec for spec in header.tensors}
+    config_path = folder / "config.json"
+    config = json.loads(config_path.read_bytes()) if root.is_dir() and config_path.exists() else {}
+    return PackedCheckpoint(manifest, config, specs, buffers)
+
+
+class PackedCheckpoint(Mapping[str, PackedTensor | Tensor]):
+    """A packed checkpoint on a device: packed weights are PackedTensors, everything else plain tensors.
+
+    Scale tensors belong to their weight and have no entry of their own. `manifest` and `config` are what the files
+    `fp8pack.json` and `config.json` say; `quant_method` is the convention of the checkpoint; `kv_scales` is empty
+    unless it holds some.
+    """
+
+    def __init__(self, manifest: Manifest, config: dict[str, Any], specs: dict[str, TensorSpec], buffers: dict[str, Tensor]) -> None:
+        self.manifest = manifest
+        self.config = config
+        self.quant_method = str(manifest.recipe.get("quant_method", "fp8pack"))
+        self.kv_scales: dict[str, Tensor] = {}
+        self._specs, self._buffers = specs, buffers
+
+    def __getitem__(self, name: str) -> PackedTensor | Tensor:
+        entry = self.manifest.tensors[name]
+        if not isinstance(entry, PackedEntry):
+            return self._view(name)
+        scale = self._view(entry.scale_inv.tensor)
+        block, source_dtype = entry.block, _DTYPES[entry.source_dtype]
+        return PackedTensor(name, self._view(name), scale, entry.format, entry.granularity, block, source_dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.manifest.tensors)
+
+    def __len__(self) -> int:
+        return len(self.manifest.tensors)
+
+    def fused(self, module: str) -> PackedTensor:
+        """Return the weight [sum of N, K] of a module that engines fuse, as a view.
+
+        module: `….self_attn.qkv_proj`, `….mlp.gate_up_proj`, or `….experts.gate_up_proj` and `….experts.down_proj` of
+        all experts; rows are in the order of the engines: q k v; gate up; gate0 up0 gate1 up1 …
+
+        Raises:
+            KeyError: no packed weight belongs to such a module.
+            InputError: its parts do not lie side by side in one file, or differ in K, format or granularity.
+        """
+        names = sorted((name for name in self if is_part_of(name, module)), key=storage_key)
+        parts = [part for part in map(self.__getitem__, names) if isinstance(part, PackedTensor)]
+        if not parts:
+            raise KeyError(module)
+        first = parts[0]
+        if len(parts) != len(names) or any((p.format, p.granularity, p.shape[1]) != (first.format, first.granularity, first.shape[1]) for p in parts):
+            raise InputError(f"the parts of {module} are not packed alike: {', '.join(names)}")
+        num_rows = sum(part.shape[0] for part in parts)
+        data = self._join([self._specs[name] for name in names], module).view(first.data.dtype).view(num_rows, first.shape[1])
+        if first.granularity == "tensor":
+            return PackedTensor(module, data, first.scale, first.format, first.granularity, (num_rows, first.block[1]), first.source_dtype)
+        entries = [self.manifest.tensors[name] for name in names]
+        scale_specs = [self._specs[entry.scale_inv.tensor] for entry in entries if isinstance(entry, PackedEntry)]
+        if any(part.shape[0] % first.block[0] for part in parts[:-1]):
+            raise InputError(f"a part of {module} ends within a block: {first.granularity} scales of the whole would not fit")
+        scale = self._join(scale_specs, module).view(first.scale.dtype).view(-1, first.scale.shape[1])
+        return PackedTensor(module, data, scale, first.format, first.granularity, first.block, first.source_dtype)
+
+    def _view(self, name: str) -> Tensor:
+        spec = self._specs[name]
+        dtype = _DTYPES.get(spec.dtype)
+        if dtype is None:
+            raise InputError(f"{spec.file}: tensor {name!r} is {spec.dtype}, which torch has no type for")
+        data = self._buffers[spec.file][spec.begin : spec.end]
+        aligned = data if spec.begin % dtype.itemsize == 0 else data.clone()
+        return aligned.view(dtype).view(spec.shape) if math.prod(spec.shape) else torch.empty(spec.shape, dtype=dtype, device=data.device)
+
+    def _join(self, specs: list[TensorSpec], module: str) -> Tensor:
+        for before, after in zip(specs, specs[1:], strict=False):
+            if before.file != after.file or before.end != after.begin:
+                raise InputError(f"the parts of {module} do not lie side by side: {before.name} and {after.name} are in different shards")
+        return self._buffers[specs[0].file][specs[0].begin : specs[-1].end]
+
+
+def _map(path: Path, file: str, device: torch.device) -> tuple[Header, Tensor]:
+    """The header and the bytes of a shard: mapped privately on a CPU, copied once to any other device."""
+    fd = open_regular(path)
+    try:
+        header = read_header(fd, file)
+        mapped = mmap.mmap(fd, 0, access=mmap.ACCESS_COPY)
+    finally:
+        os.close(fd)
+    buffer = torch.frombuffer(mapped, dtype=torch.uint8)
+    return header, buffer if device.type == "cpu" else buffer.to(device)
