@@ -18,7 +18,7 @@ _PUBLIC = {
     "load_packed": "fp8pack.runtime.load",
     "pack": "fp8pack.packing.pack",
 }
-__all__ = ["__version__", *_PUBLIC]
+__all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604
 
 
 def __getattr__(name: str) -> Any:

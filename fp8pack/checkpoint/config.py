@@ -10,7 +10,9 @@ def add_quantization_config(text: bytes, quantization: dict[str, Any]) -> bytes:
 
     The text must be a JSON object, as `read_json` has checked. A `quantization_config` of null is replaced.
     """
-    body = re.sub(rb'"quantization_config"\s*:\s*null\s*,\s*|,\s*"quantization_config"\s*:\s*null(?=\s*[,}])', b"", text)
+    body = re.sub(
+        rb'"quantization_config"\s*:\s*null\s*,\s*|,\s*"quantization_config"\s*:\s*null(?=\s*[,}])', b"", text
+    )
     end = body.rstrip()
     inner, tail = end[:-1].rstrip(), body[len(end) :]
     indent = re.match(rb"\{\s*?\n([ \t]+)", body.lstrip())

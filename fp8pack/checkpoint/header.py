@@ -55,7 +55,9 @@ def read_header(fd: int, file: str) -> Header:
     if not 2 <= length <= MAX_HEADER_NBYTES:
         raise InputError(f"{file} claims a header of {length} bytes: not a safetensors file, or damaged")
     if _LENGTH_NBYTES + length > size:
-        raise InputError(f"{file} has {size} bytes but its header alone needs {_LENGTH_NBYTES + length}: download it again")
+        raise InputError(
+            f"{file} has {size} bytes but its header alone needs {_LENGTH_NBYTES + length}: download it again"
+        )
     raw = os.pread(fd, length, _LENGTH_NBYTES)
     return parse_header(raw, file, size)
 
@@ -70,11 +72,19 @@ def parse_header(raw: bytes, file: str, size: int) -> Header:
     position = data_begin
     for spec in specs:
         if spec.begin != position:
-            problem = "overlaps the tensor before it" if spec.begin < position else f"leaves a hole of {spec.begin - position} bytes before it"
+            problem = (
+                "overlaps the tensor before it"
+                if spec.begin < position
+                else f"leaves a hole of {spec.begin - position} bytes before it"
+            )
             raise InputError(f"{file}: tensor {spec.name!r} {problem}")
         position = spec.end
     if position != size:
-        state = f"{position - size} bytes are missing: download it again" if size < position else f"{size - position} bytes follow the last tensor"
+        state = (
+            f"{position - size} bytes are missing: download it again"
+            if size < position
+            else f"{size - position} bytes follow the last tensor"
+        )
         raise InputError(f"{file}: {state}")
     return Header(tuple(specs), _parse_metadata(metadata, file), data_begin, raw)
 
@@ -87,7 +97,9 @@ def build_header(tensors: Sequence[Stored], begins: Sequence[int], metadata: Map
         document[stored.name] = {"dtype": stored.dtype, "shape": list(stored.shape), "data_offsets": offsets}
     raw = json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
     if len(raw) > MAX_HEADER_NBYTES:
-        raise InputError(f"a header of {len(raw)} bytes is over the limit of safetensors: split the checkpoint into shards")
+        raise InputError(
+            f"a header of {len(raw)} bytes is over the limit of safetensors: split the checkpoint into shards"
+        )
     raw += b" " * (-(_LENGTH_NBYTES + len(raw)) % DATA_ALIGNMENT)
     return len(raw).to_bytes(_LENGTH_NBYTES, "little") + raw
 

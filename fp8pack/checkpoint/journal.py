@@ -22,7 +22,7 @@ _VERSION = 1
 
 @dataclass(frozen=True, slots=True)
 class BandResult:
-    """A finished band: BLAKE3 of its payload and of its scales, amax, and the energies of a sample of its rows.
+    """A finished band: BLAKE3 of its payload and of its scales, amax, the energies of a sample of its rows.
 
     A copied band has no scales and no amax. Energies are float64 sums over the first 8 rows of the band.
     """
@@ -42,7 +42,7 @@ class BandResult:
 
 @dataclass(slots=True)
 class Progress:
-    """What a journal says is finished: amax values, and for each (file, plan digest) its bands and whether it is done."""
+    """What is finished: amax values, and for each (file, plan digest) its bands and whether it is done."""
 
     amax: dict[str, float] = field(default_factory=dict)
     bands: dict[tuple[str, str], list[BandResult]] = field(default_factory=dict)
@@ -59,7 +59,7 @@ class Journal:
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
 
     def read(self) -> tuple[str, Progress]:
-        """Return the fingerprint of the source that the journal belongs to, and what is finished; cut off a torn line."""
+        """Return the fingerprint of the journal's source, and what is finished; cut off a torn line."""
         data = os.pread(self._fd, os.fstat(self._fd).st_size, 0)
         kept = data[: data.rfind(b"\n") + 1]
         if len(kept) != len(data):

@@ -18,7 +18,7 @@ class _Entry(BaseModel):
 
 
 class ScaleEntry(_Entry):
-    """The scale tensor beside a payload: the multiplier that dequantizes, under the name that the convention gives it."""
+    """The scale tensor beside a payload: the multiplier that dequantizes, under the convention's name."""
 
     tensor: str
     dtype: Literal["F32", "U8"]
@@ -28,7 +28,7 @@ class ScaleEntry(_Entry):
 
 
 class PackedEntry(_Entry):
-    """A weight [N, K] that was packed; `block` is the region that shares a scale, `band_rows` the unit of its digest."""
+    """A packed weight [N, K]; `block` is the region that shares a scale, `band_rows` the unit of its digest."""
 
     action: Literal["packed"]
     role: str
@@ -59,7 +59,7 @@ class CopiedEntry(_Entry):
 
 
 class FileEntry(_Entry):
-    """A file of the output: a shard is proved by the digest of its header and those of its tensors, any other by its own."""
+    """A file of the output; the digests of its header and its tensors prove a shard."""
 
     size: Annotated[int, Field(ge=0)]
     header: Digest | None = None
@@ -109,7 +109,7 @@ def read_manifest(path: Path) -> Manifest:
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise InputError(f"{path} is no manifest of fp8pack") from None
     if schema != SCHEMA_VERSION:
-        raise InputError(f"{path} has schema {schema}, this version reads {SCHEMA_VERSION}: use the version that wrote it, or a newer one")
+        raise InputError(f"{path} has schema {schema}, this version reads {SCHEMA_VERSION}: use a newer one")
     try:
         return Manifest.model_validate(document)
     except ValidationError as error:

@@ -75,7 +75,9 @@ def writing(path: Path) -> Iterator[None]:
         if error.errno not in _NOT_WRITABLE:
             raise
         reason = "no space left" if error.errno in (errno.ENOSPC, errno.EDQUOT) else str(error.strerror).lower()
-        raise SpaceError(f"{path} cannot be written: {reason}; finished work is kept, the same command continues") from None
+        raise SpaceError(
+            f"{path} cannot be written: {reason}; finished work is kept, the same command continues"
+        ) from None
 
 
 def check_space(directory: Path, needed: int) -> None:
@@ -83,7 +85,9 @@ def check_space(directory: Path, needed: int) -> None:
     free = os.statvfs(directory)
     available = free.f_bavail * free.f_frsize
     if available < needed:
-        raise SpaceError(f"{directory} has {format_size(available)} free, the output needs {format_size(needed)}: free some space or choose -o elsewhere")
+        raise SpaceError(
+            f"{directory} has {format_size(available)} free, {format_size(needed)} are needed: make room, or choose -o"
+        )
 
 
 def check_shard(path: Path, plan: ShardPlan) -> None:
@@ -94,7 +98,9 @@ def check_shard(path: Path, plan: ShardPlan) -> None:
         for stored in plan.tensors:
             view = opened.get_slice(stored.name)
             if (view.get_dtype(), tuple(view.get_shape())) != (stored.dtype, stored.shape):
-                raise VerificationError(f"{path}: tensor {stored.name!r} is not what was planned: run again with --no-resume")
+                raise VerificationError(
+                    f"{path}: tensor {stored.name!r} is not what was planned: run again with --no-resume"
+                )
 
 
 def write_file(path: Path, data: bytes) -> None:

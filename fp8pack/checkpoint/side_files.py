@@ -18,9 +18,15 @@ _LEFT_OUT = tuple(
         (r"(^|/)original/|(^|/)consolidated[^/]*\.safetensors$", "another weight format"),
         (r"\.(bin|pt|pth|ckpt|gguf|h5|msgpack|ot|npz|tflite|mlmodel)$|\.onnx[^/]*$", "another weight format"),
         (r"\.safetensors$", "weights outside the index"),
-        (r"(^|/)(optimizer|scheduler|rng_state)[^/]*$|(^|/)training_args\.bin$|(^|/)trainer_state\.json$", "training state"),
+        (
+            r"(^|/)(optimizer|scheduler|rng_state)[^/]*$|(^|/)training_args\.bin$|(^|/)trainer_state\.json$",
+            "training state",
+        ),
         (r"(^|/)(checkpoint-\d+|global_step\d+)(/|$)", "training state"),
-        (r"(^|/)(hf_quant_config|quantize_config|quant_config|quantization_config)\.json$|(^|/)recipe\.ya?ml$", "another tool's quantization"),
+        (
+            r"(^|/)(hf_quant_config|quantize_config|quant_config|quantization_config)\.json$|(^|/)recipe\.ya?ml$",
+            "another tool's quantization",
+        ),
         (r"(^|/)fp8pack\.json$|\.fp8pack\.json$", "a manifest of fp8pack"),
     )
 )
@@ -57,7 +63,9 @@ def _walk(directory: Path) -> list[str]:
         base = Path(root)
         folders[:] = [folder for folder in folders if not _is_tool_folder(folder)]
         names += [(base / file).relative_to(directory).as_posix() for file in files]
-        names += [(base / folder).relative_to(directory).as_posix() for folder in folders if (base / folder).is_symlink()]
+        names += [
+            (base / folder).relative_to(directory).as_posix() for folder in folders if (base / folder).is_symlink()
+        ]
     return names
 
 

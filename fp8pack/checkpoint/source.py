@@ -67,7 +67,9 @@ class ShardReader:
         while filled < len(buffer):
             got = os.preadv(self._fd, [buffer[filled:]], offset + filled)
             if got == 0:
-                raise InputError(f"{self.path.name} became shorter while it was read: leave the source alone and run again")
+                raise InputError(
+                    f"{self.path.name} became shorter while it was read: leave the source alone and run again"
+                )
             filled += got
 
     def close(self) -> None:
@@ -85,7 +87,9 @@ def open_source(path: Path) -> Source:
     _refuse_quantized(source.config, source.directory)
     for spec in source.specs:
         if spec.dtype.startswith(("F8", "F6", "F4")):
-            raise InputError(f"{spec.file}: tensor {spec.name!r} is {spec.dtype} already: fp8pack packs BF16, FP16 and FP32 checkpoints")
+            raise InputError(
+                f"{spec.file}: tensor {spec.name!r} is {spec.dtype} already: pack the BF16, FP16 or FP32 original"
+            )
     return source
 
 
@@ -105,7 +109,9 @@ def open_checkpoint(path: Path) -> Source:
     elif path.suffix == ".safetensors":
         directory, files = path.parent, [path.name]
     else:
-        raise InputError(f"{path} is no .safetensors file: save the model as safetensors, with `save_pretrained(safe_serialization=True)`")
+        raise InputError(
+            f"{path} is no .safetensors file: save the model with `save_pretrained(safe_serialization=True)`"
+        )
     headers = {}
     for file in files:
         with _opened(directory / file) as fd:
@@ -114,9 +120,13 @@ def open_checkpoint(path: Path) -> Source:
     _check_tensors(specs, directory)
     if index_name:
         _check_index(specs, weight_map, index_name)
-    sources = tuple(SourceFile(file, size, header.metadata, _digest(header.raw)) for file, (header, size) in headers.items())
+    sources = tuple(
+        SourceFile(file, size, header.metadata, _digest(header.raw)) for file, (header, size) in headers.items()
+    )
     fingerprint = _fingerprint(directory, {file: header for file, (header, _) in headers.items()})
-    return Source(path, _display_name(path), directory, sources, specs, config, not path.is_dir(), index_name, fingerprint)
+    return Source(
+        path, _display_name(path), directory, sources, specs, config, not path.is_dir(), index_name, fingerprint
+    )
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -150,7 +160,13 @@ def open_regular(path: Path) -> int:
 def check_file_name(name: Any, where: str) -> str:
     """Return the name if it is that of a `.safetensors` file in the same directory; InputError otherwise."""
     windows = PureWindowsPath(name) if isinstance(name, str) else None
-    if windows is None or windows.name != name or windows.drive or not name.endswith(".safetensors") or re.search(r"[\x00-\x1f/\\]", name):
+    if (
+        windows is None
+        or windows.name != name
+        or windows.drive
+        or not name.endswith(".safetensors")
+        or re.search(r"[\x00-\x1f/\\]", name)
+    ):
         raise InputError(f"{where}: {str(name)[:200]!r} is no file name of a .safetensors file in this directory")
     return str(name)
 
@@ -208,7 +224,9 @@ def _refuse_other_kinds(directory: Path) -> None:
     if any(name.endswith(".gguf") for name in names):
         raise InputError(f"{directory} holds GGUF files: fp8pack packs the BF16 safetensors they were made from")
     if any(name.endswith((".bin", ".pt", ".pth", ".ckpt")) for name in names):
-        raise InputError(f"{directory} holds pickled weights only: save the model as safetensors, with `save_pretrained(safe_serialization=True)`")
+        raise InputError(
+            f"{directory} holds pickled weights only: save them with `save_pretrained(safe_serialization=True)`"
+        )
     raise InputError(f"{directory} holds no .safetensors file")
 
 
@@ -254,7 +272,9 @@ def _check_index(specs: tuple[TensorSpec, ...], weight_map: dict[str, str], name
         raise InputError(f"tensor {min(missing)!r} stands in {name} but in no file: download the checkpoint again")
     for tensor, file in found.items():
         if weight_map.get(tensor) != file:
-            raise InputError(f"tensor {tensor!r} stands in {file}, but {name} says {weight_map.get(tensor, 'nothing of it')}")
+            raise InputError(
+                f"tensor {tensor!r} stands in {file}, but {name} says {weight_map.get(tensor, 'nothing of it')}"
+            )
 
 
 def _refuse_quantized(config: dict[str, Any], directory: Path) -> None:
@@ -263,9 +283,9 @@ def _refuse_quantized(config: dict[str, Any], directory: Path) -> None:
         quantized = section.get("quantization_config") or section.get("compression_config")
         if isinstance(quantized, dict):
             method = str(quantized.get("quant_method", "unknown"))[:40]
-            raise InputError(f"{directory} is quantized already ({method}): fp8pack packs the BF16, FP16 or FP32 checkpoint it was made from")
+            raise InputError(f"{directory} is quantized already ({method}): pack the BF16, FP16 or FP32 original")
     if (directory / "hf_quant_config.json").exists():
-        raise InputError(f"{directory} is quantized already (modelopt): fp8pack packs the checkpoint it was made from")
+        raise InputError(f"{directory} is quantized already (modelopt): pack the BF16, FP16 or FP32 original")
 
 
 def _digest(raw: bytes) -> str:

@@ -1,9 +1,9 @@
 """Where an unfinished output lives, who may write it, and the one rename that makes it real.
 
-    .<out>.fp8pack-partial/lock            flock, and the owner's host and process
-    .<out>.fp8pack-partial/journal.jsonl   what is finished
-    .<out>.fp8pack-partial/output/         becomes <out> by one rename
-    .<out>.fp8pack-old                     what --overwrite replaces, until the swap is finished
+.<out>.fp8pack-partial/lock            flock, and the owner's host and process
+.<out>.fp8pack-partial/journal.jsonl   what is finished
+.<out>.fp8pack-partial/output/         becomes <out> by one rename
+.<out>.fp8pack-old                     what --overwrite replaces, until the swap is finished
 """
 
 import fcntl
@@ -49,7 +49,9 @@ class Staging:
             raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         """Release the lock; an unfinished staging directory stays for the next run, an empty one goes."""
         if self.folder.exists() and not self.journal.exists():
             shutil.rmtree(self.folder)
@@ -95,7 +97,9 @@ class Staging:
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise OutputError(f"{self.output} is being written by another fp8pack: wait for it, or choose another -o") from None
+            raise OutputError(
+                f"{self.output} is being written by another fp8pack: wait for it, or choose another -o"
+            ) from None
         if not self._lock_path.exists():
             raise OutputError(f"{self.output} was just finished by another fp8pack")
         owner = os.pread(self._fd, 4096, 0)
@@ -106,12 +110,14 @@ class Staging:
         os.pwrite(self._fd, json.dumps({"host": host, "pid": os.getpid()}).encode(), 0)
 
     def _check_owner(self, owner: dict[str, object], host: str) -> None:
-        """A lock of this host was released by the kernel when its process ended; one of another host tells by its age."""
+        """The kernel releases a lock of this host with its process; one of another host tells by its age."""
         age = time.time() - os.fstat(self._fd).st_mtime
         if owner.get("host") == host:
             return
         if age < _STALE_SECONDS:
-            raise OutputError(f"{self.output} is being written on {owner.get('host')}: wait for it, or choose another -o")
+            raise OutputError(
+                f"{self.output} is being written on {owner.get('host')}: wait for it, or choose another -o"
+            )
         self.notes.append(f"took over the lock that {owner.get('host')} left {age / 60:.0f} min ago")
 
     def _finish_swap(self) -> None:

@@ -8,9 +8,15 @@ import typer
 
 
 def inspect(
-    checkpoint: Annotated[Path, typer.Argument(help="A directory or a .safetensors file, packed or not.", show_default=False)],
-    against: Annotated[Path | None, typer.Option(metavar="SOURCE", help="What it was packed from: measures the SQNR of every weight.")] = None,
-    fail_if: Annotated[list[str] | None, typer.Option(metavar="BOUND", help="Exit with 8 if it holds, such as 'sqnr_min<28'.")] = None,
+    checkpoint: Annotated[
+        Path, typer.Argument(help="A directory or a .safetensors file, packed or not.", show_default=False)
+    ],
+    against: Annotated[
+        Path | None, typer.Option(metavar="SOURCE", help="What it was packed from: measures the SQNR of every weight.")
+    ] = None,
+    fail_if: Annotated[
+        list[str] | None, typer.Option(metavar="BOUND", help="Exit with 8 if it holds, such as 'sqnr_min<28'.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
     """Show what a checkpoint holds, tensor by tensor."""

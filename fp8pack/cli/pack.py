@@ -21,33 +21,99 @@ Flags = dict[str, Any]
 _RECIPE, _WRITING, _OUTPUT = "Recipe", "Writing", "What is printed"
 
 
-def pack(  # noqa: PLR0913
-    model: Annotated[Path, typer.Argument(help="A directory, a .safetensors file, or the id of a repository in the hub cache.", show_default=False)],
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="Where to write; by default beside MODEL, named after the scheme.")] = None,
-    scheme: Annotated[str, typer.Option(help="auto, FP8_BLOCK, FP8_DYNAMIC, MXFP8 or W8A16.", rich_help_panel=_RECIPE)] = "auto",
+def pack(
+    model: Annotated[
+        Path,
+        typer.Argument(
+            help="A directory, a .safetensors file, or the id of a repository in the hub cache.", show_default=False
+        ),
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", help="Where to write; by default beside MODEL, named after the scheme."),
+    ] = None,
+    scheme: Annotated[
+        str, typer.Option(help="auto, FP8_BLOCK, FP8_DYNAMIC, MXFP8 or W8A16.", rich_help_panel=_RECIPE)
+    ] = "auto",
     format: Annotated[str | None, typer.Option(help="e4m3 or e5m2.", rich_help_panel=_RECIPE)] = None,
-    granularity: Annotated[str | None, typer.Option(help="tensor, channel, group:G, block:RxC or mx.", rich_help_panel=_RECIPE)] = None,
-    quant_method: Annotated[str | None, typer.Option(help="fp8, compressed-tensors or fp8pack.", rich_help_panel=_RECIPE)] = None,
+    granularity: Annotated[
+        str | None, typer.Option(help="tensor, channel, group:G, block:RxC or mx.", rich_help_panel=_RECIPE)
+    ] = None,
+    quant_method: Annotated[
+        str | None, typer.Option(help="fp8, compressed-tensors or fp8pack.", rich_help_panel=_RECIPE)
+    ] = None,
     scale_rounding: Annotated[str | None, typer.Option(help="none, up or floor.", rich_help_panel=_RECIPE)] = None,
     activations: Annotated[str | None, typer.Option(help="dynamic or none.", rich_help_panel=_RECIPE)] = None,
-    recipe: Annotated[Path | None, typer.Option(help="A recipe in YAML; flags overrule it.", rich_help_panel=_RECIPE)] = None,
-    ignore: Annotated[list[str] | None, typer.Option("--ignore", "--exclude", metavar="PATTERN", help="Stays as it is.", rich_help_panel=_RECIPE)] = None,
-    only: Annotated[list[str] | None, typer.Option(metavar="PATTERN", help="Nothing else is packed.", rich_help_panel=_RECIPE)] = None,
-    pack_too: Annotated[list[str] | None, typer.Option("--pack", metavar="PATTERN", help="Packed whatever the policy says.", rich_help_panel=_RECIPE)] = None,
-    target: Annotated[list[str] | None, typer.Option(metavar="ENGINE", help="Must load the output: vllm, sglang, tensorrt-llm, transformers, tgi, lmdeploy.", rich_help_panel=_RECIPE)] = None,
-    tp: Annotated[int | None, typer.Option(min=1, max=1024, help="Tensor-parallel size that it must load at.", rich_help_panel=_RECIPE)] = None,
-    copy: Annotated[list[str] | None, typer.Option(metavar="PATTERN", help="Side files to bring along although a rule leaves them out.", rich_help_panel=_WRITING)] = None,
-    max_shard_size: Annotated[str | None, typer.Option(metavar="SIZE", help="Such as 5GB; by default the source's shards, one for one.", rich_help_panel=_WRITING)] = None,
-    workers: Annotated[int | None, typer.Option(min=1, max=4096, help="Threads; by default as many as cores.", rich_help_panel=_WRITING)] = None,
-    max_memory: Annotated[str, typer.Option(metavar="SIZE", help="Memory budget, which bounds the threads.", rich_help_panel=_WRITING)] = "256MiB",
+    recipe: Annotated[
+        Path | None, typer.Option(help="A recipe in YAML; flags overrule it.", rich_help_panel=_RECIPE)
+    ] = None,
+    ignore: Annotated[
+        list[str] | None,
+        typer.Option("--ignore", "--exclude", metavar="PATTERN", help="Stays as it is.", rich_help_panel=_RECIPE),
+    ] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(metavar="PATTERN", help="Nothing else is packed.", rich_help_panel=_RECIPE)
+    ] = None,
+    pack_too: Annotated[
+        list[str] | None,
+        typer.Option("--pack", metavar="PATTERN", help="Packed whatever the policy says.", rich_help_panel=_RECIPE),
+    ] = None,
+    target: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ENGINE",
+            help="Must load the output: vllm, sglang, tensorrt-llm, transformers, tgi, lmdeploy.",
+            rich_help_panel=_RECIPE,
+        ),
+    ] = None,
+    tp: Annotated[
+        int | None,
+        typer.Option(min=1, max=1024, help="Tensor-parallel size that it must load at.", rich_help_panel=_RECIPE),
+    ] = None,
+    copy: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN",
+            help="Side files to bring along although a rule leaves them out.",
+            rich_help_panel=_WRITING,
+        ),
+    ] = None,
+    max_shard_size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE", help="Such as 5GB; by default the source's shards, one for one.", rich_help_panel=_WRITING
+        ),
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, max=4096, help="Threads; by default as many as cores.", rich_help_panel=_WRITING),
+    ] = None,
+    max_memory: Annotated[
+        str, typer.Option(metavar="SIZE", help="Memory budget, which bounds the threads.", rich_help_panel=_WRITING)
+    ] = "256MiB",
     device: Annotated[str, typer.Option(help="cpu or cuda; the bytes are the same.", rich_help_panel=_WRITING)] = "cpu",
     resume: Annotated[bool, typer.Option(help="Go on with an unfinished pack.", rich_help_panel=_WRITING)] = True,
-    deadline: Annotated[str | None, typer.Option(metavar="TIME", help="Stop cleanly after 50m, 2h, …; the same command continues.", rich_help_panel=_WRITING)] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists.", rich_help_panel=_WRITING)] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.", rich_help_panel=_OUTPUT)] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.", rich_help_panel=_OUTPUT)] = False,
-    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Nothing but errors on stderr.", rich_help_panel=_OUTPUT)] = False,
-    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="A line for every tensor.", rich_help_panel=_OUTPUT)] = False,
+    deadline: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TIME", help="Stop cleanly after 50m, 2h, …; the same command continues.", rich_help_panel=_WRITING
+        ),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an output that exists.", rich_help_panel=_WRITING)
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be done, and stop.", rich_help_panel=_OUTPUT)
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON document on stdout.", rich_help_panel=_OUTPUT)
+    ] = False,
+    quiet: Annotated[
+        bool, typer.Option("-q", "--quiet", help="Nothing but errors on stderr.", rich_help_panel=_OUTPUT)
+    ] = False,
+    verbose: Annotated[
+        bool, typer.Option("-v", "--verbose", help="A line for every tensor.", rich_help_panel=_OUTPUT)
+    ] = False,
 ) -> None:
     """Write an FP8 checkpoint from a BF16, FP16 or FP32 one.
 

@@ -44,7 +44,9 @@ def value_table(format: Float8Format) -> NDArray[np.float32]:
     codes = np.arange(128)
     exponent, mantissa = codes >> format.mantissa_bits, codes & ((1 << format.mantissa_bits) - 1)
     fraction = mantissa / (1 << format.mantissa_bits)
-    positive = np.where(exponent == 0, fraction * 2.0 ** (1 - format.bias), (1 + fraction) * 2.0 ** (exponent - format.bias))
+    positive = np.where(
+        exponent == 0, fraction * 2.0 ** (1 - format.bias), (1 + fraction) * 2.0 ** (exponent - format.bias)
+    )
     if format.bias == E5M2.bias:
         positive[-4:] = [np.inf, np.nan, np.nan, np.nan]
     else:

@@ -17,7 +17,7 @@ and against torch.
 """
 
 import re
-from typing import Any, Final
+from typing import Any, Literal
 
 import llvmlite.binding as llvm
 import numpy as np
@@ -32,7 +32,7 @@ NO_ROUNDING, ROUND_UP, ROUND_FLOOR = 0, 1, 2
 _inline = njit(nogil=True, error_model="numpy")
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def _bits(context: Any, value: Any) -> Any:
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.bitcast(args[0], context.get_value_type(types.uint32))
@@ -40,7 +40,7 @@ def _bits(context: Any, value: Any) -> Any:
     return types.uint32(types.float32), build
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def _float(context: Any, value: Any) -> Any:
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.bitcast(args[0], context.get_value_type(types.float32))
@@ -48,7 +48,7 @@ def _float(context: Any, value: Any) -> Any:
     return types.float32(types.uint32), build
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def _shift_right(context: Any, value: Any, amount: Any) -> Any:
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.lshr(args[0], args[1])
@@ -57,7 +57,7 @@ def _shift_right(context: Any, value: Any, amount: Any) -> Any:
 
 
 @_inline
-def _widen(bits, kind):  # type: ignore[no-untyped-def]
+def _widen(bits, kind):
     if kind == BF16:
         return _float(np.uint32(np.uint32(bits) << np.uint32(16)))
     if kind == F16:
@@ -70,7 +70,7 @@ def _widen(bits, kind):  # type: ignore[no-untyped-def]
 
 
 @_inline
-def _widen_row(row, kind, values):  # type: ignore[no-untyped-def]
+def _widen_row(row, kind, values):
     if kind == BF16:
         for c in range(row.size):
             values[c] = _widen(row[c], BF16)
@@ -83,7 +83,7 @@ def _widen_row(row, kind, values):  # type: ignore[no-untyped-def]
 
 
 @_inline
-def _scale_of(amax, target):  # type: ignore[no-untyped-def]
+def _scale_of(amax, target):
     largest, emax, rounding = target[0], target[1], target[5]
     if amax == np.float32(0):
         return np.float32(1)
@@ -98,7 +98,7 @@ def _scale_of(amax, target):  # type: ignore[no-untyped-def]
 
 
 @_inline
-def _encode(x, scale, target):  # type: ignore[no-untyped-def]
+def _encode(x, scale, target):
     bits = _bits(x)
     magnitude = min(_float(np.uint32(bits & np.uint32(0x7FFFFFFF))) / scale, target[0])
     exponent = max(np.uint32(_bits(magnitude) & np.uint32(0x7F800000)), target[2])
@@ -108,7 +108,7 @@ def _encode(x, scale, target):  # type: ignore[no-untyped-def]
 
 
 @_inline
-def _peaks(weight, lo, hi, mask, peaks):  # type: ignore[no-untyped-def]
+def _peaks(weight, lo, hi, mask, peaks):
     first = weight[lo]
     for k in range(first.size):
         peaks[k] = peaks.dtype.type(first[k] & mask)
@@ -120,7 +120,7 @@ def _peaks(weight, lo, hi, mask, peaks):  # type: ignore[no-untyped-def]
 
 
 @_inline
-def _largest(values):  # type: ignore[no-untyped-def]
+def _largest(values):
     found = values[0]
     for k in range(1, values.size):
         found = values[k] if values[k] > found else found
@@ -128,7 +128,7 @@ def _largest(values):  # type: ignore[no-untyped-def]
 
 
 @_inline
-def _quantize(weight, payload, scales, scratch, rows, cols, kind, mask, infinity, target):  # type: ignore[no-untyped-def]
+def _quantize(weight, payload, scales, scratch, rows, cols, kind, mask, infinity, target):
     n, k = weight.shape
     peaks, row_scales, values = scratch
     largest = weight.dtype.type(0)
@@ -151,7 +151,7 @@ def _quantize(weight, payload, scales, scratch, rows, cols, kind, mask, infinity
 
 
 @_inline
-def _error(weight, payload, scales, rows, cols, kind, table, energy):  # type: ignore[no-untyped-def]
+def _error(weight, payload, scales, rows, cols, kind, table, energy):
     n, k = weight.shape
     signal, noise = np.float64(0), np.float64(0)
     for r in range(n):
@@ -166,7 +166,7 @@ def _error(weight, payload, scales, rows, cols, kind, table, energy):  # type: i
     energy[0], energy[1] = signal, noise
 
 
-def compile_kernels(bits: type[np.uint16] | type[np.uint32]) -> str:
+def compile_kernels(bits: Literal["uint16", "uint32"]) -> str:
     """Return LLVM IR of the kernels for weights of these raw bits, optimised for this processor.
 
     It defines four C functions, with pointers to contiguous arrays:
@@ -176,12 +176,12 @@ def compile_kernels(bits: type[np.uint16] | type[np.uint32]) -> str:
         void  fp8pack_error(weight, payload, scales, table, energy, n, k, rows, cols, kind)
         float fp8pack_scale(amax, max, emax, rounding)
     """
-    u, p = (types.uint16 if bits is np.uint16 else types.uint32), types.CPointer
+    u, p = getattr(types, bits), types.CPointer
     f, i, w = types.float32, types.int64, types.uint32
     grid = (i, i, i, i)
 
     @cfunc(f(p(u), p(types.uint8), p(f), p(u), p(f), p(f), *grid, i, u, u, f, i, w, w, w, i, i), error_model="numpy")
-    def quantize(weight, payload, scales, peaks, row_scales, values, n, k, rows, cols, kind, mask, infinity,  # type: ignore[no-untyped-def] # noqa: PLR0913
+    def quantize(weight, payload, scales, peaks, row_scales, values, n, k, rows, cols, kind, mask, infinity,
                  largest, emax, smallest, addend, shift, rounding, fixed):  # fmt: skip
         shape = ((n + rows - 1) // rows, (k + cols - 1) // cols)
         scratch = (carray(peaks, (k,)), carray(row_scales, (k,)), carray(values, (k,)))
@@ -190,20 +190,20 @@ def compile_kernels(bits: type[np.uint16] | type[np.uint32]) -> str:
         return _quantize(arrays[0], arrays[1], arrays[2], scratch, rows, cols, kind, mask, infinity, target)
 
     @cfunc(f(p(u), p(u), i, i, i, u, u), error_model="numpy")
-    def amax(weight, peaks, n, k, kind, mask, infinity):  # type: ignore[no-untyped-def] # noqa: PLR0913
+    def amax(weight, peaks, n, k, kind, mask, infinity):
         row = carray(peaks, (k,))
         _peaks(carray(weight, (n, k)), 0, n, mask, row)
         peak = _largest(row)
         return _widen(peak, kind) if peak < infinity else np.float32(np.nan)
 
     @cfunc(types.void(p(u), p(types.uint8), p(f), p(f), p(types.float64), *grid, i), error_model="numpy")
-    def error(weight, payload, scales, table, energy, n, k, rows, cols, kind):  # type: ignore[no-untyped-def] # noqa: PLR0913
+    def error(weight, payload, scales, table, energy, n, k, rows, cols, kind):
         shape = ((n + rows - 1) // rows, (k + cols - 1) // cols)
         _error(carray(weight, (n, k)), carray(payload, (n, k)), carray(scales, shape), rows, cols, kind,
                carray(table, (256,)), carray(energy, (2,)))  # fmt: skip
 
     @cfunc(f(f, f, i, i), error_model="numpy")
-    def scale(amax, largest, emax, rounding):  # type: ignore[no-untyped-def]
+    def scale(amax, largest, emax, rounding):
         return _scale_of(amax, (largest, emax, np.uint32(0), np.uint32(0), np.uint32(0), rounding, 0))
 
     compiled = {"quantize": quantize, "amax": amax, "error": error, "scale": scale}
@@ -222,5 +222,10 @@ def _self_contained(function: Any, name: str) -> llvm.ModuleRef:
     ir = function.inspect_llvm().replace(function.native_name, name)
     trap = r"define internal \1 {\n  unreachable\n}"
     ir = re.sub(r"^declare ((?!.*@llvm\.)[^@]*@[\w.]+\([^)]*\))[^\n]*$", trap, ir, flags=re.MULTILINE)
-    ir = re.sub(r"^(@PyExc_\w+) = external (?:local_unnamed_addr )?global (\S+).*$", r"\1 = internal global \2 zeroinitializer", ir, flags=re.MULTILINE)
+    ir = re.sub(
+        r"^(@PyExc_\w+) = external (?:local_unnamed_addr )?global (\S+).*$",
+        r"\1 = internal global \2 zeroinitializer",
+        ir,
+        flags=re.MULTILINE,
+    )
     return llvm.parse_assembly(ir)

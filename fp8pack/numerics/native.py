@@ -12,7 +12,7 @@ from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from threading import Lock
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import llvmlite.binding as llvm
 import numpy as np
@@ -23,17 +23,17 @@ from fp8pack.numerics.formats import Float8Format
 from fp8pack.numerics.scaling import ScaleRounding
 
 Array = NDArray[Any]
-Bits = type[np.uint16] | type[np.uint32]
+Bits = Literal["uint16", "uint32"]
 
 _KIND: Final = {"BF16": 0, "F16": 1, "F32": 2}
-_BITS: Final[dict[str, Bits]] = {"BF16": np.uint16, "F16": np.uint16, "F32": np.uint32}
+_BITS: Final[dict[str, Bits]] = {"BF16": "uint16", "F16": "uint16", "F32": "uint32"}
 _SIGN_MASK: Final = {"BF16": 0x7FFF, "F16": 0x7FFF, "F32": 0x7FFFFFFF}
 _INFINITY: Final = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F800000}
 _ROUNDING: Final = {ScaleRounding.NONE: 0, ScaleRounding.UP: 1, ScaleRounding.FLOOR: 2}
 _DIGEST_NBYTES = 32
 
 
-def quantize_rows(
+def quantize_rows(  # noqa: PLR0913
     weight: Array,
     payload: Array,
     scales: Array,
@@ -43,7 +43,7 @@ def quantize_rows(
     format: Float8Format,
     rounding: ScaleRounding | None,
 ) -> float:
-    """Write the payload and the scales of whole rows of regions; return amax, NaN if the weight holds a NaN or infinity.
+    """Write the payload and the scales of whole rows of regions; return amax, NaN if a weight is not finite.
 
     Shapes: weight [N, K], the raw bits of `dtype` (uint16 for BF16 and F16, uint32 for F32); payload [N, K] uint8;
         scales [ceil(N/R), ceil(K/C)] float32, where region = (R, C); all contiguous.
@@ -79,7 +79,7 @@ def amax_rows(weight: Array, *, dtype: str) -> float:
 
 def scale_of(amax: float, format: Float8Format, rounding: ScaleRounding) -> np.float32:
     """Return the scale of a region with this amax."""
-    return np.float32(_kernels(np.uint16).scale(amax, format.max, format.emax, _ROUNDING[rounding]))
+    return np.float32(_kernels("uint16").scale(amax, format.max, format.emax, _ROUNDING[rounding]))
 
 
 def error_rows(
@@ -90,7 +90,9 @@ def error_rows(
     table: float32 [256], the value of each FP8 byte. `quantize_rows` gives the other arguments their meaning.
     """
     energy = np.zeros(2, np.float64)
-    _kernels(_BITS[dtype]).error(*_pointers(weight, payload, scales, table, energy), *weight.shape, *region, _KIND[dtype])
+    _kernels(_BITS[dtype]).error(
+        *_pointers(weight, payload, scales, table, energy), *weight.shape, *region, _KIND[dtype]
+    )
     return float(energy[0]), float(energy[1])
 
 
@@ -130,7 +132,7 @@ def _load(bits: Bits) -> _Kernels:
     )
     source = Path(__file__).with_name("kernels.py").read_bytes()
     key = blake3(source)
-    key.update(repr((bits.__name__, cpu, features, version("numba"), version("llvmlite"))).encode())
+    key.update(repr((bits, cpu, features, version("numba"), version("llvmlite"))).encode())
     path = _cache_dir() / f"kernels-{key.hexdigest(16)}.o"
     machine_code = _read_cached(path)
     if machine_code is None:

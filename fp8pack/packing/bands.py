@@ -90,7 +90,7 @@ class BandWorker:
         """Quantize a band; `fixed_scale` is the scale of a two-pass packing, ignored otherwise."""
         spec = band.tensor.spec
         k = spec.shape[1]
-        (begin, end), region_rows = band.rows, packing.granularity.region(spec.shape)[0]
+        begin, region_rows = band.rows[0], packing.granularity.region(spec.shape)[0]
         hasher, amax, energies = blake3(), 0.0, (0.0, 0.0)
         scales, writer = self._scales(band, packing, fixed_scale), self._open_writer(place.file)
         for lo, hi in self._strips(band):
@@ -104,7 +104,9 @@ class BandWorker:
                 return BandResult(spec.name, band.index, "", amax=amax)
             if lo == begin:
                 rows, regions = slice(SAMPLE_ROWS), slice(ceil_div(SAMPLE_ROWS, region_rows))
-                energies = self._codec.error(weight[rows], payload[rows], part[regions], dtype=spec.dtype, packing=packing)
+                energies = self._codec.error(
+                    weight[rows], payload[rows], part[regions], dtype=spec.dtype, packing=packing
+                )
             hasher.update(payload.data)
             writer.write(payload.data.cast("B"), place.payload_begin + lo * k)
         scale_digest = self._write_scales(band, packing, place, scales)
@@ -142,7 +144,7 @@ class BandWorker:
         if packing.two_pass and band.index > 0:
             return ""
         stored: NDArray[Any] = encode_e8m0(scales) if packing.scale.dtype == "U8" else scales
-        data = memoryview(stored).cast("B")
+        data = stored.data.cast("B")
         first = band.rows[0] // packing.granularity.region(band.tensor.spec.shape)[0]
         self._open_writer(place.file).write(data, place.scale_begin + first * stored.shape[1] * stored.itemsize)
         return blake3(data).hexdigest()

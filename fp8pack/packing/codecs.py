@@ -11,7 +11,11 @@ from fp8pack.numerics.formats import value_table
 from fp8pack.planning.plan import Packing
 
 Array = NDArray[Any]
-BITS_DTYPE = {"BF16": np.dtype(np.uint16), "F16": np.dtype(np.uint16), "F32": np.dtype(np.uint32)}
+BITS_DTYPE: dict[str, np.dtype[Any]] = {
+    "BF16": np.dtype(np.uint16),
+    "F16": np.dtype(np.uint16),
+    "F32": np.dtype(np.uint32),
+}
 
 
 class Codec(Protocol):
@@ -31,7 +35,9 @@ class Codec(Protocol):
         """Fill payload [N, K] and, unless the packing is two-pass, scales; return amax as above."""
         ...
 
-    def error(self, weight: Array, payload: Array, scales: Array, *, dtype: str, packing: Packing) -> tuple[float, float]:
+    def error(
+        self, weight: Array, payload: Array, scales: Array, *, dtype: str, packing: Packing
+    ) -> tuple[float, float]:
         """Return the energy of the weight and of the quantization error."""
         ...
 
@@ -46,7 +52,7 @@ def make_codec(device: str) -> Codec:
 
 
 class CpuCodec:
-    """The CPU kernels. A strip is what is read, quantized and written at a time: small enough to stay in the L2 cache."""
+    """The CPU kernels. A strip is what is read, quantized and written at a time: it stays in the cache."""
 
     strip_nbytes = 2 << 20
 
@@ -62,9 +68,13 @@ class CpuCodec:
         """See Codec."""
         region = packing.granularity.region(weight.shape)
         rounding = None if packing.two_pass else packing.rounding
-        return native.quantize_rows(weight, payload, scales, dtype=dtype, region=region, format=packing.format, rounding=rounding)
+        return native.quantize_rows(
+            weight, payload, scales, dtype=dtype, region=region, format=packing.format, rounding=rounding
+        )
 
-    def error(self, weight: Array, payload: Array, scales: Array, *, dtype: str, packing: Packing) -> tuple[float, float]:
+    def error(
+        self, weight: Array, payload: Array, scales: Array, *, dtype: str, packing: Packing
+    ) -> tuple[float, float]:
         """See Codec."""
         region = packing.granularity.region(weight.shape)
         return native.error_rows(weight, payload, scales, dtype=dtype, region=region, table=value_table(packing.format))
@@ -81,7 +91,9 @@ class TorchCodec:
         from fp8pack.numerics import torch_codec
 
         if device.startswith("cuda") and not torch.cuda.is_available():
-            raise Fp8PackError(f"--device {device}: torch sees no such device here; use --device cpu, which writes the same bytes")
+            raise Fp8PackError(
+                f"--device {device}: torch sees no such device here; use --device cpu, which writes the same bytes"
+            )
         self._torch, self._codec = torch, torch_codec
         self._device = torch.device(device.removeprefix("torch:"))
         self._dtypes = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -104,12 +116,16 @@ class TorchCodec:
             return float("nan")
         given = self._torch.from_numpy(scales).to(self._device) if packing.two_pass else None
         region = packing.granularity.region(weight.shape)
-        codes, found = self._codec.quantize(uploaded, region, format=packing.format, rounding=packing.rounding, scales=given)
+        codes, found = self._codec.quantize(
+            uploaded, region, format=packing.format, rounding=packing.rounding, scales=given
+        )
         payload[...] = codes.view(self._torch.uint8).cpu().numpy()
         scales[...] = found.cpu().numpy()
         return amax
 
-    def error(self, weight: Array, payload: Array, scales: Array, *, dtype: str, packing: Packing) -> tuple[float, float]:
+    def error(
+        self, weight: Array, payload: Array, scales: Array, *, dtype: str, packing: Packing
+    ) -> tuple[float, float]:
         """See Codec."""
         exact = self._upload(weight, dtype).double()
         codes = self._torch.from_numpy(payload).view(getattr(self._torch, packing.format.torch_dtype)).to(self._device)

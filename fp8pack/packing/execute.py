@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -87,7 +88,10 @@ def plan_work(plan: PackPlan, source: Source) -> tuple[ShardWork, ...]:
         tensors.sort(key=lambda tensor: (tensor.spec.file, tensor.spec.begin))
         header = build_header(shard.tensors, shard.begins, {"format": "pt", **metadata.get(shard.file, {})})
         begins = {stored.name: len(header) + begin for stored, begin in zip(shard.tensors, shard.begins, strict=True)}
-        places = {t.spec.name: Place(shard.file, begins[t.spec.name], begins[t.packing.scale.name] if t.packing else 0) for t in tensors}
+        places = {
+            t.spec.name: Place(shard.file, begins[t.spec.name], begins[t.packing.scale.name] if t.packing else 0)
+            for t in tensors
+        }
         works.append(ShardWork(shard, tuple(tensors), _digest(source, header, tensors, groups), header, places))
     return tuple(works)
 
@@ -113,7 +117,10 @@ class Execution:
                 work.results = {(result.tensor, result.index): result for result in progress.bands.get(key, [])}
                 work.is_done = key in progress.done and work.is_complete
                 self.counters.resumed_nbytes += sum(
-                    Band(tensor, i).nbytes for tensor in work.tensors for i in range(tensor.num_bands) if (tensor.spec.name, i) in work.results
+                    Band(tensor, i).nbytes
+                    for tensor in work.tensors
+                    for i in range(tensor.num_bands)
+                    if (tensor.spec.name, i) in work.results
                 )
         self.counters.done_nbytes = self.counters.resumed_nbytes
         return any(work.results for work in self.works)
@@ -142,7 +149,9 @@ class Execution:
                 self._checkpoint(work, work.pending)
         if self._offenders:
             flags = " ".join(f"--ignore {name}" for name in sorted(self._offenders))
-            raise InputError(f"{len(self._offenders)} weights hold a NaN or infinity; finished work is kept, and {flags} packs the rest")
+            raise InputError(
+                f"{len(self._offenders)} weights hold a NaN or infinity; finished work is kept, {flags} packs the rest"
+            )
         if stop.errors:
             raise stop.errors[0]
         for work in self.works:
@@ -154,25 +163,31 @@ class Execution:
 
     def _find_amax(self, codec: Codec, workers: int, stop: Stop, tick: Callable[[], None]) -> None:
         todo = [tensor for tensor in self._two_pass if tensor.spec.name not in self._amax]
-        self.counters.add(sum(tensor.spec.nbytes for tensor in self._two_pass) - sum(tensor.spec.nbytes for tensor in todo))
+        self.counters.add(
+            sum(tensor.spec.nbytes for tensor in self._two_pass) - sum(tensor.spec.nbytes for tensor in todo)
+        )
         if not todo:
             return
         found: dict[str, dict[int, float]] = {tensor.spec.name: {} for tensor in todo}
 
-        def make_worker() -> Callable[[Band], None]:
-            worker = BandWorker(codec, self._source, self._folder)
-
+        @contextmanager
+        def make_worker() -> Iterator[Callable[[Band], None]]:
             def work(band: Band) -> None:
                 found[band.tensor.spec.name][band.index] = worker.amax(band)
                 self.counters.add(band.nbytes)
 
-            return work
+            with closing(BandWorker(codec, self._source, self._folder)) as worker:
+                yield work
 
         files = [list(members) for _, members in groupby(todo, key=lambda tensor: tensor.spec.file)]
         try:
             run_threads([_bands(tensors) for tensors in files], make_worker, count=workers, stop=stop, tick=tick)
         finally:
-            finished = {t.spec.name: max(found[t.spec.name].values(), key=_nan_first) for t in todo if len(found[t.spec.name]) == t.num_bands}
+            finished = {
+                t.spec.name: max(found[t.spec.name].values(), key=_nan_first)
+                for t in todo
+                if len(found[t.spec.name]) == t.num_bands
+            }
             self._offenders |= {name for name, amax in finished.items() if math.isnan(amax)}
             self._amax |= {name: amax for name, amax in finished.items() if not math.isnan(amax)}
             self._journal.add_amax({name: amax for name, amax in finished.items() if not math.isnan(amax)})
@@ -186,9 +201,10 @@ class Execution:
                 groups[group] = max(groups.get(group, 0.0), self._amax.get(tensor.spec.name, 0.0))
         return {t.spec.name: codec.scale(groups[t.packing.scale_group], t.packing) for t in self._two_pass if t.packing}
 
-    def _worker(self, codec: Codec, scales: dict[str, np.float32]) -> Callable[[tuple[ShardWork, Band]], None]:
-        worker = BandWorker(codec, self._source, self._folder)
-
+    @contextmanager
+    def _worker(
+        self, codec: Codec, scales: dict[str, np.float32]
+    ) -> Iterator[Callable[[tuple[ShardWork, Band]], None]]:
         def work_band(job: tuple[ShardWork, Band]) -> None:
             work, band = job
             name = band.tensor.spec.name
@@ -198,7 +214,8 @@ class Execution:
             else:
                 self._record(work, band, worker.pack(band, packing, place, scales.get(name, np.float32(0))))
 
-        return work_band
+        with closing(BandWorker(codec, self._source, self._folder)) as worker:
+            yield work_band
 
     def _record(self, work: ShardWork, band: Band, result: BandResult) -> None:
         self.counters.add(band.nbytes)
@@ -252,8 +269,14 @@ def _digest(source: Source, header: bytes, tensors: list[TensorPlan], groups: di
     hasher.update(header)
     for tensor in tensors:
         packing = tensor.packing
-        how = [packing.format.name, packing.granularity.name, packing.rounding.value, groups.get(packing.scale_group, [])] if packing else []
-        hasher.update(json.dumps([tensor.spec.name, tensor.spec.file, tensor.spec.begin, tensor.band_rows, how]).encode())
+        how = (
+            [packing.format.name, packing.granularity.name, packing.rounding.value, groups.get(packing.scale_group, [])]
+            if packing
+            else []
+        )
+        hasher.update(
+            json.dumps([tensor.spec.name, tensor.spec.file, tensor.spec.begin, tensor.band_rows, how]).encode()
+        )
     return hasher.hexdigest()
 
 

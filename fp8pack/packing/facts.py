@@ -37,12 +37,15 @@ def pack_facts(prepared: Prepared, result: PackResult | None) -> dict[str, Any]:
         "num_tensors": len(plan.tensors),
         "num_packed": len(plan.packed),
         "kept": [_kept(tensor) for tensor in plan.tensors if tensor.action == Action.COPIED],
-        "left_out": [{"file": side.name, "size": side.size, "rule": side.rule} for side in prepared.side_files if side.rule],
+        "left_out": [
+            {"file": side.name, "size": side.size, "rule": side.rule} for side in prepared.side_files if side.rule
+        ],
         "source_nbytes": plan.source_nbytes,
         "output_nbytes": plan.output_nbytes,
         "output": str(prepared.output),
         "engines": [
-            {"engine": v.engine, "tp": list(v.tp), "note": v.note, "reason": v.reason, "remedy": v.remedy} for v in plan.engines
+            {"engine": v.engine, "tp": list(v.tp), "note": v.note, "reason": v.reason, "remedy": v.remedy}
+            for v in plan.engines
         ],
         "warnings": list(plan.warnings),
         "dry_run": result is None,
@@ -74,5 +77,9 @@ def _planned(tensor: TensorPlan) -> dict[str, Any]:
         "shape": list(tensor.spec.shape),
     }
     if tensor.packing:
-        planned |= {"format": tensor.packing.format.name, "granularity": tensor.packing.granularity.name, "scale": tensor.packing.scale.name}
+        planned |= {
+            "format": tensor.packing.format.name,
+            "granularity": tensor.packing.granularity.name,
+            "scale": tensor.packing.scale.name,
+        }
     return planned

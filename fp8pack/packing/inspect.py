@@ -1,6 +1,7 @@
 """`inspect`: what a checkpoint holds, packed or not, and how much quantization took away."""
 
 import re
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -38,12 +39,14 @@ def parse_bound(text: str) -> Bound:
     """Return the bound of a text such as `sqnr_min<28`."""
     match = re.fullmatch(r"\s*(\w+)\s*([<>])\s*(-?\d+(?:\.\d+)?)\s*", text)
     if match is None or match[1] not in METRICS:
-        raise RecipeError(f"--fail-if {text!r} is not understood: write METRIC<VALUE with a metric of {', '.join(METRICS)}")
+        raise RecipeError(
+            f"--fail-if {text!r} is not understood: write METRIC<VALUE with a metric of {', '.join(METRICS)}"
+        )
     return Bound(match[1], match[2], float(match[3]))
 
 
 def inspect(checkpoint: str | Path, against: str | Path | None = None) -> dict[str, Any]:
-    """Return what a checkpoint holds; with `against`, the source it was packed from, also the SQNR of every packed weight.
+    """Return what a checkpoint holds; with `against`, its source, also the SQNR of every packed weight.
 
     Raises:
         InputError: the checkpoint or the source is malformed, or the two do not belong together.
@@ -52,14 +55,18 @@ def inspect(checkpoint: str | Path, against: str | Path | None = None) -> dict[s
     manifest_path = find_manifest(opened.path)
     if manifest_path is None:
         if against is not None:
-            raise InputError(f"{checkpoint} has no fp8pack.json, so nothing says how its weights were packed from {against}")
+            raise InputError(
+                f"{checkpoint} has no fp8pack.json, so nothing says how its weights were packed from {against}"
+            )
         return _facts(opened, None, [_unpacked(spec, opened) for spec in opened.specs])
     manifest = read_manifest(manifest_path)
     _check_headers(opened, manifest)
     source = open_checkpoint(Path(against)) if against is not None else None
     sqnr = _measure(opened, manifest, source) if source else {}
     specs = {spec.name: spec for spec in opened.specs}
-    return _facts(opened, manifest, [_entry(name, manifest, specs, opened, sqnr.get(name)) for name in manifest.tensors])
+    return _facts(
+        opened, manifest, [_entry(name, manifest, specs, opened, sqnr.get(name)) for name in manifest.tensors]
+    )
 
 
 def check_bounds(facts: dict[str, Any], bounds: list[Bound]) -> None:
@@ -74,7 +81,11 @@ def check_bounds(facts: dict[str, Any], bounds: list[Bound]) -> None:
 
 def _facts(opened: Source, manifest: Manifest | None, tensors: list[dict[str, Any]]) -> dict[str, Any]:
     sqnr = [tensor["sqnr"] for tensor in tensors if tensor.get("sqnr") is not None]
-    worst = min((tensor for tensor in tensors if tensor.get("sqnr") is not None), key=lambda tensor: tensor["sqnr"], default=None)
+    worst = min(
+        (tensor for tensor in tensors if tensor.get("sqnr") is not None),
+        key=lambda tensor: tensor["sqnr"],
+        default=None,
+    )
     return {
         "schema": 1,
         "checkpoint": str(opened.path),
@@ -105,17 +116,23 @@ def _check_headers(opened: Source, manifest: Manifest) -> None:
     """Every tensor of the manifest lies in its file, as it says, and nothing else does."""
     found = {spec.name: (spec.file, spec.dtype, list(spec.shape)) for spec in opened.specs}
     for name, entry in manifest.tensors.items():
-        packed = isinstance(entry, PackedEntry)
         dtype = parse_format(entry.format).dtype if isinstance(entry, PackedEntry) else entry.dtype
         if found.pop(name, None) != (entry.file, dtype, list(entry.shape)):
             raise InputError(f"tensor {name!r} is not what fp8pack.json says: the files were changed after packing")
-        if packed and found.pop(entry.scale_inv.tensor, None) != (entry.file, entry.scale_inv.dtype, entry.scale_inv.shape):
-            raise InputError(f"scale {entry.scale_inv.tensor!r} is not what fp8pack.json says: the files were changed after packing")
+        if not isinstance(entry, PackedEntry):
+            continue
+        scale = entry.scale_inv
+        if found.pop(scale.tensor, None) != (entry.file, scale.dtype, scale.shape):
+            raise InputError(
+                f"scale {entry.scale_inv.tensor!r} is not what fp8pack.json says: the files were changed after packing"
+            )
     if found:
         raise InputError(f"tensor {min(found)!r} is not in fp8pack.json: the files were changed after packing")
 
 
-def _entry(name: str, manifest: Manifest, specs: dict[str, TensorSpec], opened: Source, sqnr: float | None) -> dict[str, Any]:
+def _entry(
+    name: str, manifest: Manifest, specs: dict[str, TensorSpec], opened: Source, sqnr: float | None
+) -> dict[str, Any]:
     entry, spec = manifest.tensors[name], specs[name]
     tensor: dict[str, Any] = {"name": name, "action": entry.action, "role": entry.role, "reason": entry.reason}
     tensor |= {"dtype": spec.dtype, "shape": list(spec.shape), "nbytes": spec.nbytes}
@@ -148,20 +165,25 @@ def _measure(opened: Source, manifest: Manifest, source: Source) -> dict[str, fl
     energies: dict[str, tuple[float, float]] = {}
     lock = Lock()
 
-    def work(name: str) -> None:
-        entry, origin = manifest.tensors[name], origins.get(name)
-        if origin is None or origin.shape != specs[name].shape or origin.dtype not in BITS_DTYPE:
-            raise InputError(f"{source.path} holds no weight {name!r} of shape {list(specs[name].shape)}: it is not what was packed")
-        energy = _energy(entry, specs, origin, (opened.directory, source.directory)) if isinstance(entry, PackedEntry) else (0.0, 0.0)
+    def work(job: tuple[str, PackedEntry]) -> None:
+        name, entry = job
+        origin = origins.get(name)
+        if origin is None or origin.shape != entry.shape or origin.dtype not in BITS_DTYPE:
+            raise InputError(
+                f"{source.path} holds no weight {name!r} of shape {list(entry.shape)}: it is not the source"
+            )
+        energy = _energy(entry, specs, origin, (opened.directory, source.directory))
         with lock:
             energies[name] = energy
 
-    names = [name for name, entry in manifest.tensors.items() if isinstance(entry, PackedEntry)]
-    run_threads([names], lambda: work, count=available_cores(), stop=Stop(), tick=lambda: None)
+    packed = [(name, entry) for name, entry in manifest.tensors.items() if isinstance(entry, PackedEntry)]
+    run_threads([packed], lambda: nullcontext(work), count=available_cores(), stop=Stop(), tick=lambda: None)
     return {name: sqnr_db(*energy) for name, energy in energies.items()}
 
 
-def _energy(entry: PackedEntry, specs: dict[str, TensorSpec], origin: TensorSpec, directories: tuple[Path, Path]) -> tuple[float, float]:
+def _energy(
+    entry: PackedEntry, specs: dict[str, TensorSpec], origin: TensorSpec, directories: tuple[Path, Path]
+) -> tuple[float, float]:
     (n, k), (rows, cols) = entry.shape, entry.block
     scales = read_scales(specs[entry.scale_inv.tensor], directories[0]).reshape(-(-n // rows), -(-k // cols))
     spec, table = specs[origin.name], value_table(parse_format(entry.format))
@@ -171,10 +193,14 @@ def _energy(entry: PackedEntry, specs: dict[str, TensorSpec], origin: TensorSpec
     signal = noise = 0.0
     for lo in range(0, n, step):
         hi = min(lo + step, n)
-        weight = _read(origin, directories[1], lo * k * itemsize, (hi - lo) * k * itemsize).view(BITS_DTYPE[origin.dtype])
+        weight = _read(origin, directories[1], lo * k * itemsize, (hi - lo) * k * itemsize).view(
+            BITS_DTYPE[origin.dtype]
+        )
         payload = _read(spec, directories[0], lo * k, (hi - lo) * k)
         part = scales if whole else scales[lo // rows : -(-hi // rows)]
         region = (hi - lo if whole else rows, cols)
-        energy = error_rows(weight.reshape(-1, k), payload.reshape(-1, k), part, dtype=origin.dtype, region=region, table=table)
+        energy = error_rows(
+            weight.reshape(-1, k), payload.reshape(-1, k), part, dtype=origin.dtype, region=region, table=table
+        )
         signal, noise = signal + energy[0], noise + energy[1]
     return signal, noise

@@ -14,7 +14,7 @@ from fp8pack.checkpoint.shard_writer import ShardWriter, write_file
 from fp8pack.checkpoint.source import INDEX_NAME, SINGLE_NAME, ShardReader
 from fp8pack.packing.execute import ShardWork
 from fp8pack.packing.prepare import Prepared
-from fp8pack.planning.plan import PackPlan, Packing, TensorPlan
+from fp8pack.planning.plan import Packing, PackPlan, TensorPlan
 
 _COPY_NBYTES = 1 << 20
 
@@ -22,7 +22,9 @@ _COPY_NBYTES = 1 << 20
 def write_metadata(prepared: Prepared, works: tuple[ShardWork, ...], folder: Path) -> str:
     """Write everything beside the shards into the staged directory; return the root of the manifest."""
     source, plan = prepared.source, prepared.plan
-    files = {work.plan.file: {"size": work.size, "header": f"blake3:{blake3(work.header).hexdigest()}"} for work in works}
+    files = {
+        work.plan.file: {"size": work.size, "header": f"blake3:{blake3(work.header).hexdigest()}"} for work in works
+    }
     contents: dict[str, bytes] = {}
     if source.config:
         text = (source.directory / "config.json").read_bytes()
@@ -34,8 +36,13 @@ def write_metadata(prepared: Prepared, works: tuple[ShardWork, ...], folder: Pat
         files[name] = {"size": len(content), "digest": f"blake3:{blake3(content).hexdigest()}"}
     for side in prepared.side_files:
         if side.rule is None:
-            files[side.name] = {"size": side.size, "digest": _copy(source.directory / side.name, folder / side.name, side.size)}
-    name = prepared.output.name.removesuffix(".safetensors") + ".fp8pack.json" if source.is_single_file else MANIFEST_NAME
+            files[side.name] = {
+                "size": side.size,
+                "digest": _copy(source.directory / side.name, folder / side.name, side.size),
+            }
+    name = (
+        prepared.output.name.removesuffix(".safetensors") + ".fp8pack.json" if source.is_single_file else MANIFEST_NAME
+    )
     return write_manifest(folder / name, _head(prepared, files), _tensors(works))
 
 
@@ -50,14 +57,19 @@ def _head(prepared: Prepared, files: dict[str, dict[str, Any]]) -> dict[str, dic
     source = prepared.source
     return {
         "fp8pack": {"schema": SCHEMA_VERSION, "numerics": NUMERICS_VERSION},
-        "source": {"fingerprint": source.fingerprint, "files": {file.name: {"size": file.size} for file in source.files}},
+        "source": {
+            "fingerprint": source.fingerprint,
+            "files": {file.name: {"size": file.size} for file in source.files},
+        },
         "recipe": prepared.plan.recipe.as_data(prepared.request),
         "files": files,
     }
 
 
 def _tensors(works: tuple[ShardWork, ...]) -> Iterator[tuple[str, dict[str, Any]]]:
-    located = sorted(((tensor.spec.name, tensor, work) for work in works for tensor in work.tensors), key=lambda item: item[0])
+    located = sorted(
+        ((tensor.spec.name, tensor, work) for work in works for tensor in work.tensors), key=lambda item: item[0]
+    )
     for name, tensor, work in located:
         results = [work.results[name, index] for index in range(tensor.num_bands)]
         yield name, _entry(tensor, work.plan.file, results)

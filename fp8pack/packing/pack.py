@@ -26,7 +26,9 @@ _BASE_MEMORY = 100 << 20  # interpreter and Numba
 OnProgress = Callable[[int, int], None]  # bytes gone through, bytes in all
 
 
-def pack(model: str | Path, request: Request | None = None, options: WriteOptions | None = None, *, dry_run: bool = False) -> dict[str, Any]:
+def pack(
+    model: str | Path, request: Request | None = None, options: WriteOptions | None = None, *, dry_run: bool = False
+) -> dict[str, Any]:
     """Pack a checkpoint; return what `fp8pack pack --json` prints.
 
     model: a directory, a `.safetensors` file, or the id of a repository in the hub cache.
@@ -89,9 +91,13 @@ def _resume(prepared: Prepared, execution: Execution, journal: Journal, staging:
     fingerprint, progress = journal.read()
     if prepared.options.resume and progress.bands:
         if fingerprint != prepared.source.fingerprint:
-            raise OutputError(f"{staging.folder} holds an unfinished pack of another checkpoint: finish it, or --no-resume throws it away")
+            raise OutputError(
+                f"{staging.folder} holds an unfinished pack of another checkpoint: --no-resume throws it away"
+            )
         if not execution.resume(progress):
-            raise OutputError(f"{staging.folder} holds an unfinished pack of another recipe: finish it, or --no-resume throws it away")
+            raise OutputError(
+                f"{staging.folder} holds an unfinished pack of another recipe: --no-resume throws it away"
+            )
     elif prepared.options.resume and fingerprint == prepared.source.fingerprint:
         execution.resume(progress)
     else:

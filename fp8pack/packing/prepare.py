@@ -55,10 +55,14 @@ def prepare(model: Path, request: Request, options: WriteOptions) -> Prepared:
     side_files = () if source.is_single_file else list_side_files(source.directory, weights, options.copy)
     recipe = choose_recipe(source.specs, source.facts, request)
     method = find_method(recipe.quant_method)
-    plan = make_plan(source.specs, source.facts, request, recipe=recipe, method=method, max_shard_nbytes=options.max_shard_nbytes)
+    plan = make_plan(
+        source.specs, source.facts, request, recipe=recipe, method=method, max_shard_nbytes=options.max_shard_nbytes
+    )
     output = (options.output or _default_output(source, plan)).absolute()
     if source.is_single_file and output.suffix != ".safetensors":
-        raise RecipeError(f"{source.path.name} is a single file, so -o must name a .safetensors file, not {output.name}")
+        raise RecipeError(
+            f"{source.path.name} is a single file, so -o must name a .safetensors file, not {output.name}"
+        )
     check_output(output, source.path)
     return Prepared(source, side_files, request, plan, method, output, options)
 

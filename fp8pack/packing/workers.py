@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from threading import Event, Lock, Thread
 from typing import Generic, TypeVar
@@ -62,11 +63,16 @@ class _Queue(Generic[T]):
 
 
 def run_threads(
-    streams: Iterable[Iterable[T]], make_worker: Callable[[], Callable[[T], None]], *, count: int, stop: Stop, tick: Callable[[], None]
+    streams: Iterable[Iterable[T]],
+    make_worker: Callable[[], AbstractContextManager[Callable[[T], None]]],
+    *,
+    count: int,
+    stop: Stop,
+    tick: Callable[[], None],
 ) -> None:
-    """Work the jobs of several streams with `count` threads, each with a worker of its own; return when all threads ended.
+    """Work the jobs of several streams with `count` threads, each with a worker of its own.
 
-    A stream is a file: threads in one file would wait for each other, because the kernel lets one at a time write to it.
+    A stream is a file: threads in one file would wait for each other, as the kernel lets one at a time write.
     `tick` is called about four times a second from the calling thread. An exception there (KeyboardInterrupt, say)
     stops the threads after the jobs in their hands and is raised; the first exception of a worker likewise.
     """
@@ -76,12 +82,13 @@ def run_threads(
     def work() -> None:
         nonlocal running
         try:
-            worker, stream = make_worker(), None
-            while not stop.event.is_set():
-                stream, job = queue.take(stream)
-                if job is None:
-                    break
-                worker(job)
+            stream = None
+            with make_worker() as worker:
+                while not stop.event.is_set():
+                    stream, job = queue.take(stream)
+                    if job is None:
+                        break
+                    worker(job)
         except BaseException as error:
             stop.fail(error)
         with lock:

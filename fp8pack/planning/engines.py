@@ -119,7 +119,9 @@ def tp_problem(packed: Packed, granularity: Granularity, tp: int, facts: ModelFa
         if role.startswith("attn.o") or role.endswith(".down"):
             if k % tp or (k // tp) % cols:
                 return f"{spec.name} has K = {k}, and {k} / {tp} is no multiple of {cols}"
-        elif (fused_module(spec.name) or role.startswith(("attn", "mlp", "expert"))) and (n % parts or (n // parts) % rows):
+        elif (fused_module(spec.name) or role.startswith(("attn", "mlp", "expert"))) and (
+            n % parts or (n // parts) % rows
+        ):
             return f"{spec.name} has N = {n}, and {n} / {parts} is no multiple of {rows}"
     return None
 
@@ -132,7 +134,9 @@ def judge_engines(recipe: Recipe, packed: Packed, facts: ModelFacts, request: Re
     for verdict in verdicts:
         if verdict.engine in request.targets and not verdict.tp:
             remedy = f": use {verdict.remedy}" if verdict.remedy else ""
-            raise RecipeError(f"{NAMES[verdict.engine]} cannot load this ({recipe.scheme}, {recipe.granularity}): {verdict.reason}{remedy}")
+            raise RecipeError(
+                f"{NAMES[verdict.engine]} cannot load {recipe.scheme} ({recipe.granularity}): {verdict.reason}{remedy}"
+            )
     return verdicts
 
 

@@ -68,7 +68,11 @@ def arrange(outputs: Iterable[Output], max_shard_nbytes: int | None = None) -> t
             files.setdefault(output.source.file, []).append(output)
         return tuple(_arrange_shard(file, members) for file, members in sorted(files.items()))
     shards = _deal_out(outputs, max_shard_nbytes)
-    names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)] if len(shards) > 1 else ["model.safetensors"]
+    names = (
+        [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+        if len(shards) > 1
+        else ["model.safetensors"]
+    )
     return tuple(_arrange_shard(name, members) for name, members in zip(names, shards, strict=True))
 
 

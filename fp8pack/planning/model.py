@@ -19,7 +19,9 @@ class ModelFacts:
 
 def read_facts(config: dict[str, Any]) -> ModelFacts:
     """Return the facts of a parsed config.json; the language model's own section wins for its sizes."""
-    text = next((config[key] for key in ("text_config", "llm_config", "language_config") if _is_section(config, key)), config)
+    text = next(
+        (config[key] for key in ("text_config", "llm_config", "language_config") if _is_section(config, key)), config
+    )
     architectures = config.get("architectures")
     heads = _count(text, "num_attention_heads", "n_head", "num_heads")
     hidden = _count(text, "hidden_size", "n_embd", "d_model")

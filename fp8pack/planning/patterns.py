@@ -48,4 +48,6 @@ class Matcher:
         """Raise RecipeError if a pattern meant no tensor."""
         if self._unused:
             text = min(self._unused)
-            raise RecipeError(f"{self._flag} {text!r} matches no tensor: check the name, or write '?{text}' to allow that")
+            raise RecipeError(
+                f"{self._flag} {text!r} matches no tensor: check the name, or write '?{text}' to allow that"
+            )

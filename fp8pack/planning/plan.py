@@ -185,7 +185,11 @@ def _decide(specs: Iterable[TensorSpec], facts: ModelFacts, request: Request) ->
             decision = _overrule(decision, f"--pack {hits[1].text}", None)
         elif hits[2]:
             decision = _apply(decision, by_pattern[hits[2]])
-        elif decision.packed and layer is not None and not request.keep_first_layers <= layer < last - request.keep_last_layers:
+        elif (
+            decision.packed
+            and layer is not None
+            and not request.keep_first_layers <= layer < last - request.keep_last_layers
+        ):
             decision = replace(decision, packed=False, reason="recipe: first and last layers stay")
         if request.only and not hits[3]:
             decision = replace(decision, packed=False, reason="not named by --only")
@@ -205,7 +209,9 @@ def _overrule(decision: _Decision, reason: str, rule: Rule | None) -> _Decision:
     spec = decision.spec
     if len(spec.shape) != 2 or spec.dtype not in FLOAT_DTYPES or 0 in spec.shape:
         if spec.name.endswith(".weight") or not spec.name.endswith(("bias", "_scale")):
-            raise RecipeError(f"{spec.name}: {spec.dtype} {list(spec.shape)} cannot be packed ({reason}): only 2-D BF16, FP16 and FP32 weights can")
+            raise RecipeError(
+                f"{spec.name}: {spec.dtype} {list(spec.shape)} cannot be packed ({reason}): only 2-D float weights can"
+            )
         return decision
     return replace(decision, packed=True, reason=reason, rule=rule)
 
@@ -253,8 +259,12 @@ def _plan_tensor(decision: _Decision, recipe: Recipe, method: QuantMethod) -> Te
         return TensorPlan(spec, Action.COPIED, decision.role, decision.reason, BAND_NBYTES)
     granularity = _granularity(decision, recipe)
     format = (decision.rule.format if decision.rule else None) or recipe.format
-    rounding = ScaleRounding.UP if granularity == MX and recipe.scale_rounding == ScaleRounding.NONE else recipe.scale_rounding
-    packing = Packing(format, granularity, rounding, method.scale(spec, granularity), fused_module(spec.name) or spec.name)
+    rounding = (
+        ScaleRounding.UP if granularity == MX and recipe.scale_rounding == ScaleRounding.NONE else recipe.scale_rounding
+    )
+    packing = Packing(
+        format, granularity, rounding, method.scale(spec, granularity), fused_module(spec.name) or spec.name
+    )
     granule = 1 if granularity.rows is None else granularity.rows
     row_nbytes = spec.nbytes // spec.shape[0]
     band_rows = max(1, BAND_NBYTES // (row_nbytes * granule)) * granule
@@ -288,6 +298,6 @@ def _warnings(tensors: Sequence[TensorPlan]) -> tuple[str, ...]:
     if sum(spec.nbytes for spec in unknown) <= UNKNOWN_SHARE * total:
         return ()
     names = ", ".join(spec.name for spec in unknown[:5])
-    return (f"{len(unknown)} packed weights have a role that fp8pack does not know, such as {names}: --ignore keeps them",)
-
-
+    return (
+        f"{len(unknown)} packed weights have a role that fp8pack does not know, such as {names}: --ignore keeps them",
+    )

@@ -33,16 +33,28 @@ _STAYS = tuple(
             "tower",
             "tower of another modality stays",
         ),
-        (r"(^|\.)(multi_modal_projector|mm_projector|projector|aligner|connector|merger|embed_vision)(\.|$)", "projector", "projector stays"),
+        (
+            r"(^|\.)(multi_modal_projector|mm_projector|projector|aligner|connector|merger|embed_vision)(\.|$)",
+            "projector",
+            "projector stays",
+        ),
         (r"(^|\.)(mtp|mtp_\w+|nextn\w*)(\.|$)", "mtp", "multi-token prediction head stays"),
-        (r"(^|\.)(lm_head|embed_out|logits|shared_head|score|classifier|cls|qa_outputs)(\.|$)|^output$", "logits", "logits stay"),
+        (
+            r"(^|\.)(lm_head|embed_out|logits|shared_head|score|classifier|cls|qa_outputs)(\.|$)|^output$",
+            "logits",
+            "logits stay",
+        ),
         (
             r"(^|\.)(embed_tokens\w*|tok_embeddings|embed_in|wte|wpe|word_embeddings|\w*position_embeddings?|token_type_embeddings|"
             r"embeddings?|embed_positions|relative_attention_bias|pos_embed|shared)(\.\w*embeddings?)?$",
             "embedding",
             "embedding stays",
         ),
-        (r"(^|\.)(gate|router|wg|\w*router_proj|router\.\w+|gate\.wg|shared_expert_gate|altup\.\w+)$", "router", "router stays"),
+        (
+            r"(^|\.)(gate|router|wg|\w*router_proj|router\.\w+|gate\.wg|shared_expert_gate|altup\.\w+)$",
+            "router",
+            "router stays",
+        ),
         (r"(^|\.)(rotary\w*|rope\w*|inv_freq|freqs\w*)(\.|$)", "rotary", "rotary table stays"),
         (
             r"(^|\.)(x_embedder|img_in|txt_in|time_in|vector_in|guidance_in|context_embedder|caption_projection|time_text_embed|"
@@ -51,10 +63,22 @@ _STAYS = tuple(
             "conditioning",
             "input and conditioning of a diffusion model stay",
         ),
-        (r"(^|\.)(final_layer|proj_out|norm_out|head\.head)(\.linear|\.\w+)*$(?<!blocks)", "final", "final projection stays"),
-        (r"(^|\.)(\w*modulation\w*|img_mod|txt_mod|adaln\w*|adaLN\w*)(\.|$)|(^|\.)norm\w*\.linear$", "modulation", "modulation stays"),
+        (
+            r"(^|\.)(final_layer|proj_out|norm_out|head\.head)(\.linear|\.\w+)*$(?<!blocks)",
+            "final",
+            "final projection stays",
+        ),
+        (
+            r"(^|\.)(\w*modulation\w*|img_mod|txt_mod|adaln\w*|adaLN\w*)(\.|$)|(^|\.)norm\w*\.linear$",
+            "modulation",
+            "modulation stays",
+        ),
         (r"(^|\.)\w*(norm|_ln|ln_\w+|layernorm|LayerNorm|ln\d*|norm\d*)$", "norm", "norm stays"),
-        (r"(^|\.)(conv\w*|dt_proj|x_proj|in_proj_(a|b|ba)|A_log|b_proj|a_proj)$", "state", "state-space parameter stays"),
+        (
+            r"(^|\.)(conv\w*|dt_proj|x_proj|in_proj_(a|b|ba)|A_log|b_proj|a_proj)$",
+            "state",
+            "state-space parameter stays",
+        ),
     )
 )
 
@@ -117,7 +141,9 @@ def _judge_linear(module: str, facts: ModelFacts) -> Verdict:
     if layer is None:
         return Verdict("other", False, "policy: linear outside the numbered blocks stays")
     if facts.num_layers and layer >= facts.num_layers and re.search(r"(^|\.)layers\.\d+\.", module):
-        return Verdict("mtp", False, f"policy: layer {layer} lies beyond the {facts.num_layers} layers (multi-token prediction)")
+        return Verdict(
+            "mtp", False, f"policy: layer {layer} lies beyond the {facts.num_layers} layers (multi-token prediction)"
+        )
     leaf = module.rsplit(".", 1)[-1]
     role = _ROLE_OF_LEAF.get(leaf)
     if leaf in ("dense", "c_proj"):

@@ -97,7 +97,9 @@ class Recipe:
 
 def _selection(request: Request) -> dict[str, Any]:
     named = {"ignore": request.ignore, "only": request.only, "pack": request.pack}
-    selection: dict[str, Any] = {flag: [pattern.text for pattern in patterns] for flag, patterns in named.items() if patterns}
+    selection: dict[str, Any] = {
+        flag: [pattern.text for pattern in patterns] for flag, patterns in named.items() if patterns
+    }
     if request.rules:
         selection["rules"] = [
             {
@@ -118,7 +120,9 @@ def parse_scheme(text: str) -> Scheme | None:
     if name == "AUTO":
         return None
     if name == "FP8":
-        raise RecipeError("scheme FP8 needs calibrated activation scales, which this version does not read: use FP8_DYNAMIC")
+        raise RecipeError(
+            "scheme FP8 needs calibrated activation scales, which this version does not read: use FP8_DYNAMIC"
+        )
     for scheme in SCHEMES:
         if scheme.name == name:
             return scheme

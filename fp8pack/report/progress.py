@@ -44,6 +44,9 @@ def _plain_lines() -> Callable[[int, int], None]:
         if now - last >= _LINE_SECONDS:
             last = now
             left = (total - done) * (now - started) / done if done else 0.0
-            print(f"packing  {format_size(done)} of {format_size(total)}, about {format_seconds(left)} left", file=sys.stderr)
+            print(
+                f"packing  {format_size(done)} of {format_size(total)}, about {format_seconds(left)} left",
+                file=sys.stderr,
+            )
 
     return on_progress

@@ -5,7 +5,14 @@ from typing import Any
 
 from fp8pack.units import format_seconds, format_size
 
-_NAMES = {"vllm": "vLLM", "sglang": "SGLang", "tensorrt-llm": "TensorRT-LLM", "transformers": "transformers", "tgi": "TGI", "lmdeploy": "LMDeploy"}
+_NAMES = {
+    "vllm": "vLLM",
+    "sglang": "SGLang",
+    "tensorrt-llm": "TensorRT-LLM",
+    "transformers": "transformers",
+    "tgi": "TGI",
+    "lmdeploy": "LMDeploy",
+}
 _PLURALS = {"norm": "norms", "bias": "biases", "embedding": "embeddings", "router": "routers", "logits": "logits"}
 _MAX_LINES = 4
 
@@ -14,7 +21,13 @@ def plan_lines(facts: dict[str, Any], *, verbose: bool = False) -> list[str]:
     """Return the lines that stand before the work: the model, the scheme and why, what is packed, kept and left out."""
     recipe = facts["recipe"]
     parts = f"{recipe['format']} {recipe['granularity']} {recipe['quant_method']}"
-    head = [facts["model"], facts["architecture"], " ".join(facts["source_dtypes"]), f"{facts['num_tensors']} tensors", format_size(facts["source_nbytes"])]
+    head = [
+        facts["model"],
+        facts["architecture"],
+        " ".join(facts["source_dtypes"]),
+        f"{facts['num_tensors']} tensors",
+        format_size(facts["source_nbytes"]),
+    ]
     lines = [
         "  ".join(part for part in head if part),
         f"scheme   {recipe['scheme']} ({recipe['reason']}): {parts}",
@@ -24,7 +37,10 @@ def plan_lines(facts: dict[str, Any], *, verbose: bool = False) -> list[str]:
     lines += [f"left out {line}" for line in _left_out(facts["left_out"])]
     lines += [f"warning  {warning}" for warning in facts["warnings"]]
     if verbose:
-        lines += [f"  {tensor['action']:6} {tensor['name']}  {tensor['role']}  {tensor['reason']}" for tensor in facts["tensors"]]
+        lines += [
+            f"  {tensor['action']:6} {tensor['name']}  {tensor['role']}  {tensor['reason']}"
+            for tensor in facts["tensors"]
+        ]
     return lines
 
 
@@ -40,12 +56,19 @@ def result_lines(facts: dict[str, Any]) -> list[str]:
     if facts["resumed_nbytes"]:
         lines.append(f"resumed  {format_size(facts['resumed_nbytes'])} were finished by an earlier run")
     rate = (facts["source_nbytes"] - facts["resumed_nbytes"]) / facts["seconds"]
-    parts = [size, format_seconds(facts["seconds"]), f"{format_size(rate)}/s", f"peak {format_size(facts['peak_memory'])}"]
+    parts = [
+        size,
+        format_seconds(facts["seconds"]),
+        f"{format_size(rate)}/s",
+        f"peak {format_size(facts['peak_memory'])}",
+    ]
     sqnr = facts["sqnr"]
     if sqnr["mean"] is not None:
         parts.append(f"SQNR mean {sqnr['mean']:.1f}, worst {sqnr['worst']:.1f} dB")
     lines += [f"result   {'  '.join(parts)}", *_engine_lines(facts["engines"])]
-    if facts["recipe"]["quant_method"] != "fp8pack" and any(engine["engine"] == "vllm" and engine["tp"] for engine in facts["engines"]):
+    if facts["recipe"]["quant_method"] != "fp8pack" and any(
+        engine["engine"] == "vllm" and engine["tp"] for engine in facts["engines"]
+    ):
         lines.append(f"next     vllm serve {facts['output']}")
     else:
         lines.append(f"next     fp8pack inspect {facts['output']}")
@@ -64,7 +87,9 @@ def _kept(kept: list[dict[str, Any]]) -> str:
 def _shape_lines(kept: list[dict[str, Any]]) -> list[str]:
     others = [entry for entry in kept if not entry["reason"].startswith("policy")]
     lines = [f"         {entry['name']}: {entry['reason']}" for entry in others[:_MAX_LINES]]
-    return lines + ([f"         and {len(others) - _MAX_LINES} more; --dry-run -v lists them"] if len(others) > _MAX_LINES else [])
+    return lines + (
+        [f"         and {len(others) - _MAX_LINES} more; --dry-run -v lists them"] if len(others) > _MAX_LINES else []
+    )
 
 
 def _left_out(left_out: list[dict[str, Any]]) -> list[str]:
@@ -82,12 +107,15 @@ def _engine_lines(engines: list[dict[str, Any]]) -> list[str]:
         if engine["tp"]:
             name = _NAMES[engine["engine"]] + (f" ({engine['note']})" if engine["note"] else "")
             groups.setdefault(() if engine["engine"] == "transformers" else tuple(engine["tp"]), []).append(name)
-    loads = [", ".join(names) + (f" at TP {' '.join(map(str, sizes))}" if sizes else "") for sizes, names in groups.items()]
+    loads = [
+        ", ".join(names) + (f" at TP {' '.join(map(str, sizes))}" if sizes else "") for sizes, names in groups.items()
+    ]
     lines = [f"loads in {'; '.join(loads)}" if loads else "loads in load_packed() only"]
     refusals: dict[tuple[str, str], list[str]] = {}
     for engine in engines:
         if not engine["tp"]:
             refusals.setdefault((engine["reason"], engine["remedy"]), []).append(_NAMES[engine["engine"]])
     return lines + [
-        f"         not {', '.join(names)}: {reason}" + (f" ({remedy})" if remedy else "") for (reason, remedy), names in refusals.items()
+        f"         not {', '.join(names)}: {reason}" + (f" ({remedy})" if remedy else "")
+        for (reason, remedy), names in refusals.items()
     ]

@@ -15,7 +15,9 @@ def print_inspection(facts: dict[str, Any]) -> None:
     """Print the facts of a checkpoint to stdout."""
     console = Console(highlight=False, soft_wrap=False)
     if not console.is_terminal:
-        console = Console(highlight=False, width=max(_WIDTH, max(len(tensor["name"]) for tensor in facts["tensors"]) + 100))
+        console = Console(
+            highlight=False, width=max(_WIDTH, max(len(tensor["name"]) for tensor in facts["tensors"]) + 100)
+        )
     measured = any(tensor.get("sqnr") is not None for tensor in facts["tensors"])
     table = Table(box=None, pad_edge=False, header_style="bold")
     for header in ("tensor", "role", "format", "shape"):
@@ -34,7 +36,11 @@ def print_inspection(facts: dict[str, Any]) -> None:
 def _cells(tensor: dict[str, Any], measured: bool) -> list[str]:
     packed = tensor["action"] == "packed"
     scale = tensor.get("scale")
-    cells = [tensor["name"], tensor["role"], f"{tensor['format']} {tensor['granularity']}" if packed else tensor["dtype"]]
+    cells = [
+        tensor["name"],
+        tensor["role"],
+        f"{tensor['format']} {tensor['granularity']}" if packed else tensor["dtype"],
+    ]
     cells += [" x ".join(map(str, tensor["shape"])) or "scalar"]
     cells += [f"{scale['min']:.3g}", f"{scale['max']:.3g}"] if scale else ["", ""]
     cells += [f"{tensor['sqnr']:.1f}" if tensor.get("sqnr") is not None else ""] if measured else []
@@ -43,12 +49,18 @@ def _cells(tensor: dict[str, Any], measured: bool) -> list[str]:
 
 def _totals(facts: dict[str, Any]) -> list[str]:
     totals, recipe = facts["totals"], facts["recipe"]
-    lines = [f"{totals['num_tensors']} tensors, {format_size(totals['nbytes'])}" + (f", {facts['architecture']}" if facts["architecture"] else "")]
+    lines = [
+        f"{totals['num_tensors']} tensors, {format_size(totals['nbytes'])}"
+        + (f", {facts['architecture']}" if facts["architecture"] else "")
+    ]
     if recipe:
-        lines.append(f"{totals['num_packed']} packed, {format_size(totals['packed_nbytes'])} of payload: {recipe['scheme']}, {recipe['quant_method']}")
+        payload = format_size(totals["packed_nbytes"])
+        lines.append(f"{totals['num_packed']} packed, {payload}: {recipe['scheme']}, {recipe['quant_method']}")
         lines.append(f"root {facts['root']}")
     else:
         lines.append("not packed by fp8pack: there is no manifest")
     if totals["sqnr_min"] is not None:
-        lines.append(f"SQNR mean {totals['sqnr_mean']:.2f}, worst {totals['sqnr_min']:.2f} dB in {totals['sqnr_worst_tensor']}")
+        lines.append(
+            f"SQNR mean {totals['sqnr_mean']:.2f}, worst {totals['sqnr_min']:.2f} dB in {totals['sqnr_worst_tensor']}"
+        )
     return lines

@@ -10,6 +10,8 @@ import math
 import mmap
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +60,8 @@ def load_packed(path: str | Path, device: str | torch.device = "cpu") -> "Packed
     manifest = read_manifest(manifest_path)
     folder = root if root.is_dir() else root.parent
     files = sorted({entry.file for entry in manifest.tensors.values()})
-    buffers, specs = {}, {}
+    buffers: dict[str, Tensor] = {}
+    specs: dict[str, TensorSpec] = {}
     for file in files:
         located = root if root.is_file() else folder / check_file_name(file, manifest_path.name)
         header, buffers[file] = _map(located, file, torch.device(device))
@@ -76,7 +79,9 @@ class PackedCheckpoint(Mapping[str, PackedTensor | Tensor]):
     unless it holds some.
     """
 
-    def __init__(self, manifest: Manifest, config: dict[str, Any], specs: dict[str, TensorSpec], buffers: dict[str, Tensor]) -> None:
+    def __init__(
+        self, manifest: Manifest, config: dict[str, Any], specs: dict[str, TensorSpec], buffers: dict[str, Tensor]
+    ) -> None:
         self.manifest = manifest
         self.config = config
         self.quant_method = str(manifest.recipe.get("quant_method", "fp8pack"))
@@ -98,32 +103,33 @@ class PackedCheckpoint(Mapping[str, PackedTensor | Tensor]):
         return len(self.manifest.tensors)
 
     def fused(self, module: str) -> PackedTensor:
-        """Return the weight [sum of N, K] of a module that engines fuse, as a view.
+        """Return the weight [sum of N, K] of a module that engines fuse; a view, unless its parts lie in two shards.
 
         module: `….self_attn.qkv_proj`, `….mlp.gate_up_proj`, or `….experts.gate_up_proj` and `….experts.down_proj` of
         all experts; rows are in the order of the engines: q k v; gate up; gate0 up0 gate1 up1 …
 
         Raises:
             KeyError: no packed weight belongs to such a module.
-            InputError: its parts do not lie side by side in one file, or differ in K, format or granularity.
+            InputError: its parts are not packed alike, or one ends within a block.
         """
         names = sorted((name for name in self if is_part_of(name, module)), key=storage_key)
         parts = [part for part in map(self.__getitem__, names) if isinstance(part, PackedTensor)]
         if not parts:
             raise KeyError(module)
         first = parts[0]
-        if len(parts) != len(names) or any((p.format, p.granularity, p.shape[1]) != (first.format, first.granularity, first.shape[1]) for p in parts):
+        if len(parts) != len(names) or len({(part.format, part.granularity, part.shape[1]) for part in parts}) > 1:
             raise InputError(f"the parts of {module} are not packed alike: {', '.join(names)}")
-        num_rows = sum(part.shape[0] for part in parts)
-        data = self._join([self._specs[name] for name in names], module).view(first.data.dtype).view(num_rows, first.shape[1])
         if first.granularity == "tensor":
-            return PackedTensor(module, data, first.scale, first.format, first.granularity, (num_rows, first.block[1]), first.source_dtype)
-        entries = [self.manifest.tensors[name] for name in names]
-        scale_specs = [self._specs[entry.scale_inv.tensor] for entry in entries if isinstance(entry, PackedEntry)]
-        if any(part.shape[0] % first.block[0] for part in parts[:-1]):
-            raise InputError(f"a part of {module} ends within a block: {first.granularity} scales of the whole would not fit")
-        scale = self._join(scale_specs, module).view(first.scale.dtype).view(-1, first.scale.shape[1])
-        return PackedTensor(module, data, scale, first.format, first.granularity, first.block, first.source_dtype)
+            if any(not torch.equal(part.scale, first.scale) for part in parts):
+                raise InputError(f"the parts of {module} have scales of their own, which one weight cannot hold")
+            scale, rows = first.scale, sum(part.shape[0] for part in parts)
+        else:
+            if any(part.shape[0] % first.block[0] for part in parts[:-1]):
+                raise InputError(f"a part of {module} ends within a block, so its scales do not fit the whole")
+            scale, rows = _join([part.scale for part in parts]), first.block[0]
+        return replace(
+            first, name=module, data=_join([part.data for part in parts]), scale=scale, block=(rows, first.block[1])
+        )
 
     def _view(self, name: str) -> Tensor:
         spec = self._specs[name]
@@ -132,13 +138,19 @@ class PackedCheckpoint(Mapping[str, PackedTensor | Tensor]):
             raise InputError(f"{spec.file}: tensor {name!r} is {spec.dtype}, which torch has no type for")
         data = self._buffers[spec.file][spec.begin : spec.end]
         aligned = data if spec.begin % dtype.itemsize == 0 else data.clone()
-        return aligned.view(dtype).view(spec.shape) if math.prod(spec.shape) else torch.empty(spec.shape, dtype=dtype, device=data.device)
+        return (
+            aligned.view(dtype).view(spec.shape)
+            if math.prod(spec.shape)
+            else torch.empty(spec.shape, dtype=dtype, device=data.device)
+        )
 
-    def _join(self, specs: list[TensorSpec], module: str) -> Tensor:
-        for before, after in zip(specs, specs[1:], strict=False):
-            if before.file != after.file or before.end != after.begin:
-                raise InputError(f"the parts of {module} do not lie side by side: {before.name} and {after.name} are in different shards")
-        return self._buffers[specs[0].file][specs[0].begin : specs[-1].end]
+
+def _join(parts: list[Tensor]) -> Tensor:
+    """The parts below each other: a view where each begins in memory where the one before it ends, a copy elsewhere."""
+    if any(before.data_ptr() + before.nbytes != after.data_ptr() for before, after in pairwise(parts)):
+        return torch.cat(parts)
+    rows = sum(part.shape[0] for part in parts)
+    return parts[0].as_strided((rows, *parts[0].shape[1:]), parts[0].stride())
 
 
 def _map(path: Path, file: str, device: torch.device) -> tuple[Header, Tensor]:

@@ -30,7 +30,9 @@ class CompressedTensors:
     def check(self, recipe: Recipe, rules: Sequence[Rule]) -> None:
         """Raise RecipeError unless the recipe is e4m3 with channel scales, or mx with power-of-two scales."""
         channel = recipe.granularity == CHANNEL
-        mx = recipe.granularity == MX and recipe.scale_rounding != ScaleRounding.NONE and recipe.activations == "dynamic"
+        mx = (
+            recipe.granularity == MX and recipe.scale_rounding != ScaleRounding.NONE and recipe.activations == "dynamic"
+        )
         if recipe.format != E4M3 or not (channel or mx) or recipe.activations not in ("dynamic", "none"):
             raise RecipeError(
                 f"quant method compressed-tensors holds e4m3 with channel or mx scales, not {recipe.format.name} "
@@ -52,7 +54,11 @@ class CompressedTensors:
         """Return the schema of compressed-tensors: one group for every linear, and the modules that stay."""
         mx = plan.recipe.granularity == MX
         weights: dict[str, Any] = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": False}
-        weights |= {"strategy": "group", "group_size": 32, "scale_dtype": "torch.uint8", "zp_dtype": "torch.uint8"} if mx else {"strategy": "channel"}
+        weights |= (
+            {"strategy": "group", "group_size": 32, "scale_dtype": "torch.uint8", "zp_dtype": "torch.uint8"}
+            if mx
+            else {"strategy": "channel"}
+        )
         activations = {**weights, "dynamic": True} if mx else {**weights, "strategy": "token", "dynamic": True}
         weight_only = plan.recipe.activations == "none"
         format = "mxfp8-quantized" if mx else "naive-quantized" if weight_only else "float-quantized"

@@ -66,4 +66,6 @@ def refuse_mixed(method: str, recipe: Recipe, rules: Sequence[Rule]) -> None:
     """Raise RecipeError if a rule asks for another format or granularity than the one a checkpoint can announce."""
     for rule in rules:
         if rule.format not in (None, recipe.format) or rule.granularity not in (None, recipe.granularity):
-            raise RecipeError(f"rule {rule.pattern.text!r}: quant method {method} holds one format and granularity: use quant_method fp8pack")
+            raise RecipeError(
+                f"rule {rule.pattern.text!r}: {method} holds one format and granularity: use quant_method fp8pack"
+            )
