@@ -78,6 +78,7 @@ def plan_work(plan: PackPlan, source: Source) -> tuple[ShardWork, ...]:
     """Return the shards to be made, each with the digest of its part of the plan."""
     by_name = {tensor.spec.name: tensor for tensor in plan.tensors}
     metadata = {file.name: file.metadata for file in source.files}
+    default = source.files[0].metadata if source.is_single_file else {}
     groups: dict[str, list[str]] = {}
     for tensor in plan.packed:
         if tensor.packing and tensor.packing.two_pass:
@@ -86,7 +87,7 @@ def plan_work(plan: PackPlan, source: Source) -> tuple[ShardWork, ...]:
     for shard in plan.shards:
         tensors = [by_name[stored.name] for stored in shard.tensors if stored.name in by_name]
         tensors.sort(key=lambda tensor: (tensor.spec.file, tensor.spec.begin))
-        header = build_header(shard.tensors, shard.begins, {"format": "pt", **metadata.get(shard.file, {})})
+        header = build_header(shard.tensors, shard.begins, {"format": "pt", **metadata.get(shard.file, default)})
         begins = {stored.name: len(header) + begin for stored, begin in zip(shard.tensors, shard.begins, strict=True)}
         places = {
             t.spec.name: Place(shard.file, begins[t.spec.name], begins[t.packing.scale.name] if t.packing else 0)

@@ -1,6 +1,6 @@
 """Everything that is decided before a byte is written."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fp8pack.checkpoint.quant_methods import WrittenMethod, find_method
@@ -64,6 +64,8 @@ def prepare(model: Path, request: Request, options: WriteOptions) -> Prepared:
             f"{source.path.name} is a single file, so -o must name a .safetensors file, not {output.name}"
         )
     check_output(output, source.path)
+    if source.is_single_file:
+        plan = replace(plan, shards=(replace(plan.shards[0], file=output.name),))
     return Prepared(source, side_files, request, plan, method, output, options)
 
 

@@ -75,7 +75,7 @@ _STAYS = tuple(
         ),
         (r"(^|\.)\w*(norm|_ln|ln_\w+|layernorm|LayerNorm|ln\d*|norm\d*)$", "norm", "norm stays"),
         (
-            r"(^|\.)(conv\w*|dt_proj|x_proj|in_proj_(a|b|ba)|A_log|b_proj|a_proj)$",
+            r"(^|\.)(conv1d|dt_proj|x_proj|in_proj_(a|b|ba)|A_log|b_proj|a_proj)$",
             "state",
             "state-space parameter stays",
         ),
@@ -98,7 +98,7 @@ _LINEARS = {
 _ROLE_OF_LEAF = {leaf: role for role, leaves in _LINEARS.items() for leaf in leaves.split()}
 _CONV1D_TYPES = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 _CONV1D_LEAVES = ("c_attn", "c_proj", "c_fc", "q_attn")
-_IN_BLOCK = re.compile(r"(^|\.)(\d+)\.[A-Za-z_]")
+_IN_BLOCK = re.compile(r"(^|\.)(\d+)\.[A-Za-z_]\w*\.")  # a number, a name, and something below it
 _EXPERT = re.compile(r"(?P<parent>.*(^|\.)experts)\.(?P<index>\d+)\.(?P<leaf>\w+)$")
 
 
@@ -106,7 +106,7 @@ def judge(spec: TensorSpec, facts: ModelFacts) -> Verdict:
     """Return the role of a tensor, whether the policy packs it, and the reason in words."""
     module = spec.name.removesuffix(".weight")
     stays = next(((role, reason) for pattern, role, reason in _STAYS if pattern.search(module)), None)
-    if stays is not None and not (stays[0] == "final" and _IN_BLOCK.search(module)):
+    if stays is not None and not (stays[0] == "final" and layer_of(spec.name) is not None):
         return Verdict(stays[0], False, stays[1])
     if spec.dtype not in FLOAT_DTYPES:
         return Verdict("other", False, f"dtype {spec.dtype} stays")

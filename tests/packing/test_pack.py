@@ -1,0 +1,301 @@
+"""Packing whole checkpoints: the bytes against the oracle, the same bytes everywhere, nothing lost."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import oracle
+import pytest
+from conftest import MakeCheckpoint, Tensors, llama_config, llama_tensors, random_weight
+from numpy.typing import NDArray
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+import fp8pack
+from fp8pack.checkpoint.manifest import root_of
+from fp8pack.checkpoint.manifest_schema import Manifest, PackedEntry, read_manifest
+from fp8pack.checkpoint.source import ShardReader, open_checkpoint
+from fp8pack.errors import InputError, OutputError
+from fp8pack.numerics.formats import parse_format
+from fp8pack.numerics.granularity import parse_granularity
+from fp8pack.numerics.scaling import ScaleRounding, decode_e8m0
+from fp8pack.packing import bands, codecs, pack
+from fp8pack.packing.prepare import WriteOptions
+from fp8pack.planning import plan as planning
+from fp8pack.planning.patterns import Pattern
+from fp8pack.planning.recipe import Request
+
+GRANULARITIES = ("tensor", "channel", "group:64", "block:128x128", "block:48x80", "mx")
+
+
+def stored_bytes(folder: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
+    """Dtype, shape and bytes of every tensor of a checkpoint."""
+    opened = open_checkpoint(folder)
+    found = {}
+    for spec in opened.specs:
+        data = bytearray(spec.nbytes)
+        reader = ShardReader(opened.directory / spec.file)
+        reader.readinto(memoryview(data), spec.begin)
+        reader.close()
+        found[spec.name] = (spec.dtype, spec.shape, bytes(data))
+    return found
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def request(format: str = "e4m3", granularity: str = "block:128x128", **changes: Any) -> Request:
+    rounding = ScaleRounding.UP if granularity == "mx" else None
+    typed = {"format": parse_format(format), "granularity": parse_granularity(granularity), "scale_rounding": rounding}
+    return Request(**{"quant_method": "fp8pack", **typed, **changes})
+
+
+def expected_scales(entry: PackedEntry, data: bytes) -> NDArray[np.float32]:
+    grid = (-(-entry.shape[0] // entry.block[0]), -(-entry.shape[1] // entry.block[1]))
+    if entry.scale_inv.dtype == "U8":
+        return decode_e8m0(np.frombuffer(data, np.uint8)).reshape(grid)
+    return np.frombuffer(data, np.float32).reshape(grid)
+
+
+def ragged_tensors(dtype: Any) -> Tensors:
+    """Odd shapes: one row, one column, ragged edges, zeros, tiny and huge values."""
+    shapes = {"a": (1, 300), "b": (300, 1), "c": (130, 259), "d": (256, 512), "e": (7, 5)}
+    tensors = {f"model.layers.0.mlp.odd_{name}.weight": random_weight(s, i, dtype) for i, (name, s) in enumerate(shapes.items())}
+    tensors["model.layers.0.mlp.odd_zero.weight"] = np.zeros((64, 64), dtype)
+    extreme = random_weight((64, 96), 9, dtype)
+    extreme[0, 0], extreme[1, 1], extreme[2, 2] = float(ml_dtypes.finfo(dtype).max) / 2, 1e-6, -0.0
+    return tensors | {"model.layers.0.mlp.odd_extreme.weight": extreme}
+
+
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16, np.float32], ids=["BF16", "F16", "F32"])
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("format", ["e4m3", "e5m2"])
+def test_every_byte_equals_the_oracle(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path, format: str, granularity: str, dtype: Any
+) -> None:
+    tensors = ragged_tensors(dtype)
+    facts = fp8pack.pack(make_checkpoint(tensors), request(format, granularity), WriteOptions(tmp_path / "out"))
+    assert facts["num_packed"] == len(tensors)
+    stored, manifest = stored_bytes(tmp_path / "out"), read_manifest(tmp_path / "out" / "fp8pack.json")
+    for name, weight in tensors.items():
+        entry = manifest.tensors[name]
+        assert isinstance(entry, PackedEntry)
+        rounding = "up" if granularity == "mx" else "none"
+        payload, scales = oracle.quantize(weight.astype(np.float32), format, granularity, rounding)
+        assert stored[name][2] == payload.tobytes(), name
+        np.testing.assert_array_equal(expected_scales(entry, stored[entry.scale_inv.tensor][2]), scales)
+        assert entry.amax == np.abs(weight.astype(np.float32)).max()
+
+
+def test_fused_members_share_a_tensor_wide_scale(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    tensors = llama_tensors(1)
+    asked = Request(granularity=parse_granularity("tensor"))
+    fp8pack.pack(make_checkpoint(tensors, shards=3), asked, WriteOptions(tmp_path / "out"))
+    stored = stored_bytes(tmp_path / "out")
+    for group in (["q", "k", "v"], ["gate", "up"]):
+        part = "mlp" if "up" in group else "self_attn"
+        names = [f"model.layers.0.{part}.{leaf}_proj.weight" for leaf in group]
+        amax = max(float(np.abs(tensors[name].astype(np.float32)).max()) for name in names)
+        for name in names:
+            payload, scales = oracle.quantize(tensors[name].astype(np.float32), "e4m3", "tensor", amax=amax)
+            assert stored[name][2] == payload.tobytes()
+            assert stored[f"{name}_scale"] == ("F32", (), scales.tobytes())
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "channel", "block:128x128", "mx"])
+def test_workers_strips_and_device_change_no_byte(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, granularity: str
+) -> None:
+    source = make_checkpoint(llama_tensors() | {"model.layers.0.mlp.odd.weight": random_weight((700, 130), 5)}, shards=2)
+    asked = request("e4m3", granularity)
+    fp8pack.pack(source, asked, WriteOptions(tmp_path / "one", workers=1))
+    reference = files_of(tmp_path / "one")
+    fp8pack.pack(source, asked, WriteOptions(tmp_path / "many", workers=5))
+    fp8pack.pack(source, asked, WriteOptions(tmp_path / "little", max_memory=1))
+    fp8pack.pack(source, asked, WriteOptions(tmp_path / "torch", device="torch:cpu"))
+    monkeypatch.setattr(codecs.CpuCodec, "strip_nbytes", 4096)
+    fp8pack.pack(source, asked, WriteOptions(tmp_path / "strips"))
+    for name in ("many", "little", "torch", "strips"):
+        assert files_of(tmp_path / name) == reference, name
+
+
+def test_bands_cut_a_tensor_anywhere_but_change_only_its_digest(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = make_checkpoint()
+    fp8pack.pack(source, request(granularity="group:64"), WriteOptions(tmp_path / "whole"))
+    monkeypatch.setattr(planning, "BAND_NBYTES", 3000)
+    fp8pack.pack(source, request(granularity="group:64"), WriteOptions(tmp_path / "cut"))
+    assert stored_bytes(tmp_path / "cut") == stored_bytes(tmp_path / "whole")
+    entry = read_manifest(tmp_path / "cut" / "fp8pack.json").tensors["model.layers.0.mlp.up_proj.weight"]
+    assert isinstance(entry, PackedEntry)
+    assert entry.band_rows == 5
+
+
+def test_every_source_tensor_is_packed_or_copied_byte_for_byte(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    extra = {"model.layers.0.mlp.gate.e_score": np.arange(7, dtype=np.int64), "empty": np.zeros((0, 4), np.float32)}
+    tensors = llama_tensors() | extra
+    facts = fp8pack.pack(make_checkpoint(tensors, shards=2), None, WriteOptions(tmp_path / "out"))
+    stored, kept = stored_bytes(tmp_path / "out"), {entry["name"] for entry in facts["kept"]}
+    packed = {name for name, (dtype, _, _) in stored.items() if dtype == "F8_E4M3"}
+    assert kept | packed == tensors.keys()
+    assert all(stored[name][2] == tensors[name].tobytes() for name in kept)
+    assert stored.keys() - tensors.keys() == {f"{name}_scale_inv" for name in packed}
+
+
+def test_side_files_are_carried_over_and_weights_of_other_kinds_are_not(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    source = make_checkpoint()
+    carried = {"tokenizer.json": b"{}", "chat_template.jinja": "é".encode(), "LICENSE": b"x" * 5000, "code/model.py": b"1"}
+    left = {"pytorch_model.bin": b"pickle", "original/consolidated.00.pth": b"x", "optimizer.pt": b"x", "model.gguf": b"x"}
+    for name, content in (carried | left).items():
+        (source / name).parent.mkdir(exist_ok=True)
+        (source / name).write_bytes(content)
+    facts = fp8pack.pack(source, None, WriteOptions(tmp_path / "out"))
+    for name, content in carried.items():
+        assert (tmp_path / "out" / name).read_bytes() == content
+    assert {entry["file"]: entry["size"] for entry in facts["left_out"]} == {name: len(left[name]) for name in left}
+    assert not any((tmp_path / "out" / name).exists() for name in left)
+    fp8pack.pack(source, None, WriteOptions(tmp_path / "more", copy=("*.gguf",)))
+    assert (tmp_path / "more" / "model.gguf").read_bytes() == b"x"
+
+
+def test_config_keeps_every_byte_and_announces_the_quantization(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    source = make_checkpoint()
+    before = (source / "config.json").read_text()
+    fp8pack.pack(source, None, WriteOptions(tmp_path / "out"))
+    after = (tmp_path / "out" / "config.json").read_text()
+    assert after.startswith(before.rstrip().removesuffix("}").rstrip())
+    assert json.loads(after)["quantization_config"] == {
+        "quant_method": "fp8",
+        "activation_scheme": "dynamic",
+        "fmt": "e4m3",
+        "weight_block_size": [128, 128],
+        "modules_to_not_convert": ["lm_head"],
+    }
+
+
+def test_the_index_lists_every_tensor_with_its_file(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    fp8pack.pack(make_checkpoint(shards=3), None, WriteOptions(tmp_path / "out"))
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    found, total = {}, 0
+    for path in sorted((tmp_path / "out").glob("*.safetensors")):
+        with safe_open(path, framework="numpy") as opened:
+            found |= {name: path.name for name in opened.keys()}  # noqa: SIM118
+        total += sum(len(data) for _, _, data in stored_bytes(path).values())
+    assert index["weight_map"] == found
+    assert index["metadata"]["total_size"] == total
+
+
+def test_a_limit_on_the_shard_size_changes_files_and_no_tensor(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    source = make_checkpoint()
+    fp8pack.pack(source, None, WriteOptions(tmp_path / "one"))
+    fp8pack.pack(source, None, WriteOptions(tmp_path / "many", max_shard_nbytes=300_000))
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 2
+    assert stored_bytes(tmp_path / "many") == stored_bytes(tmp_path / "one")
+
+
+def test_a_single_file_gives_a_single_file(tmp_path: Path) -> None:
+    save_file(llama_tensors(), tmp_path / "x.safetensors")
+    before = (tmp_path / "x.safetensors").read_bytes()
+    facts = fp8pack.pack(tmp_path / "x.safetensors")
+    assert facts["output"] == str(tmp_path / "x-fp8.safetensors")
+    assert {path.name for path in tmp_path.iterdir()} == {"x.safetensors", "x-fp8.safetensors", "x-fp8.fp8pack.json"}
+    assert (tmp_path / "x.safetensors").read_bytes() == before
+    assert fp8pack.pack(tmp_path / "x.safetensors")["already_complete"]
+
+
+def test_the_manifest_is_its_own_proof(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    facts = fp8pack.pack(make_checkpoint(shards=2), None, WriteOptions(tmp_path / "out"))
+    document = json.loads((tmp_path / "out" / "fp8pack.json").read_bytes())
+    assert document["root"] == root_of(document) == facts["root"]
+    manifest = Manifest.model_validate(document)
+    assert set(manifest.files) | {"fp8pack.json"} == {path.name for path in (tmp_path / "out").iterdir()}
+    assert all((tmp_path / "out" / name).stat().st_size == entry.size for name, entry in manifest.files.items())
+
+
+def test_data_starts_at_a_page_and_files_have_the_umasks_mode(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    fp8pack.pack(make_checkpoint(), None, WriteOptions(tmp_path / "out"))
+    raw = (tmp_path / "out" / "model.safetensors").read_bytes()
+    assert (8 + int.from_bytes(raw[:8], "little")) % 4096 == 0
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()} == {0o644}
+
+
+def test_the_same_command_again_leaves_a_finished_output_alone(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    source = make_checkpoint()
+    first = fp8pack.pack(source, None, WriteOptions(tmp_path / "out"))
+    before = (tmp_path / "out" / "fp8pack.json").stat().st_mtime_ns
+    again = fp8pack.pack(source, None, WriteOptions(tmp_path / "out"))
+    assert again["already_complete"]
+    assert again["root"] == first["root"]
+    assert (tmp_path / "out" / "fp8pack.json").stat().st_mtime_ns == before
+    with pytest.raises(OutputError, match="--overwrite"):
+        fp8pack.pack(source, Request(scheme="FP8_DYNAMIC"), WriteOptions(tmp_path / "out"))
+
+
+def test_two_fine_tunes_of_one_base_have_two_fingerprints(make_checkpoint: MakeCheckpoint) -> None:
+    tensors = llama_tensors()
+    first = open_checkpoint(make_checkpoint(tensors)).fingerprint
+    tensors["model.layers.1.mlp.up_proj.weight"][-1, -1] += 1
+    assert open_checkpoint(make_checkpoint(tensors, name="other")).fingerprint != first
+
+
+def test_offenders_are_named_and_the_flag_that_mends_them_reuses_the_rest(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    tensors = llama_tensors()
+    bad = ["model.layers.0.mlp.down_proj.weight", "model.layers.1.self_attn.o_proj.weight"]
+    for name in bad:
+        tensors[name][3, 5] = np.nan
+    source, options = make_checkpoint(tensors, shards=3), WriteOptions(tmp_path / "out")
+    for granularity in ("tensor", "block:128x128"):
+        asked = Request(granularity=parse_granularity(granularity))
+        with pytest.raises(InputError) as caught:
+            fp8pack.pack(source, asked, WriteOptions(tmp_path / granularity[:5]))
+        assert all(f"--ignore {name}" in str(caught.value) for name in bad)
+    asked = Request(granularity=parse_granularity("block:128x128"))
+    with pytest.raises(InputError):
+        fp8pack.pack(source, asked, options)
+    asked = Request(granularity=parse_granularity("block:128x128"), ignore=tuple(map(Pattern, bad)))
+    facts = fp8pack.pack(source, asked, options)
+    assert facts["resumed_nbytes"] > 0
+    assert {entry["name"] for entry in facts["kept"]} >= set(bad)
+
+
+def test_hub_snapshots_are_packed_into_the_current_directory(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = make_checkpoint()
+    cache = tmp_path / "hub" / "models--org--tiny-model"
+    snapshot = cache / "snapshots" / "abc"
+    (cache / "blobs").mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for path in source.iterdir():
+        path.rename(cache / "blobs" / f"digest-{path.name}")
+        (snapshot / path.name).symlink_to(f"../../blobs/digest-{path.name}")
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+    facts = fp8pack.pack(snapshot)
+    assert facts["output"] == str(work / "tiny-model-FP8-block")
+    assert facts["model"] == "tiny-model"
+
+
+def test_schemes_write_what_their_engines_read(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    source = make_checkpoint(config=llama_config("LlamaForCausalLM"))
+    for scheme, suffix, shape, dtype in (
+        ("FP8_DYNAMIC", "weight_scale", (512, 1), "F32"),
+        ("W8A16", "weight_scale", (512, 1), "F32"),
+        ("MXFP8", "weight_scale", (512, 8), "U8"),
+        ("FP8_BLOCK", "weight_scale_inv", (4, 2), "F32"),
+    ):
+        fp8pack.pack(source, Request(scheme=scheme), WriteOptions(tmp_path / scheme))
+        stored = stored_bytes(tmp_path / scheme)
+        assert stored[f"model.layers.0.mlp.up_proj.{suffix}"][:2] == (dtype, shape)
+
+
+def test_pack_is_what_the_package_exports() -> None:
+    assert fp8pack.pack is pack.pack
+    assert bands.SAMPLE_ROWS > 0
