@@ -36,8 +36,7 @@ class PackedTensor:
         """The scales as float32 [ceil(N/R), ceil(K/C)]: value = data * multiplier."""
         grid = (-(-self.shape[0] // self.block[0]), -(-self.shape[1] // self.block[1]))
         if self.scale.dtype == torch.uint8:
-            one = torch.ones((), dtype=torch.float32, device=self.scale.device)
-            return torch.ldexp(one, self.scale.int() - 127).reshape(grid)
+            return self.scale.view(torch.float8_e8m0fnu).float().reshape(grid)
         return self.scale.reshape(grid)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:

@@ -1,0 +1,55 @@
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+SOURCES = fp8pack tests benchmarks examples
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test check lint format types golden docs bench test-gpu clean
+
+help: ## print every target
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-10s %s\n", $$1, $$2}'
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade 'pip>=25.1'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable . --group dev
+	@touch $@
+
+install: $(VENV)/installed ## make a virtual environment and install fp8pack and its tools into it
+
+demo: install ## pack the demo model, inspect the result, and compare the two models' perplexity
+	$(BIN)/fp8pack pack examples/demo-qwen3 -o demo-output --overwrite
+	$(BIN)/fp8pack inspect demo-output --against examples/demo-qwen3 --fail-if 'sqnr_min<28'
+	$(BIN)/python examples/compare_demo.py demo-output
+
+test: install ## run the tests
+	$(BIN)/python -m pytest -q -m 'not gpu'
+
+check: lint types test ## all that CI runs
+
+lint: install ## check style and formatting
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+
+format: install ## format the code and sort imports
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+types: install ## check types
+	$(BIN)/mypy
+
+golden: install ## write the golden roots anew; say why in the commit
+	cd tests && ../$(BIN)/python -c 'import sys, tempfile, pathlib; sys.path.insert(0, "format"); import test_golden; test_golden.write_golden(pathlib.Path(tempfile.mkdtemp()))'
+
+docs: install ## write the generated parts of docs/ anew
+	$(BIN)/python docs/generate.py
+
+bench: install ## measure, and write a result file to docs/benchmarks/
+	$(BIN)/python benchmarks/bench.py
+
+test-gpu: install ## run the tests that need a CUDA device
+	$(BIN)/python -m pytest -q -m gpu
+
+clean: ## remove what is built
+	rm -rf $(VENV) build dist demo-output .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
