@@ -1,0 +1,77 @@
+"""The documentation is true: its commands run, its links lead somewhere, it names every command, option and error."""
+
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import MakeCheckpoint, llama_config, llama_tensors
+from typer.testing import CliRunner
+
+from fp8pack import errors
+from fp8pack.cli.app import app
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXT = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
+
+
+def blocks(page: str) -> list[str]:
+    return re.findall(r"^```sh\n(.*?)^```$", (ROOT / "docs" / page).read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("page", ["index.md", "howto.md", "coming-from.md"])
+def test_the_commands_run_in_order(page: str, make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    make_checkpoint(llama_tensors(4), config=llama_config(layers=4))
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    for name, arguments in {"python": "", "fp8pack": "-m fp8pack"}.items():
+        (commands / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" {arguments} "$@"\n')
+        (commands / name).chmod(0o755)
+    environment = os.environ | {"PATH": f"{commands}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    for block in blocks(page):
+        for output in tmp_path.glob("model-FP8*"):
+            shutil.rmtree(output)
+        command = ["bash", "-euo", "pipefail", "-c", block]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{block}\n{done.stderr}"
+
+
+def test_links_lead_to_files() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_every_command_has_help_and_is_documented() -> None:
+    for command in app.registered_commands:
+        assert command.callback is not None
+        assert command.callback.__doc__
+        assert f"fp8pack {command.callback.__name__}" in TEXT
+
+
+def test_every_exit_code_is_documented() -> None:
+    found = {int(code) for code in re.findall(r"^\| (\d) \|", (ROOT / "docs" / "index.md").read_text(), re.MULTILINE)}
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.Fp8PackError)]
+    assert {kind.exit_code for kind in kinds} <= found
+
+
+def test_the_schema_is_the_one_that_the_models_publish() -> None:
+    schema_text = runpy.run_path(str(ROOT / "docs" / "generate.py"))["schema_text"]
+    assert (ROOT / "docs" / "manifest.schema.json").read_text() == schema_text()
+
+
+def test_make_help_prints_every_target() -> None:
+    text = (ROOT / "Makefile").read_text()
+    targets = {name for name in re.findall(r"^([a-z][a-z-]*):", text, re.MULTILINE)}
+    done = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert targets == {line.split()[0] for line in done.stdout.splitlines() if line.startswith("  ")}
+
+
+def test_help_of_every_command_exits_with_0() -> None:
+    for command in ([], ["pack"], ["inspect"]):
+        assert CliRunner().invoke(app, [*command, "--help"]).exit_code == 0
