@@ -4,7 +4,10 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-ELEMENT = {"e4m3": (ml_dtypes.float8_e4m3fn, np.float32(448), 8), "e5m2": (ml_dtypes.float8_e5m2, np.float32(57344), 15)}
+ELEMENT = {
+    "e4m3": (ml_dtypes.float8_e4m3fn, np.float32(448), 8),
+    "e5m2": (ml_dtypes.float8_e5m2, np.float32(57344), 15),
+}
 
 
 def region_of(granularity: str, shape: tuple[int, int]) -> tuple[int, int]:

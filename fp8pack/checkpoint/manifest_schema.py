@@ -28,7 +28,11 @@ class ScaleEntry(_Entry):
 
 
 class PackedEntry(_Entry):
-    """A packed weight [N, K]; `block` is the region that shares a scale, `band_rows` the unit of its digest."""
+    """A packed weight [N, K].
+
+    `block` is the region that shares a scale; `band_rows` rows (and `band_cols` columns, where rows are cut) are the
+    unit of its digest.
+    """
 
     action: Literal["packed"]
     role: str
@@ -43,6 +47,7 @@ class PackedEntry(_Entry):
     scale_inv: ScaleEntry
     amax: float
     band_rows: int
+    band_cols: int | None = None
     digest: Digest
 
 

@@ -4,7 +4,7 @@ A band is worked in strips: what is read, quantized, digested and written at a t
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,14 +34,20 @@ class Band:
     @property
     def rows(self) -> tuple[int, int]:
         """First row and the row after the last."""
-        begin = self.index * self.tensor.band_rows
-        return begin, min(begin + self.tensor.band_rows, self.tensor.num_rows)
+        begin = self.index // ceil_div(self.tensor.matrix[1], self.tensor.band_cols) * self.tensor.band_rows
+        return begin, min(begin + self.tensor.band_rows, self.tensor.matrix[0])
+
+    @property
+    def cols(self) -> tuple[int, int]:
+        """First column and the column after the last."""
+        begin = self.index % ceil_div(self.tensor.matrix[1], self.tensor.band_cols) * self.tensor.band_cols
+        return begin, min(begin + self.tensor.band_cols, self.tensor.matrix[1])
 
     @property
     def nbytes(self) -> int:
         """Bytes of source."""
-        begin, end = self.rows
-        return (end - begin) * (self.tensor.spec.nbytes // self.tensor.num_rows)
+        (top, bottom), (left, right), (n, k) = self.rows, self.cols, self.tensor.matrix
+        return (bottom - top) * (right - left) * (self.tensor.spec.nbytes // (n * k))
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,13 +95,12 @@ class BandWorker:
     def pack(self, band: Band, packing: Packing, place: Place, fixed_scale: np.float32) -> BandResult:
         """Quantize a band; `fixed_scale` is the scale of a two-pass packing, ignored otherwise."""
         spec = band.tensor.spec
-        k = spec.shape[1]
         begin, region_rows = band.rows[0], packing.granularity.region(spec.shape)[0]
         hasher, amax, energies = blake3(), 0.0, (0.0, 0.0)
         scales, writer = self._scales(band, packing, fixed_scale), self._open_writer(place.file)
         for lo, hi in self._strips(band):
             weight = self._read(band, lo, hi)
-            payload = np.frombuffer(self._buffer("payload", (hi - lo) * k), np.uint8).reshape(hi - lo, k)
+            payload = np.frombuffer(self._buffer("payload", weight.size), np.uint8).reshape(weight.shape)
             first = 0 if packing.two_pass else (lo - begin) // region_rows
             part = scales[first : first + ceil_div(hi - lo, region_rows)]
             found = self._codec.quantize(weight, payload, part, dtype=spec.dtype, packing=packing)
@@ -104,11 +109,11 @@ class BandWorker:
                 return BandResult(spec.name, band.index, "", amax=amax)
             if lo == begin:
                 rows, regions = slice(SAMPLE_ROWS), slice(ceil_div(SAMPLE_ROWS, region_rows))
-                energies = self._codec.error(
-                    weight[rows], payload[rows], part[regions], dtype=spec.dtype, packing=packing
-                )
-            hasher.update(payload.data)
-            writer.write(payload.data.cast("B"), place.payload_begin + lo * k)
+                sample = (weight[rows], payload[rows], part[regions])
+                energies = self._codec.error(*sample, dtype=spec.dtype, packing=packing)
+            data = payload.data.cast("B")
+            hasher.update(data)
+            _move(writer.write, data, band, itemsize=1, begin=place.payload_begin, lo=lo)
         scale_digest = self._write_scales(band, packing, place, scales)
         return BandResult(spec.name, band.index, hasher.hexdigest(), scale_digest, amax, *energies)
 
@@ -137,35 +142,50 @@ class BandWorker:
     def _scales(self, band: Band, packing: Packing, fixed_scale: np.float32) -> NDArray[np.float32]:
         if packing.two_pass:
             return np.full((1, 1), fixed_scale, np.float32)
-        begin, end = band.rows
-        return np.empty(packing.granularity.scale_shape((end - begin, band.tensor.spec.shape[1])), np.float32)
+        (top, bottom), (left, right) = band.rows, band.cols
+        return np.empty(packing.granularity.scale_shape((bottom - top, right - left)), np.float32)
 
     def _write_scales(self, band: Band, packing: Packing, place: Place, scales: NDArray[np.float32]) -> str:
+        """Write the band's part of the scales, which is contiguous: whole rows of them, or a part of one row."""
         if packing.two_pass and band.index > 0:
             return ""
         stored: NDArray[Any] = encode_e8m0(scales) if packing.scale.dtype == "U8" else scales
         data = stored.data.cast("B")
-        first = band.rows[0] // packing.granularity.region(band.tensor.spec.shape)[0]
-        self._open_writer(place.file).write(data, place.scale_begin + first * stored.shape[1] * stored.itemsize)
+        shape = band.tensor.spec.shape
+        region_rows, region_cols = packing.granularity.region(shape)
+        first = band.rows[0] // region_rows * packing.granularity.scale_shape(shape)[1] + band.cols[0] // region_cols
+        self._open_writer(place.file).write(data, place.scale_begin + first * stored.itemsize)
         return blake3(data).hexdigest()
 
     def _strips(self, band: Band) -> Iterator[tuple[int, int]]:
-        packing, spec = band.tensor.packing, band.tensor.spec
+        packing = band.tensor.packing
         granule = (packing.granularity.rows or 1) if packing else 1
-        granule_nbytes = granule * spec.nbytes // spec.shape[0]
-        rows = granule * max(1, self._codec.strip_nbytes // granule_nbytes)
-        begin, end = band.rows
+        (begin, end), row_nbytes = band.rows, band.nbytes // (band.rows[1] - band.rows[0])
+        rows = granule * max(1, self._codec.strip_nbytes // (granule * row_nbytes))
         for lo in range(begin, end, rows):
             yield lo, min(lo + rows, end)
 
     def _read(self, band: Band, lo: int, hi: int) -> NDArray[Any]:
-        spec = band.tensor.spec
-        row_nbytes = spec.nbytes // spec.shape[0]
-        data = self._buffer("source", (hi - lo) * row_nbytes)
-        self._open_reader(spec.file).readinto(data, spec.begin + lo * row_nbytes)
-        return np.frombuffer(data, BITS_DTYPE[spec.dtype]).reshape(hi - lo, spec.shape[1])
+        spec, dtype = band.tensor.spec, BITS_DTYPE[band.tensor.spec.dtype]
+        width = band.cols[1] - band.cols[0]
+        data = self._buffer("source", (hi - lo) * width * dtype.itemsize)
+        _move(self._open_reader(spec.file).readinto, data, band, itemsize=dtype.itemsize, begin=spec.begin, lo=lo)
+        return np.frombuffer(data, dtype).reshape(hi - lo, width)
 
     def _buffer(self, name: str, nbytes: int) -> memoryview:
         if name not in self._buffers or self._buffers[name].size < nbytes:
             self._buffers[name] = np.empty(nbytes, np.uint8)
         return self._buffers[name][:nbytes].data
+
+
+def _move(
+    transfer: Callable[[memoryview, int], None], data: memoryview, band: Band, *, itemsize: int, begin: int, lo: int
+) -> None:
+    """Read or write the rows of a band from row `lo` on, of a matrix that begins at this offset of the file."""
+    (left, right), row_nbytes = band.cols, band.tensor.matrix[1] * itemsize
+    width = (right - left) * itemsize
+    if width == row_nbytes:
+        transfer(data, begin + lo * row_nbytes)
+        return
+    for i in range(len(data) // width):
+        transfer(data[i * width : (i + 1) * width], begin + (lo + i) * row_nbytes + left * itemsize)

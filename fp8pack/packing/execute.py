@@ -35,6 +35,7 @@ class ShardWork:
     digest: str
     header: bytes
     places: dict[str, Place]
+    num_bands: int
     results: dict[tuple[str, int], BandResult] = field(default_factory=dict)
     pending: list[BandResult] = field(default_factory=list)
     pending_nbytes: int = 0
@@ -49,7 +50,7 @@ class ShardWork:
     @property
     def is_complete(self) -> bool:
         """Whether every band is finished."""
-        return len(self.results) == sum(tensor.num_bands for tensor in self.tensors)
+        return len(self.results) == self.num_bands
 
     def missing(self) -> Iterator[Band]:
         """Yield the bands that are not finished, in the order of the source."""
@@ -93,7 +94,8 @@ def plan_work(plan: PackPlan, source: Source) -> tuple[ShardWork, ...]:
             t.spec.name: Place(shard.file, begins[t.spec.name], begins[t.packing.scale.name] if t.packing else 0)
             for t in tensors
         }
-        works.append(ShardWork(shard, tuple(tensors), _digest(source, header, tensors, groups), header, places))
+        digest, num_bands = _digest(source, header, tensors, groups), sum(tensor.num_bands for tensor in tensors)
+        works.append(ShardWork(shard, tuple(tensors), digest, header, places, num_bands))
     return tuple(works)
 
 
@@ -276,7 +278,9 @@ def _digest(source: Source, header: bytes, tensors: list[TensorPlan], groups: di
             else []
         )
         hasher.update(
-            json.dumps([tensor.spec.name, tensor.spec.file, tensor.spec.begin, tensor.band_rows, how]).encode()
+            json.dumps(
+                [tensor.spec.name, tensor.spec.file, tensor.spec.begin, tensor.band_rows, tensor.band_cols, how]
+            ).encode()
         )
     return hasher.hexdigest()
 

@@ -102,6 +102,7 @@ def _packed_entry(tensor: TensorPlan, packing: Packing, results: list[BandResult
         },
         "amax": max(result.amax for result in results),
         "band_rows": tensor.band_rows,
+        **({"band_cols": tensor.band_cols} if tensor.band_cols < tensor.spec.shape[1] else {}),
     }
 
 

@@ -12,6 +12,7 @@ from fp8pack.checkpoint.shard_writer import check_space
 from fp8pack.checkpoint.staging import Staging
 from fp8pack.errors import DeadlineError, OutputError
 from fp8pack.numerics.metrics import sqnr_db
+from fp8pack.packing.bands import Band
 from fp8pack.packing.codecs import make_codec
 from fp8pack.packing.execute import Execution
 from fp8pack.packing.facts import PackResult, pack_facts
@@ -121,7 +122,7 @@ def _run(prepared: Prepared, execution: Execution, stop: Stop, staging: Staging,
 
 def _num_workers(prepared: Prepared) -> int:
     """As many threads as there are cores, but no more than the memory budget holds bands for."""
-    band = max(tensor.band_rows * (tensor.spec.nbytes // tensor.spec.shape[0]) for tensor in prepared.plan.packed)
+    band = max(Band(tensor, 0).nbytes for tensor in prepared.plan.packed)
     budget = max(prepared.options.max_memory - _BASE_MEMORY, 0)
     return max(1, min(prepared.options.workers or available_cores(), budget // (band + band // 2)))
 

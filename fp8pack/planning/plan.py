@@ -7,7 +7,7 @@ from typing import Protocol
 
 from fp8pack.errors import RecipeError
 from fp8pack.numerics.formats import Float8Format
-from fp8pack.numerics.granularity import MX, TENSOR, Granularity
+from fp8pack.numerics.granularity import CHANNEL, MX, TENSOR, Granularity
 from fp8pack.numerics.scaling import ScaleRounding
 from fp8pack.planning.engines import EngineVerdict, choose_scheme, judge_engines
 from fp8pack.planning.layout import Output, ShardPlan, Stored, arrange
@@ -19,7 +19,7 @@ from fp8pack.planning.spec import FLOAT_DTYPES, TensorSpec
 from fp8pack.units import ceil_div
 
 BAND_NBYTES = 8 << 20
-MAX_GRANULE_NBYTES = 64 << 20
+MAX_GRANULE_NBYTES = 16 << 20  # rows of one region above this are cut into columns
 UNKNOWN_SHARE = 0.05
 
 
@@ -48,24 +48,30 @@ class Packing:
 
 @dataclass(frozen=True, slots=True)
 class TensorPlan:
-    """The decision about one tensor. `band_rows` counts rows of a packed weight, bytes of anything copied."""
+    """The decision about one tensor, and its bands: the units of work, digest and resume.
+
+    A band has `band_rows` rows and `band_cols` columns of a packed weight, all columns unless its rows are very long;
+    of anything copied, `band_rows` bytes.
+    """
 
     spec: TensorSpec
     action: Action
     role: str
     reason: str
     band_rows: int
+    band_cols: int = 1
     packing: Packing | None = None
 
     @property
-    def num_rows(self) -> int:
-        """Rows of a packed weight, bytes of anything copied."""
-        return self.spec.shape[0] if self.packing else self.spec.nbytes
+    def matrix(self) -> tuple[int, int]:
+        """Rows and columns of a packed weight, bytes and 1 of anything copied."""
+        return (self.spec.shape[0], self.spec.shape[1]) if self.packing else (self.spec.nbytes, 1)
 
     @property
     def num_bands(self) -> int:
         """Bands that make up the tensor; an empty tensor has none."""
-        return ceil_div(self.num_rows, self.band_rows)
+        rows, cols = self.matrix
+        return ceil_div(rows, self.band_rows) * ceil_div(cols, self.band_cols)
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,8 +242,10 @@ def _check_shape(decision: _Decision, recipe: Recipe, method: QuantMethod) -> _D
         return replace(decision, packed=False, reason="empty")
     granularity = _granularity(decision, recipe)
     row_nbytes = decision.spec.nbytes // decision.spec.shape[0]
-    if row_nbytes * (granularity.rows or 1) > MAX_GRANULE_NBYTES:
-        return replace(decision, packed=False, reason=f"rows too long: one region of {granularity} is over 64 MiB")
+    if granularity == CHANNEL and row_nbytes > MAX_GRANULE_NBYTES:
+        return replace(
+            decision, packed=False, reason=f"a row of {row_nbytes >> 20} MiB is too long for a channel scale"
+        )
     problem = method.problem(decision.spec.shape, granularity)
     return replace(decision, packed=False, reason=problem) if problem else decision
 
@@ -265,10 +273,17 @@ def _plan_tensor(decision: _Decision, recipe: Recipe, method: QuantMethod) -> Te
     packing = Packing(
         format, granularity, rounding, method.scale(spec, granularity), fused_module(spec.name) or spec.name
     )
-    granule = 1 if granularity.rows is None else granularity.rows
-    row_nbytes = spec.nbytes // spec.shape[0]
-    band_rows = max(1, BAND_NBYTES // (row_nbytes * granule)) * granule
-    return TensorPlan(spec, Action.PACKED, decision.role, decision.reason, band_rows, packing)
+    rows, cols = _band_shape(spec, granularity)
+    return TensorPlan(spec, Action.PACKED, decision.role, decision.reason, rows, cols, packing)
+
+
+def _band_shape(spec: TensorSpec, granularity: Granularity) -> tuple[int, int]:
+    """Whole regions, about 8 MiB of source: all columns of as many rows as fit, or a part of one row of regions."""
+    (n, k), rows, cols = spec.shape, granularity.rows or 1, granularity.cols or 1
+    itemsize = spec.nbytes // (n * k)
+    if rows * k * itemsize > MAX_GRANULE_NBYTES:
+        return rows, max(1, BAND_NBYTES // (rows * itemsize * cols)) * cols
+    return max(1, BAND_NBYTES // (rows * k * itemsize)) * rows, k
 
 
 def _output(tensor: TensorPlan) -> Output:

@@ -30,7 +30,9 @@ def options_in(text: str) -> set[str]:
     return {word for word in words if word.startswith("--") and word.strip("-")}
 
 
-def test_pack_prints_the_output_path_and_nothing_else_on_stdout(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+def test_pack_prints_the_output_path_and_nothing_else_on_stdout(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
     done = fp8pack("pack", make_checkpoint(), "-o", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{tmp_path / 'out'}\n"
@@ -39,7 +41,9 @@ def test_pack_prints_the_output_path_and_nothing_else_on_stdout(make_checkpoint:
     assert [line.split()[0] for line in rest] == ["scheme", "packed", "result", "loads", "next"]
 
 
-def test_json_is_one_document_with_the_same_facts_as_the_function(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+def test_json_is_one_document_with_the_same_facts_as_the_function(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
     done = fp8pack("pack", make_checkpoint(), "-o", tmp_path / "out", "--json", "-q")
     facts = json.loads(done.stdout)
     assert (facts["num_packed"], facts["recipe"]["scheme"], facts["dry_run"]) == (14, "FP8_BLOCK", False)
@@ -47,7 +51,9 @@ def test_json_is_one_document_with_the_same_facts_as_the_function(make_checkpoin
     assert done.stderr == ""
 
 
-def test_a_dry_run_lists_every_tensor_with_its_reason_and_writes_nothing(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+def test_a_dry_run_lists_every_tensor_with_its_reason_and_writes_nothing(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
     source = make_checkpoint()
     before = set(tmp_path.rglob("*"))
     done = fp8pack("pack", source, "--dry-run", "--json", "-v")
@@ -89,7 +95,16 @@ def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_values_may_be_written_with_dashes_or_underscores(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
-    done = fp8pack("pack", make_checkpoint(), "-o", tmp_path / "o", "--scheme", "fp8-dynamic", "--quant-method", "compressed_tensors")
+    done = fp8pack(
+        "pack",
+        make_checkpoint(),
+        "-o",
+        tmp_path / "o",
+        "--scheme",
+        "fp8-dynamic",
+        "--quant-method",
+        "compressed_tensors",
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -117,8 +132,8 @@ def test_inspect_shows_every_tensor_packed_or_not(make_checkpoint: MakeCheckpoin
 def test_packing_and_inspecting_never_import_torch(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     program = (
         "import sys; from fp8pack.cli.app import app\n"
-        "for command in (['pack', sys.argv[1], '-o', sys.argv[2], '-q'], ['inspect', sys.argv[2], '--against', sys.argv[1]]):\n"
-        "    app(command, standalone_mode=False)\n"
+        "app(['pack', sys.argv[1], '-o', sys.argv[2], '-q'], standalone_mode=False)\n"
+        "app(['inspect', sys.argv[2], '--against', sys.argv[1]], standalone_mode=False)\n"
         "heavy = {'torch', 'transformers', 'datasets', 'numba'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )

@@ -47,7 +47,9 @@ def test_transformers_computes_what_our_dequantized_weights_compute(scheme: str,
         pytest.importorskip("compressed_tensors")
     fp8pack.pack(DEMO, Request(scheme=scheme), WriteOptions(tmp_path / "out"))
     tokens = tokens_of_heldout()
-    options = {"quantization_config": transformers.FineGrainedFP8Config(dequantize=True)} if scheme == "FP8_BLOCK" else {}
+    options = (
+        {"quantization_config": transformers.FineGrainedFP8Config(dequantize=True)} if scheme == "FP8_BLOCK" else {}
+    )
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16, **options)
     with torch.no_grad():
         logits = model(tokens).logits.float()
@@ -83,6 +85,8 @@ def test_perplexity_of_the_packed_demo_model_stays_near_that_of_bf16(tmp_path: P
     model = transformers.AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.bfloat16)
     with torch.no_grad():
         reference = model(tokens).logits.float()
-    losses = [torch.nn.functional.cross_entropy(logits[0, :-1], tokens[0, 1:]).item() for logits in (expected, reference)]
+    losses = [
+        torch.nn.functional.cross_entropy(logits[0, :-1], tokens[0, 1:]).item() for logits in (expected, reference)
+    ]
     assert abs(losses[0] - losses[1]) < 0.05
     assert losses[1] < 5.0

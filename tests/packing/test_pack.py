@@ -63,7 +63,10 @@ def expected_scales(entry: PackedEntry, data: bytes) -> NDArray[np.float32]:
 def ragged_tensors(dtype: Any) -> Tensors:
     """Odd shapes: one row, one column, ragged edges, zeros, tiny and huge values."""
     shapes = {"a": (1, 300), "b": (300, 1), "c": (130, 259), "d": (256, 512), "e": (7, 5)}
-    tensors = {f"model.layers.0.mlp.odd_{name}.weight": random_weight(s, i, dtype) for i, (name, s) in enumerate(shapes.items())}
+    tensors = {
+        f"model.layers.0.mlp.odd_{name}.weight": random_weight(s, i, dtype)
+        for i, (name, s) in enumerate(shapes.items())
+    }
     tensors["model.layers.0.mlp.odd_zero.weight"] = np.zeros((64, 64), dtype)
     extreme = random_weight((64, 96), 9, dtype)
     extreme[0, 0], extreme[1, 1], extreme[2, 2] = float(ml_dtypes.finfo(dtype).max) / 2, 1e-6, -0.0
@@ -109,7 +112,9 @@ def test_fused_members_share_a_tensor_wide_scale(make_checkpoint: MakeCheckpoint
 def test_workers_strips_and_device_change_no_byte(
     make_checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, granularity: str
 ) -> None:
-    source = make_checkpoint(llama_tensors() | {"model.layers.0.mlp.odd.weight": random_weight((700, 130), 5)}, shards=2)
+    source = make_checkpoint(
+        llama_tensors() | {"model.layers.0.mlp.odd.weight": random_weight((700, 130), 5)}, shards=2
+    )
     asked = request("e4m3", granularity)
     fp8pack.pack(source, asked, WriteOptions(tmp_path / "one", workers=1))
     reference = files_of(tmp_path / "one")
@@ -135,6 +140,22 @@ def test_bands_cut_a_tensor_anywhere_but_change_only_its_digest(
     assert entry.band_rows == 5
 
 
+@pytest.mark.parametrize("granularity", ["tensor", "group:64", "block:128x128", "block:48x80", "mx"])
+def test_very_long_rows_are_cut_into_columns_and_no_byte_changes(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, granularity: str
+) -> None:
+    source = make_checkpoint(llama_tensors() | {"model.layers.0.mlp.odd.weight": random_weight((260, 1000), 5)})
+    asked = request("e4m3", granularity)
+    fp8pack.pack(source, asked, WriteOptions(tmp_path / "whole"))
+    monkeypatch.setattr(planning, "MAX_GRANULE_NBYTES", 600)
+    monkeypatch.setattr(planning, "BAND_NBYTES", 300)
+    fp8pack.pack(source, asked, WriteOptions(tmp_path / "cut"))
+    assert stored_bytes(tmp_path / "cut") == stored_bytes(tmp_path / "whole")
+    entry = read_manifest(tmp_path / "cut" / "fp8pack.json").tensors["model.layers.0.mlp.odd.weight"]
+    assert isinstance(entry, PackedEntry)
+    assert entry.band_cols is not None
+
+
 def test_every_source_tensor_is_packed_or_copied_byte_for_byte(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     extra = {"model.layers.0.mlp.gate.e_score": np.arange(7, dtype=np.int64), "empty": np.zeros((0, 4), np.float32)}
     tensors = llama_tensors() | extra
@@ -146,10 +167,22 @@ def test_every_source_tensor_is_packed_or_copied_byte_for_byte(make_checkpoint: 
     assert stored.keys() - tensors.keys() == {f"{name}_scale_inv" for name in packed}
 
 
-def test_side_files_are_carried_over_and_weights_of_other_kinds_are_not(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+def test_side_files_are_carried_over_and_weights_of_other_kinds_are_not(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
     source = make_checkpoint()
-    carried = {"tokenizer.json": b"{}", "chat_template.jinja": "é".encode(), "LICENSE": b"x" * 5000, "code/model.py": b"1"}
-    left = {"pytorch_model.bin": b"pickle", "original/consolidated.00.pth": b"x", "optimizer.pt": b"x", "model.gguf": b"x"}
+    carried = {
+        "tokenizer.json": b"{}",
+        "chat_template.jinja": "é".encode(),
+        "LICENSE": b"x" * 5000,
+        "code/model.py": b"1",
+    }
+    left = {
+        "pytorch_model.bin": b"pickle",
+        "original/consolidated.00.pth": b"x",
+        "optimizer.pt": b"x",
+        "model.gguf": b"x",
+    }
     for name, content in (carried | left).items():
         (source / name).parent.mkdir(exist_ok=True)
         (source / name).write_bytes(content)
@@ -162,7 +195,9 @@ def test_side_files_are_carried_over_and_weights_of_other_kinds_are_not(make_che
     assert (tmp_path / "more" / "model.gguf").read_bytes() == b"x"
 
 
-def test_config_keeps_every_byte_and_announces_the_quantization(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+def test_config_keeps_every_byte_and_announces_the_quantization(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
     source = make_checkpoint()
     before = (source / "config.json").read_text()
     fp8pack.pack(source, None, WriteOptions(tmp_path / "out"))

@@ -27,7 +27,10 @@ def model(layers: int = 2, hidden: int = 1024, kv: int = 1024, intermediate: int
         shapes |= {f"{attention}.q_proj.weight": (hidden, hidden), f"{attention}.o_proj.weight": (hidden, hidden)}
         shapes |= {f"{attention}.k_proj.weight": (kv, hidden), f"{attention}.v_proj.weight": (kv, hidden)}
         shapes |= {f"{mlp}.gate_proj.weight": (intermediate, hidden), f"{mlp}.up_proj.weight": (intermediate, hidden)}
-        shapes |= {f"{mlp}.down_proj.weight": (hidden, intermediate), f"model.layers.{i}.input_layernorm.weight": (hidden,)}
+        shapes |= {
+            f"{mlp}.down_proj.weight": (hidden, intermediate),
+            f"model.layers.{i}.input_layernorm.weight": (hidden,),
+        }
     return shapes
 
 
@@ -71,7 +74,9 @@ def test_auto_avoids_loaders_that_lose_block_scales_unless_they_are_no_target(ar
     assert plan_of(model(), facts, targets=("vllm",)).recipe.scheme == "FP8_BLOCK"
 
 
-@pytest.mark.parametrize("architecture", ["Qwen2ForCausalLM", "Gemma2ForCausalLM", "PhiForCausalLM", "MixtralForCausalLM"])
+@pytest.mark.parametrize(
+    "architecture", ["Qwen2ForCausalLM", "Gemma2ForCausalLM", "PhiForCausalLM", "MixtralForCausalLM"]
+)
 def test_auto_keeps_block_scales_for_families_whose_loaders_read_them(architecture: str) -> None:
     assert plan_of(model(), replace(QWEN, architecture=architecture)).recipe.scheme == "FP8_BLOCK"
 
@@ -85,7 +90,11 @@ def test_auto_looks_at_the_tensor_parallel_size_that_is_asked_for() -> None:
 
 
 def test_moe_sizes_that_do_not_split_are_named() -> None:
-    shapes = {f"model.layers.0.mlp.experts.{i}.{leaf}.weight": (768, 2048) for i in range(4) for leaf in ("gate_proj", "up_proj")}
+    shapes = {
+        f"model.layers.0.mlp.experts.{i}.{leaf}.weight": (768, 2048)
+        for i in range(4)
+        for leaf in ("gate_proj", "up_proj")
+    }
     plan = plan_of(shapes, replace(QWEN, architecture="Qwen3MoeForCausalLM"))
     vllm = next(verdict for verdict in plan.engines if verdict.engine == "vllm")
     assert vllm.tp == (1, 2)
@@ -100,7 +109,10 @@ def test_replicated_key_heads_do_not_hinder_tensor_parallelism() -> None:
 def test_a_ragged_member_keeps_its_whole_fused_group_under_fp8() -> None:
     plan = plan_of(model(kv=192), scheme="FP8_BLOCK")
     kept = reasons(plan)
-    assert "192 x 1024 is no multiple of 128: --scheme FP8_DYNAMIC packs it" in kept["model.layers.0.self_attn.k_proj.weight"]
+    assert (
+        "192 x 1024 is no multiple of 128: --scheme FP8_DYNAMIC packs it"
+        in kept["model.layers.0.self_attn.k_proj.weight"]
+    )
     assert kept["model.layers.0.self_attn.q_proj.weight"].startswith("kept with k_proj, which engines fuse it with")
     assert "model.layers.0.self_attn.o_proj.weight" not in kept
     assert {f"model.layers.0.self_attn.{leaf}_proj" for leaf in "qkv"} <= set(plan.kept_linears)
@@ -118,7 +130,9 @@ def test_one_ignored_expert_keeps_the_experts_of_its_layer() -> None:
 
 
 def test_ignore_only_and_pack_do_what_they_say() -> None:
-    plan = plan_of(model(), scheme="FP8_DYNAMIC", pack=(Pattern("lm_head"),), only=(Pattern("*mlp*"), Pattern("lm_head")))
+    plan = plan_of(
+        model(), scheme="FP8_DYNAMIC", pack=(Pattern("lm_head"),), only=(Pattern("*mlp*"), Pattern("lm_head"))
+    )
     assert {tensor.spec.name for tensor in plan.packed} == {
         "lm_head.weight",
         *(f"model.layers.{i}.mlp.{leaf}_proj.weight" for i in range(2) for leaf in ("gate", "up", "down")),
@@ -152,13 +166,16 @@ def test_rules_may_mix_granularities_under_our_own_convention_only() -> None:
 
 def test_a_recipe_file_is_a_request() -> None:
     request = parse_recipe(
-        "scheme: FP8_DYNAMIC\nignore: ['*o_proj']\nkeep_first_layers: 1\nrules:\n- {match: '*up_proj', action: keep}\n", "r.yaml"
+        "scheme: FP8_DYNAMIC\nignore: ['*o_proj']\nkeep_first_layers: 1\nrules:\n- {match: '*up_proj', action: keep}\n",
+        "r.yaml",
     )
     plan = plan_of(model(), request=request)
     assert {tensor.spec.name.rsplit(".", 2)[1] for tensor in plan.packed} == {"q_proj", "k_proj", "v_proj", "down_proj"}
 
 
-@pytest.mark.parametrize("text", ["schema: FP8", "keep_first_layers: -1", "- a list", "format: e3m4", "a: [", "rules: [{}]"])
+@pytest.mark.parametrize(
+    "text", ["schema: FP8", "keep_first_layers: -1", "- a list", "format: e3m4", "a: [", "rules: [{}]"]
+)
 def test_a_wrong_recipe_file_is_one_sentence(text: str) -> None:
     with pytest.raises(RecipeError) as caught:
         parse_recipe(text, "r.yaml")
@@ -186,7 +203,9 @@ def test_what_a_convention_cannot_express_is_refused(changes: dict[str, str], me
 
 
 def test_a_target_that_cannot_load_the_output_is_named_with_the_remedy() -> None:
-    with pytest.raises(RecipeError, match=r"LMDeploy cannot load FP8_DYNAMIC \(channel\): block scales only.*FP8_BLOCK"):
+    with pytest.raises(
+        RecipeError, match=r"LMDeploy cannot load FP8_DYNAMIC \(channel\): block scales only.*FP8_BLOCK"
+    ):
         plan_of(model(), scheme="FP8_DYNAMIC", targets=("lmdeploy",))
 
 
@@ -208,7 +227,7 @@ def test_a_size_limit_makes_shards_that_keep_scales_beside_their_weight() -> Non
     recipe = choose_recipe(specs, QWEN, Request())
     plan = make_plan(specs, QWEN, Request(), recipe=recipe, method=find_method("fp8"), max_shard_nbytes=6 << 20)
     assert len(plan.shards) > 2
-    assert [shard.file for shard in plan.shards][0] == f"model-00001-of-{len(plan.shards):05}.safetensors"
+    assert plan.shards[0].file == f"model-00001-of-{len(plan.shards):05}.safetensors"
     for shard in plan.shards:
         assert shard.nbytes <= 6 << 20
         names = {stored.name for stored in shard.tensors}

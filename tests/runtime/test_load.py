@@ -47,7 +47,9 @@ def test_a_checkpoint_is_a_mapping_of_all_its_tensors(make_checkpoint: MakeCheck
 
 
 @pytest.mark.parametrize("granularity", ["tensor", "channel", "block:128x128", "mx"])
-def test_a_fused_weight_is_a_view_of_its_parts(make_checkpoint: MakeCheckpoint, tmp_path: Path, granularity: str) -> None:
+def test_a_fused_weight_is_a_view_of_its_parts(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path, granularity: str
+) -> None:
     fp8pack.pack(make_checkpoint(), Request(granularity=parse_granularity(granularity)), WriteOptions(tmp_path / "out"))
     loaded = fp8pack.load_packed(tmp_path / "out")
     for module, leaves in (("self_attn.qkv_proj", "q k v"), ("mlp.gate_up_proj", "gate up")):
@@ -61,7 +63,9 @@ def test_a_fused_weight_is_a_view_of_its_parts(make_checkpoint: MakeCheckpoint, 
 def test_fused_experts_stand_in_the_order_of_the_engines(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     experts = "model.layers.0.mlp.experts"
     shapes = {"gate_proj": (128, 256), "up_proj": (128, 256), "down_proj": (256, 128)}
-    tensors = {f"{experts}.{i}.{leaf}.weight": random_weight(shape, i) for i in range(11) for leaf, shape in shapes.items()}
+    tensors = {
+        f"{experts}.{i}.{leaf}.weight": random_weight(shape, i) for i in range(11) for leaf, shape in shapes.items()
+    }
     fp8pack.pack(make_checkpoint(tensors), None, WriteOptions(tmp_path / "out"))
     loaded = fp8pack.load_packed(tmp_path / "out")
     fused = loaded.fused(f"{experts}.gate_up_proj")
