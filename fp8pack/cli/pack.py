@@ -151,12 +151,12 @@ def pack(
         deadline_seconds=parse_duration(deadline) if deadline else None,
     )
     prepared = prepare(model, _make_request(recipe, flags), options)
-    _say(plan_lines(pack_facts(prepared, None), verbose=verbose), quiet)
+    _say(plan_lines(pack_facts(prepared, every_tensor=verbose)), quiet)
     result = None
     if not dry_run:
         with showing_progress(quiet) as on_progress:
             result = carry_out(prepared, on_progress)
-    facts = pack_facts(prepared, result)
+    facts = pack_facts(prepared, result, every_tensor=dry_run and as_json)
     _say(result_lines(facts), quiet)
     if as_json:
         typer.echo(json.dumps(facts, indent=2, ensure_ascii=False))

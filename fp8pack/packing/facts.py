@@ -24,8 +24,8 @@ class PackResult:
     notes: tuple[str, ...] = ()
 
 
-def pack_facts(prepared: Prepared, result: PackResult | None) -> dict[str, Any]:
-    """Return the facts of a pack; without a result those of a dry run, which also lists every tensor."""
+def pack_facts(prepared: Prepared, result: PackResult | None = None, *, every_tensor: bool = False) -> dict[str, Any]:
+    """Return the facts of a pack, without a result those of a dry run; `every_tensor` adds a list of all of them."""
     source, plan = prepared.source, prepared.plan
     facts: dict[str, Any] = {
         "schema": 1,
@@ -50,8 +50,10 @@ def pack_facts(prepared: Prepared, result: PackResult | None) -> dict[str, Any]:
         "warnings": list(plan.warnings),
         "dry_run": result is None,
     }
+    if every_tensor:
+        facts["tensors"] = [_planned(tensor) for tensor in plan.tensors]
     if result is None:
-        return facts | {"tensors": [_planned(tensor) for tensor in plan.tensors]}
+        return facts
     return facts | {
         "already_complete": result.already_complete,
         "root": result.root,

@@ -38,7 +38,7 @@ def pack(
         Fp8PackError: in the kinds of errors.py, as `prepare` and `carry_out` say.
     """
     prepared = prepare(Path(model), request or Request(), options or WriteOptions())
-    return pack_facts(prepared, None if dry_run else carry_out(prepared))
+    return pack_facts(prepared, None if dry_run else carry_out(prepared), every_tensor=dry_run)
 
 
 def carry_out(prepared: Prepared, on_progress: OnProgress = lambda done, total: None) -> PackResult:

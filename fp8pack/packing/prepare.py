@@ -8,7 +8,7 @@ from fp8pack.checkpoint.side_files import SideFile, list_side_files
 from fp8pack.checkpoint.source import Source, is_hub_snapshot, open_source
 from fp8pack.checkpoint.staging import check_output
 from fp8pack.errors import RecipeError
-from fp8pack.planning.plan import PackPlan, choose_recipe, make_plan
+from fp8pack.planning.plan import PackPlan, choose_recipe, decide, make_plan
 from fp8pack.planning.recipe import Request
 
 DEFAULT_MEMORY = 256 << 20
@@ -53,10 +53,11 @@ def prepare(model: Path, request: Request, options: WriteOptions) -> Prepared:
     source = open_source(model)
     weights = [file.name for file in source.files] + ([source.index_name] if source.index_name else [])
     side_files = () if source.is_single_file else list_side_files(source.directory, weights, options.copy)
-    recipe = choose_recipe(source.specs, source.facts, request)
+    decisions = decide(source.specs, source.facts, request)
+    recipe = choose_recipe(decisions, source.facts, request)
     method = find_method(recipe.quant_method)
     plan = make_plan(
-        source.specs, source.facts, request, recipe=recipe, method=method, max_shard_nbytes=options.max_shard_nbytes
+        decisions, source.facts, request, recipe=recipe, method=method, max_shard_nbytes=options.max_shard_nbytes
     )
     output = (options.output or _default_output(source, plan)).absolute()
     if source.is_single_file and output.suffix != ".safetensors":

@@ -124,7 +124,9 @@ class QuantMethod(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class _Decision:
+class Decision:
+    """Whether the policy and the rules want a tensor packed, before its shape is held against the recipe."""
+
     spec: TensorSpec
     role: str
     packed: bool
@@ -132,47 +134,12 @@ class _Decision:
     rule: Rule | None = None
 
 
-def choose_recipe(specs: Sequence[TensorSpec], facts: ModelFacts, request: Request) -> Recipe:
-    """Return the recipe: the scheme asked for, or the one that `auto` finds right for these shapes and this model."""
-    packed = [(d.spec, d.role) for d in _decide(specs, facts, request) if d.packed]
-    scheme, reason = choose_scheme(request, packed, facts)
-    return resolve(request, scheme, reason)
-
-
-def make_plan(
-    specs: Sequence[TensorSpec],
-    facts: ModelFacts,
-    request: Request,
-    *,
-    recipe: Recipe,
-    method: QuantMethod,
-    max_shard_nbytes: int | None = None,
-) -> PackPlan:
-    """Return the plan of packing these tensors.
+def decide(specs: Sequence[TensorSpec], facts: ModelFacts, request: Request) -> list[Decision]:
+    """Return what the policy and the request's rules say of each tensor.
 
     Raises:
-        RecipeError: a pattern matches nothing, a rule packs what cannot be packed, a convention cannot express the
-            recipe, nothing is left to pack, or a named target cannot load the result.
+        RecipeError: a pattern matches nothing, or a rule packs what cannot be packed.
     """
-    method.check(recipe, request.rules)
-    decisions = _settle(_decide(specs, facts, request), recipe, method)
-    tensors = tuple(_plan_tensor(decision, recipe, method) for decision in decisions)
-    if not any(tensor.packing for tensor in tensors):
-        raise RecipeError("nothing to pack: no tensor is a linear weight that the rules let be packed")
-    packed = [(tensor.spec, tensor.role) for tensor in tensors if tensor.packing]
-    engines = judge_engines(recipe, packed, facts, request)
-    return PackPlan(
-        recipe,
-        facts,
-        tensors,
-        arrange([_output(tensor) for tensor in tensors], max_shard_nbytes),
-        engines,
-        _kept_linears(tensors, facts),
-        _warnings(tensors),
-    )
-
-
-def _decide(specs: Iterable[TensorSpec], facts: ModelFacts, request: Request) -> list[_Decision]:
     ignore = Matcher(request.ignore, "--ignore")
     only = Matcher(request.only, "--only")
     pack = Matcher(request.pack, "--pack")
@@ -183,7 +150,7 @@ def _decide(specs: Iterable[TensorSpec], facts: ModelFacts, request: Request) ->
     for spec in specs:
         hits = ignore.find(spec.name), pack.find(spec.name), rules.find(spec.name), only.find(spec.name)
         verdict = judge(spec, facts)
-        decision = _Decision(spec, verdict.role, verdict.packed, verdict.reason)
+        decision = Decision(spec, verdict.role, verdict.packed, verdict.reason)
         layer = layer_of(spec.name)
         if hits[0]:
             decision = replace(decision, packed=False, reason=f"--ignore {hits[0].text}")
@@ -205,13 +172,53 @@ def _decide(specs: Iterable[TensorSpec], facts: ModelFacts, request: Request) ->
     return decisions
 
 
-def _apply(decision: _Decision, rule: Rule) -> _Decision:
+def choose_recipe(decisions: Sequence[Decision], facts: ModelFacts, request: Request) -> Recipe:
+    """Return the recipe: the scheme asked for, or the one that `auto` finds right for these shapes and this model."""
+    packed = [(decision.spec, decision.role) for decision in decisions if decision.packed]
+    scheme, reason = choose_scheme(request, packed, facts)
+    return resolve(request, scheme, reason)
+
+
+def make_plan(
+    decisions: Sequence[Decision],
+    facts: ModelFacts,
+    request: Request,
+    *,
+    recipe: Recipe,
+    method: QuantMethod,
+    max_shard_nbytes: int | None = None,
+) -> PackPlan:
+    """Return the plan of packing these tensors.
+
+    Raises:
+        RecipeError: a convention cannot express the recipe, nothing is left to pack, or a named target cannot load
+            the result.
+    """
+    method.check(recipe, request.rules)
+    settled = _settle(decisions, recipe, method)
+    tensors = tuple(_plan_tensor(decision, recipe, method) for decision in settled)
+    if not any(tensor.packing for tensor in tensors):
+        raise RecipeError("nothing to pack: no tensor is a linear weight that the rules let be packed")
+    packed = [(tensor.spec, tensor.role) for tensor in tensors if tensor.packing]
+    engines = judge_engines(recipe, packed, facts, request)
+    return PackPlan(
+        recipe,
+        facts,
+        tensors,
+        arrange([_output(tensor) for tensor in tensors], max_shard_nbytes),
+        engines,
+        _kept_linears(tensors, facts),
+        _warnings(tensors),
+    )
+
+
+def _apply(decision: Decision, rule: Rule) -> Decision:
     if rule.action == RuleAction.KEEP:
         return replace(decision, packed=False, reason=f"rule: keep {rule.pattern.text}")
     return _overrule(decision, f"rule: pack {rule.pattern.text}", rule)
 
 
-def _overrule(decision: _Decision, reason: str, rule: Rule | None) -> _Decision:
+def _overrule(decision: Decision, reason: str, rule: Rule | None) -> Decision:
     spec = decision.spec
     if len(spec.shape) != 2 or spec.dtype not in FLOAT_DTYPES or 0 in spec.shape:
         if spec.name.endswith(".weight") or not spec.name.endswith(("bias", "_scale")):
@@ -222,12 +229,12 @@ def _overrule(decision: _Decision, reason: str, rule: Rule | None) -> _Decision:
     return replace(decision, packed=True, reason=reason, rule=rule)
 
 
-def _settle(decisions: list[_Decision], recipe: Recipe, method: QuantMethod) -> list[_Decision]:
+def _settle(decisions: Sequence[Decision], recipe: Recipe, method: QuantMethod) -> list[Decision]:
     """Keep what the convention cannot hold, and with it everything that engines fuse it with."""
     settled = [_check_shape(decision, recipe, method) for decision in decisions]
     if recipe.quant_method == "fp8pack":
         return settled
-    kept: dict[str, _Decision] = {}
+    kept: dict[str, Decision] = {}
     for decision in settled:
         group = together(decision.spec.name)
         if group and not decision.packed:
@@ -235,7 +242,7 @@ def _settle(decisions: list[_Decision], recipe: Recipe, method: QuantMethod) -> 
     return [_keep_with(decision, kept.get(together(decision.spec.name) or "")) for decision in settled]
 
 
-def _check_shape(decision: _Decision, recipe: Recipe, method: QuantMethod) -> _Decision:
+def _check_shape(decision: Decision, recipe: Recipe, method: QuantMethod) -> Decision:
     if not decision.packed:
         return decision
     if 0 in decision.spec.shape:
@@ -250,18 +257,18 @@ def _check_shape(decision: _Decision, recipe: Recipe, method: QuantMethod) -> _D
     return replace(decision, packed=False, reason=problem) if problem else decision
 
 
-def _keep_with(decision: _Decision, cause: _Decision | None) -> _Decision:
+def _keep_with(decision: Decision, cause: Decision | None) -> Decision:
     if cause is None or not decision.packed:
         return decision
     leaf = ".".join(cause.spec.name.removesuffix(".weight").split(".")[-1:])
     return replace(decision, packed=False, reason=f"kept with {leaf}, which engines fuse it with ({cause.reason})")
 
 
-def _granularity(decision: _Decision, recipe: Recipe) -> Granularity:
+def _granularity(decision: Decision, recipe: Recipe) -> Granularity:
     return (decision.rule.granularity if decision.rule else None) or recipe.granularity
 
 
-def _plan_tensor(decision: _Decision, recipe: Recipe, method: QuantMethod) -> TensorPlan:
+def _plan_tensor(decision: Decision, recipe: Recipe, method: QuantMethod) -> TensorPlan:
     spec = decision.spec
     if not decision.packed:
         return TensorPlan(spec, Action.COPIED, decision.role, decision.reason, BAND_NBYTES)

@@ -17,7 +17,7 @@ _PLURALS = {"norm": "norms", "bias": "biases", "embedding": "embeddings", "route
 _MAX_LINES = 4
 
 
-def plan_lines(facts: dict[str, Any], *, verbose: bool = False) -> list[str]:
+def plan_lines(facts: dict[str, Any]) -> list[str]:
     """Return the lines that stand before the work: the model, the scheme and why, what is packed, kept and left out."""
     recipe = facts["recipe"]
     parts = f"{recipe['format']} {recipe['granularity']} {recipe['quant_method']}"
@@ -36,11 +36,9 @@ def plan_lines(facts: dict[str, Any], *, verbose: bool = False) -> list[str]:
     ]
     lines += [f"left out {line}" for line in _left_out(facts["left_out"])]
     lines += [f"warning  {warning}" for warning in facts["warnings"]]
-    if verbose:
-        lines += [
-            f"  {tensor['action']:6} {tensor['name']}  {tensor['role']}  {tensor['reason']}"
-            for tensor in facts["tensors"]
-        ]
+    lines += [
+        f"  {tensor['action']:6} {tensor['name']}  {tensor['role']}  {tensor['reason']}" for tensor in facts["tensors"]
+    ]
     return lines
 
 

@@ -11,7 +11,7 @@ from fp8pack.errors import RecipeError
 from fp8pack.numerics.granularity import CHANNEL, TENSOR, parse_granularity
 from fp8pack.planning.model import ModelFacts
 from fp8pack.planning.patterns import Pattern
-from fp8pack.planning.plan import PackPlan, choose_recipe, make_plan
+from fp8pack.planning.plan import PackPlan, choose_recipe, decide, make_plan
 from fp8pack.planning.recipe import Request, Rule, RuleAction
 from fp8pack.planning.recipe_file import parse_recipe
 from fp8pack.planning.spec import TensorSpec
@@ -45,9 +45,9 @@ def specs_of(shapes: Shapes, file: str = "model.safetensors") -> list[TensorSpec
 
 def plan_of(shapes: Shapes, facts: ModelFacts = QWEN, request: Request | None = None, **changes: Any) -> PackPlan:
     asked = replace(request or Request(), **changes)
-    specs = specs_of(shapes)
-    recipe = choose_recipe(specs, facts, asked)
-    return make_plan(specs, facts, asked, recipe=recipe, method=find_method(recipe.quant_method))
+    decisions = decide(specs_of(shapes), facts, asked)
+    recipe = choose_recipe(decisions, facts, asked)
+    return make_plan(decisions, facts, asked, recipe=recipe, method=find_method(recipe.quant_method))
 
 
 def reasons(plan: PackPlan) -> dict[str, str]:
@@ -223,9 +223,9 @@ def test_payloads_are_aligned_and_fused_members_lie_side_by_side() -> None:
 
 
 def test_a_size_limit_makes_shards_that_keep_scales_beside_their_weight() -> None:
-    specs = specs_of(model())
-    recipe = choose_recipe(specs, QWEN, Request())
-    plan = make_plan(specs, QWEN, Request(), recipe=recipe, method=find_method("fp8"), max_shard_nbytes=6 << 20)
+    decisions = decide(specs_of(model()), QWEN, Request())
+    recipe = choose_recipe(decisions, QWEN, Request())
+    plan = make_plan(decisions, QWEN, Request(), recipe=recipe, method=find_method("fp8"), max_shard_nbytes=6 << 20)
     assert len(plan.shards) > 2
     assert plan.shards[0].file == f"model-00001-of-{len(plan.shards):05}.safetensors"
     for shard in plan.shards:
