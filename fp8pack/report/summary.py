@@ -37,7 +37,8 @@ def plan_lines(facts: dict[str, Any]) -> list[str]:
     lines += [f"left out {line}" for line in _left_out(facts["left_out"])]
     lines += [f"warning  {warning}" for warning in facts["warnings"]]
     lines += [
-        f"  {tensor['action']:6} {tensor['name']}  {tensor['role']}  {tensor['reason']}" for tensor in facts["tensors"]
+        f"  {tensor['action']:6} {tensor['name']}  {tensor['role']}  {tensor['reason']}"
+        for tensor in facts.get("tensors", ())
     ]
     return lines
 
