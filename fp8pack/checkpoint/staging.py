@@ -52,11 +52,11 @@ class Staging:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Release the lock; an unfinished staging directory stays for the next run, an empty one goes."""
-        if self.folder.exists() and not self.journal.exists():
-            shutil.rmtree(self.folder)
-        elif self.folder.exists():
+        """Release the lock; finished work stays for the next run, a staging directory without any goes."""
+        if self.folder.exists():
             os.ftruncate(self._fd, 0)
+            if not self._holds_work():
+                shutil.rmtree(self.folder)
         os.close(self._fd)
 
     def beat(self) -> None:
@@ -92,6 +92,9 @@ class Staging:
                 (self.content / name).replace(self.output.parent / name)
         sync_directory(self.output.parent)
         shutil.rmtree(self.folder)
+
+    def _holds_work(self) -> bool:
+        return self.journal.exists() and self.journal.read_bytes().count(b"\n") > 1
 
     def _lock(self) -> None:
         try:

@@ -1,11 +1,12 @@
 """Rows of raw weight bits in, FP8 bytes and scales out: by the CPU kernels, or by torch on a device; the same bytes."""
 
+import re
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fp8pack.errors import Fp8PackError
+from fp8pack.errors import Fp8PackError, RecipeError
 from fp8pack.numerics import native
 from fp8pack.numerics.formats import value_table
 from fp8pack.planning.plan import Packing
@@ -43,12 +44,16 @@ class Codec(Protocol):
 
 
 def make_codec(device: str) -> Codec:
-    """Return the codec of a device: `cpu` is the CPU kernels, anything else is torch on that device.
+    """Return the codec of a device: `cpu` is the CPU kernels, `cuda` and `cuda:1` torch there, `torch:cpu` torch here.
 
     Raises:
-        Fp8PackError: torch sees no such device.
+        RecipeError: there is no such kind of device. Fp8PackError: torch sees none here.
     """
-    return CpuCodec() if device == "cpu" else TorchCodec(device)
+    if device == "cpu":
+        return CpuCodec()
+    if not re.fullmatch(r"cuda(:\d+)?|torch:cpu", device):
+        raise RecipeError(f"--device {device!r} is not known: choose cpu or cuda")
+    return TorchCodec(device)
 
 
 class CpuCodec:

@@ -54,6 +54,7 @@ def carry_out(prepared: Prepared, on_progress: OnProgress = lambda done, total: 
         return PackResult(prepared.output, root, True, time.monotonic() - started)
     if prepared.output.exists() and not options.overwrite:
         raise OutputError(f"{prepared.output} exists: choose another -o, or --overwrite replaces it")
+    codec = make_codec(options.device)
     stop = Stop(deadline=None if options.deadline_seconds is None else started + options.deadline_seconds)
     with Staging(prepared.output) as staging:
         journal = Journal(staging.journal)
@@ -62,7 +63,14 @@ def carry_out(prepared: Prepared, on_progress: OnProgress = lambda done, total: 
             _resume(prepared, execution, journal, staging)
             side_nbytes = sum(side.size for side in prepared.side_files if side.rule is None)
             check_space(staging.folder, execution.remaining_nbytes() + side_nbytes)
-            _run(prepared, execution, stop, staging, on_progress)
+
+            def tick() -> None:
+                staging.beat()
+                on_progress(execution.counters.done_nbytes, execution.counters.total_nbytes)
+
+            execution.run(codec, workers=_num_workers(prepared), stop=stop, tick=tick)
+            tick()
+            _check_deadline(stop, execution)
             root = write_metadata(prepared, execution.works, staging.content)
         finally:
             journal.close()
@@ -106,17 +114,9 @@ def _resume(prepared: Prepared, execution: Execution, journal: Journal, staging:
         journal.start(prepared.source.fingerprint)
 
 
-def _run(prepared: Prepared, execution: Execution, stop: Stop, staging: Staging, on_progress: OnProgress) -> None:
-    counters = execution.counters
-
-    def tick() -> None:
-        staging.beat()
-        on_progress(counters.done_nbytes, counters.total_nbytes)
-
-    execution.run(make_codec(prepared.options.device), workers=_num_workers(prepared), stop=stop, tick=tick)
-    on_progress(counters.done_nbytes, counters.total_nbytes)
+def _check_deadline(stop: Stop, execution: Execution) -> None:
     if stop.deadline_passed:
-        done, total = format_size(counters.done_nbytes), format_size(counters.total_nbytes)
+        done, total = format_size(execution.counters.done_nbytes), format_size(execution.counters.total_nbytes)
         raise DeadlineError(f"the deadline is reached with {done} of {total} done; the same command continues")
 
 

@@ -3,16 +3,9 @@
 from collections import Counter
 from typing import Any
 
+from fp8pack.planning.engines import NAMES
 from fp8pack.units import format_seconds, format_size
 
-_NAMES = {
-    "vllm": "vLLM",
-    "sglang": "SGLang",
-    "tensorrt-llm": "TensorRT-LLM",
-    "transformers": "transformers",
-    "tgi": "TGI",
-    "lmdeploy": "LMDeploy",
-}
 _PLURALS = {"norm": "norms", "bias": "biases", "embedding": "embeddings", "router": "routers", "logits": "logits"}
 _MAX_LINES = 4
 
@@ -104,7 +97,7 @@ def _engine_lines(engines: list[dict[str, Any]]) -> list[str]:
     groups: dict[tuple[int, ...], list[str]] = {}
     for engine in engines:
         if engine["tp"]:
-            name = _NAMES[engine["engine"]] + (f" ({engine['note']})" if engine["note"] else "")
+            name = NAMES[engine["engine"]] + (f" ({engine['note']})" if engine["note"] else "")
             groups.setdefault(() if engine["engine"] == "transformers" else tuple(engine["tp"]), []).append(name)
     loads = [
         ", ".join(names) + (f" at TP {' '.join(map(str, sizes))}" if sizes else "") for sizes, names in groups.items()
@@ -113,7 +106,7 @@ def _engine_lines(engines: list[dict[str, Any]]) -> list[str]:
     refusals: dict[tuple[str, str], list[str]] = {}
     for engine in engines:
         if not engine["tp"]:
-            refusals.setdefault((engine["reason"], engine["remedy"]), []).append(_NAMES[engine["engine"]])
+            refusals.setdefault((engine["reason"], engine["remedy"]), []).append(NAMES[engine["engine"]])
     return lines + [
         f"         not {', '.join(names)}: {reason}" + (f" ({remedy})" if remedy else "")
         for (reason, remedy), names in refusals.items()

@@ -77,6 +77,7 @@ def test_a_dry_run_lists_every_tensor_with_its_reason_and_writes_nothing(
         (["pack", str(DEMO), "--target", "lmdeploy", "--scheme", "fp8-dynamic"], 2, "LMDeploy"),
         (["pack", str(DEMO), "-o", str(DEMO / "inside")], 4, "lies in the source"),
         (["pack", str(DEMO), "-o", "/nowhere/out"], 5, "no directory"),
+        (["pack", str(DEMO), "-o", "/tmp/never", "--device", "tpu"], 2, "choose cpu or cuda"),
         (["pack", str(DEMO), "--frobnicate"], 2, "frobnicate"),
         (["inspect", str(DEMO), "--fail-if", "sqnr<28"], 2, "METRIC<VALUE"),
         (["inspect", str(DEMO), "--fail-if", "sqnr_min<28"], 2, "--against"),
