@@ -4,21 +4,25 @@ import json
 import re
 from typing import Any
 
+KEY = "quantization_config"
+
 
 def add_quantization_config(text: bytes, quantization: dict[str, Any]) -> bytes:
     """Return the text of a config.json with `quantization_config` as its last key; every other byte stays.
 
-    The text must be a JSON object, as `read_json` has checked. A `quantization_config` of null is replaced.
+    The text must be a JSON object, as `read_json` has checked. Where the key stands there already, null or empty,
+    the document is written anew, with its order and indent.
     """
-    body = re.sub(
-        rb'"quantization_config"\s*:\s*null\s*,\s*|,\s*"quantization_config"\s*:\s*null(?=\s*[,}])', b"", text
-    )
-    end = body.rstrip()
-    inner, tail = end[:-1].rstrip(), body[len(end) :]
-    indent = re.match(rb"\{\s*?\n([ \t]+)", body.lstrip())
-    if indent is None:
-        added = json.dumps(quantization, ensure_ascii=False)
-        return inner + (b", " if inner != b"{" else b"") + f'"quantization_config": {added}}}'.encode() + tail
-    step = indent[1].decode()
-    added = json.dumps(quantization, indent=step, ensure_ascii=False).replace("\n", f"\n{step}")
-    return inner + (b"," if inner != b"{" else b"") + f'\n{step}"quantization_config": {added}\n}}'.encode() + tail
+    document = json.loads(text)
+    indent = re.match(rb"\{[^\S\n]*\n([ \t]+)", text.lstrip())
+    step = indent[1].decode() if indent else None
+    if KEY in document:
+        return json.dumps(document | {KEY: quantization}, indent=step, ensure_ascii=False).encode() + b"\n"
+    body = text.rstrip()
+    inner, tail = body[:-1].rstrip(), text[len(body) :]
+    comma = b"," if document else b""
+    added = json.dumps(quantization, indent=step, ensure_ascii=False)
+    if step is None:
+        return inner + (comma and b", ") + f'"{KEY}": {added}}}'.encode() + tail
+    added = added.replace("\n", f"\n{step}")
+    return inner + comma + f'\n{step}"{KEY}": {added}\n}}'.encode() + tail

@@ -1,6 +1,6 @@
 """The journal of an unfinished pack: its fsynced lines are the only truth about finished work.
 
-Line 1    {"journal": 1, "source": fingerprint}
+Line 1    {"journal": 1, "source": fingerprint, "recipe": {...}}
 then      {"amax": {tensor: amax}}                                   a finished part of the amax pass
           {"shard": file, "plan": digest, "bands": [[...], ...]}     bands whose bytes are on the disk
           {"done": file, "plan": digest}                             a shard that was synced and cross-checked
@@ -16,6 +16,7 @@ from threading import Lock
 from typing import Any
 
 from fp8pack.checkpoint.shard_writer import writing
+from fp8pack.errors import OutputError
 
 _VERSION = 1
 
@@ -58,24 +59,30 @@ class Journal:
         with writing(path):
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
 
-    def read(self) -> tuple[str, Progress]:
-        """Return the fingerprint of the journal's source, and what is finished; cut off a torn line."""
+    def read(self) -> tuple[dict[str, Any], Progress]:
+        """Return whose work the journal holds (see `start`) and what is finished; cut off a torn line.
+
+        Raises:
+            OutputError: a whole line is damaged.
+        """
         data = os.pread(self._fd, os.fstat(self._fd).st_size, 0)
         kept = data[: data.rfind(b"\n") + 1]
         if len(kept) != len(data):
             os.ftruncate(self._fd, len(kept))
-        lines = [json.loads(line) for line in kept.splitlines()]
-        if not lines or lines[0].get("journal") != _VERSION:
-            return "", Progress()
         progress = Progress()
-        for line in lines[1:]:
-            _replay(progress, line)
-        return str(lines[0]["source"]), progress
+        try:
+            lines = [json.loads(line) for line in kept.splitlines()]
+            for line in lines[1:]:
+                _replay(progress, line)
+            return _parse_head(lines[0]) if lines else {}, progress
+        except (ValueError, TypeError):
+            raise OutputError(f"{self._path} is damaged: --no-resume throws the unfinished work away") from None
 
-    def start(self, source: str) -> None:
-        """Begin anew for a source with this fingerprint."""
-        os.ftruncate(self._fd, 0)
-        self._append({"journal": _VERSION, "source": source})
+    def start(self, source: str, recipe: dict[str, Any]) -> None:
+        """Begin anew: for a source with this fingerprint, packed in this way."""
+        with writing(self._path):
+            os.ftruncate(self._fd, 0)
+        self._append({"journal": _VERSION, "source": source, "recipe": recipe})
 
     def add_amax(self, amax: dict[str, float]) -> None:
         """Record finished tensors of the amax pass."""
@@ -96,16 +103,37 @@ class Journal:
     def _append(self, line: dict[str, Any]) -> None:
         data = memoryview(json.dumps(line, separators=(",", ":")).encode() + b"\n")
         with self._lock, writing(self._path):
-            while data:
-                data = data[os.write(self._fd, data) :]
-            os.fdatasync(self._fd)
+            end = os.fstat(self._fd).st_size
+            try:
+                while data:
+                    data = data[os.write(self._fd, data) :]
+                os.fdatasync(self._fd)
+            except OSError:
+                os.ftruncate(self._fd, end)  # or the next line would be glued to what was written of this one
+                raise
 
 
-def _replay(progress: Progress, line: dict[str, Any]) -> None:
+def _parse_head(line: Any) -> dict[str, Any]:
+    match line:
+        case {"journal": version, "source": str(), "recipe": dict()} if version == _VERSION:
+            return dict(line)
+    raise ValueError("not the head of a journal")
+
+
+def _replay(progress: Progress, line: Any) -> None:
     match line:
         case {"amax": dict(values)}:
-            progress.amax.update(values)
+            progress.amax.update({str(name): float(value) for name, value in values.items()})
         case {"shard": str(file), "plan": str(plan), "bands": list(rows)}:
-            progress.bands.setdefault((file, plan), []).extend(BandResult(*row) for row in rows)
+            progress.bands.setdefault((file, plan), []).extend(_parse_row(row) for row in rows)
         case {"done": str(file), "plan": str(plan)}:
             progress.done.add((file, plan))
+        case _:
+            raise ValueError("not a line of a journal")
+
+
+def _parse_row(row: Any) -> BandResult:
+    match row:
+        case [str(), int(), str(), str(), float() | int(), float() | int(), float() | int()]:
+            return BandResult(*row)
+    raise ValueError("not a band")

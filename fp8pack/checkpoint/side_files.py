@@ -89,7 +89,10 @@ def _classify(directory: Path, name: str, copy: Sequence[str]) -> SideFile:
 
 
 def _check_link(directory: Path, path: Path, name: str) -> None:
-    target = path.resolve()
+    try:
+        target = path.resolve()
+    except (OSError, RuntimeError):
+        raise InputError(f"{name} links to itself: remove the link") from None
     inside = [directory.resolve()]
     if directory.absolute().parent.name == "snapshots":
         inside.append(directory.absolute().parent.parent.resolve() / "blobs")

@@ -22,6 +22,7 @@ SINGLE_NAME = "model.safetensors"
 _SINGLE_NAMES = (SINGLE_NAME, "diffusion_pytorch_model.safetensors")
 _SAMPLE_NBYTES = 4096
 _MAX_JSON_NBYTES = 100_000_000
+_MAX_NAME_NBYTES = 255
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,7 @@ class Source:
     directory: Path
     files: tuple[SourceFile, ...]
     specs: tuple[TensorSpec, ...]
-    config: dict[str, Any]
+    config: dict[str, Any] | None  # None: there is no config.json
     is_single_file: bool
     index_name: str | None
     fingerprint: str
@@ -51,7 +52,7 @@ class Source:
     @property
     def facts(self) -> ModelFacts:
         """What config.json says of the model."""
-        return read_facts(self.config)
+        return read_facts(self.config or {})
 
 
 class ShardReader:
@@ -84,7 +85,7 @@ def open_source(path: Path) -> Source:
         InputError: the path is no checkpoint that fp8pack takes; the sentence names the way out.
     """
     source = open_checkpoint(path)
-    _refuse_quantized(source.config, source.directory)
+    _refuse_quantized(source.config or {}, source.directory)
     for spec in source.specs:
         if spec.dtype.startswith(("F8", "F6", "F4")):
             raise InputError(
@@ -97,12 +98,12 @@ def open_checkpoint(path: Path) -> Source:
     """Look at any safetensors checkpoint, packed or not; raises as `open_source` does."""
     if not path.exists():
         path = _find_in_hub_cache(path)
-    config: dict[str, Any] = {}
+    config: dict[str, Any] | None = None
     index_name, weight_map = None, {}
     if path.is_dir():
         directory = path
         _refuse_other_kinds(path)
-        config = read_json(path / "config.json") if (path / "config.json").exists() else {}
+        config = read_json(path / "config.json") if os.path.lexists(path / "config.json") else None
         index_name = _find_index(path)
         weight_map = _read_index(path, index_name) if index_name else {}
         files = sorted(set(weight_map.values())) if weight_map else [_only_file(path)]
@@ -153,8 +154,9 @@ def open_regular(path: Path) -> int:
         return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
         raise InputError(f"{path.name} is missing in {path.parent}") from None
-    except PermissionError:
-        raise InputError(f"{path} cannot be read: permission denied") from None
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not a file name"
+        raise InputError(f"{str(path)[:200]!r} cannot be read: {reason}") from None
 
 
 def check_file_name(name: Any, where: str) -> str:
@@ -165,7 +167,8 @@ def check_file_name(name: Any, where: str) -> str:
         or windows.name != name
         or windows.drive
         or not name.endswith(".safetensors")
-        or re.search(r"[\x00-\x1f/\\]", name)
+        or re.search(r"[\x00-\x1f/\\\ud800-\udfff]", name)
+        or len(name.encode()) > _MAX_NAME_NBYTES
     ):
         raise InputError(f"{where}: {str(name)[:200]!r} is no file name of a .safetensors file in this directory")
     return str(name)
@@ -190,11 +193,15 @@ def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _find_in_hub_cache(path: Path) -> Path:
     """The id of a cached repository becomes its snapshot; nothing is ever downloaded."""
     text = path.as_posix()
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", text):
+    if not re.fullmatch(r"[A-Za-z0-9][\w-]*(\.\w[\w-]*)*/[A-Za-z0-9][\w-]*(\.\w[\w-]*)*", text):
         raise InputError(f"{path} does not exist")
     from huggingface_hub import try_to_load_from_cache  # heavy, and only for repository ids
+    from huggingface_hub.errors import HFValidationError
 
-    found = try_to_load_from_cache(text, "config.json")
+    try:
+        found = try_to_load_from_cache(text, "config.json")
+    except HFValidationError:
+        raise InputError(f"{path} does not exist") from None
     if not isinstance(found, str):
         raise InputError(f"{text} is neither a directory nor a repository in the hub cache: run `hf download {text}`")
     return Path(found).parent
@@ -281,8 +288,8 @@ def _refuse_quantized(config: dict[str, Any], directory: Path) -> None:
     sections = [config, *(value for value in config.values() if isinstance(value, dict))]
     for section in sections:
         quantized = section.get("quantization_config") or section.get("compression_config")
-        if isinstance(quantized, dict):
-            method = str(quantized.get("quant_method", "unknown"))[:40]
+        if quantized:
+            method = str(quantized.get("quant_method") if isinstance(quantized, dict) else quantized)[:40]
             raise InputError(f"{directory} is quantized already ({method}): pack the BF16, FP16 or FP32 original")
     if (directory / "hf_quant_config.json").exists():
         raise InputError(f"{directory} is quantized already (modelopt): pack the BF16, FP16 or FP32 original")

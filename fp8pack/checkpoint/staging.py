@@ -4,6 +4,7 @@
 .<out>.fp8pack-partial/journal.jsonl   what is finished
 .<out>.fp8pack-partial/output/         becomes <out> by one rename
 .<out>.fp8pack-old                     what --overwrite replaces, until the swap is finished
+.<out>.fp8pack-trash                   a staging directory that is being removed
 """
 
 import fcntl
@@ -12,13 +13,16 @@ import os
 import shutil
 import socket
 import time
+from collections.abc import Collection
 from pathlib import Path
 from types import TracebackType
 
+from fp8pack.checkpoint.manifest import MANIFEST_NAME
 from fp8pack.checkpoint.shard_writer import sync_directory, writing
 from fp8pack.errors import OutputError, SpaceError
 
 _STALE_SECONDS = 120.0
+_MAX_NAME_NBYTES = 255
 
 
 class Staging:
@@ -31,22 +35,27 @@ class Staging:
         self.journal = self.folder / "journal.jsonl"
         self.notes: list[str] = []
         self._old = output.parent / f".{output.name}.fp8pack-old"
+        self._trash = output.parent / f".{output.name}.fp8pack-trash"
         self._lock_path = self.folder / "lock"
         self._fd = -1
 
+    @property
+    def leftovers(self) -> bool:
+        """Whether an earlier run left anything beside the output."""
+        return any(path.exists() for path in (self.folder, self._old, self._trash))
+
     def __enter__(self) -> "Staging":
         with writing(self.folder):
-            self.folder.mkdir(exist_ok=True)
-            self._fd = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
-            self._lock()
-            self._finish_swap()
-            if not self.content.exists():
-                self.journal.unlink(missing_ok=True)  # a commit was cut off after its rename
-                self.content.mkdir()
-        except BaseException:
-            os.close(self._fd)
-            raise
+            self._fd = self._take_lock()
+            try:
+                self._own_lock()
+                self._finish_swap()
+                if not self.content.exists():
+                    self.journal.unlink(missing_ok=True)  # a commit was cut off after its rename
+                    self.content.mkdir()
+            except BaseException:
+                os.close(self._fd)
+                raise
         return self
 
     def __exit__(
@@ -55,8 +64,8 @@ class Staging:
         """Release the lock; finished work stays for the next run, a staging directory without any goes."""
         if self.folder.exists():
             os.ftruncate(self._fd, 0)
-            if not self._holds_work():
-                shutil.rmtree(self.folder)
+            if not self.journal.exists() or self.journal.read_bytes().count(b"\n") <= 1:
+                self.discard()
         os.close(self._fd)
 
     def beat(self) -> None:
@@ -65,87 +74,126 @@ class Staging:
 
     def clear_content(self) -> None:
         """Throw the unfinished work away."""
-        shutil.rmtree(self.content)
-        self.content.mkdir()
+        with writing(self.folder):
+            shutil.rmtree(self.content)
+            self.content.mkdir()
+
+    def keep_only(self, names: Collection[str]) -> None:
+        """Remove from the staged output what an earlier run left there and this one does not want."""
+        for path in self.content.iterdir():
+            if path.name not in names:
+                _remove(path)
+
+    def discard(self) -> None:
+        """Remove the staging directory; by a rename first, so that a newcomer finds all of it or nothing."""
+        self.folder.rename(self._trash)
+        shutil.rmtree(self._trash, ignore_errors=True)
 
     def commit(self, *, overwrite: bool) -> None:
         """Make the staged directory the output; whoever looks sees the old output or the new one, whole."""
-        sync_directory(self.content)
         with writing(self.output):
+            sync_directory(self.content)
             if overwrite and self.output.exists():
                 self.output.rename(self._old)
             elif self.output.exists():
                 raise OutputError(f"{self.output} appeared while it was being made: move it away and run again")
             self.content.rename(self.output)
-        sync_directory(self.output.parent)
-        self._remove(self._old)
-        shutil.rmtree(self.folder)
+            sync_directory(self.output.parent)
+        _remove(self._old)
+        self.discard()
 
     def commit_file(self, *, overwrite: bool) -> None:
         """Make the staged single file the output: its manifest first, then the file, whose rename is the commit."""
-        sync_directory(self.content)
         if self.output.exists() and not overwrite:
             raise OutputError(f"{self.output} appeared while it was being made: move it away and run again")
         names = sorted((path.name for path in self.content.iterdir()), key=lambda name: name == self.output.name)
         with writing(self.output):
+            sync_directory(self.content)
             for name in names:
                 (self.content / name).replace(self.output.parent / name)
-        sync_directory(self.output.parent)
-        shutil.rmtree(self.folder)
+            sync_directory(self.output.parent)
+        self.discard()
 
-    def _holds_work(self) -> bool:
-        return self.journal.exists() and self.journal.read_bytes().count(b"\n") > 1
+    def _take_lock(self) -> int:
+        """Open and lock the lock file; again, when the process that held it removes the directory meanwhile."""
+        while True:
+            self.folder.mkdir(exist_ok=True)
+            try:
+                fd = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            except FileNotFoundError:
+                continue
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if self._lock_path.stat().st_ino == os.fstat(fd).st_ino:
+                    return fd
+            except BlockingIOError:
+                os.close(fd)
+                raise OutputError(
+                    f"{self.output} is being written by another fp8pack: wait for it, or choose another -o"
+                ) from None
+            except FileNotFoundError:
+                pass
+            os.close(fd)
 
-    def _lock(self) -> None:
-        try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise OutputError(
-                f"{self.output} is being written by another fp8pack: wait for it, or choose another -o"
-            ) from None
-        if not self._lock_path.exists():
-            raise OutputError(f"{self.output} was just finished by another fp8pack")
-        owner = os.pread(self._fd, 4096, 0)
+    def _own_lock(self) -> None:
+        """The kernel releases a lock of this host with its process; one of another host tells by its age."""
         host = socket.gethostname()
-        if owner:
-            self._check_owner(json.loads(owner), host)
+        owner = _parse_owner(os.pread(self._fd, 4096, 0))
+        age = time.time() - os.fstat(self._fd).st_mtime
+        if owner and owner != host:
+            if age < _STALE_SECONDS:
+                raise OutputError(f"{self.output} is being written on {owner}: wait for it, or choose another -o")
+            self.notes.append(f"took over the lock that {owner} left {age / 60:.0f} min ago")
         os.ftruncate(self._fd, 0)
         os.pwrite(self._fd, json.dumps({"host": host, "pid": os.getpid()}).encode(), 0)
 
-    def _check_owner(self, owner: dict[str, object], host: str) -> None:
-        """The kernel releases a lock of this host with its process; one of another host tells by its age."""
-        age = time.time() - os.fstat(self._fd).st_mtime
-        if owner.get("host") == host:
-            return
-        if age < _STALE_SECONDS:
-            raise OutputError(
-                f"{self.output} is being written on {owner.get('host')}: wait for it, or choose another -o"
-            )
-        self.notes.append(f"took over the lock that {owner.get('host')} left {age / 60:.0f} min ago")
-
     def _finish_swap(self) -> None:
         """Finish or undo an --overwrite that was interrupted between its two renames."""
+        shutil.rmtree(self._trash, ignore_errors=True)
         if not self._old.exists():
             return
         if self.output.exists():
-            self._remove(self._old)
+            _remove(self._old)
         else:
             self._old.rename(self.output)
 
-    @staticmethod
-    def _remove(path: Path) -> None:
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
 
+def check_output(output: Path, source: Path, *, overwrite: bool) -> None:
+    """Raise if the output cannot stand where it is asked for.
 
-def check_output(output: Path, source: Path) -> None:
-    """Raise if the output cannot stand where it is asked for: inside the source, on it, or in no directory."""
-    resolved, origin = output.absolute(), source.resolve()
-    if resolved == origin or resolved.resolve().is_relative_to(origin):
+    Raises:
+        OutputError: it would lie in the source or hold it, is a link, has too long a name, or is to be replaced
+            although it is no checkpoint.
+        SpaceError: its directory does not exist or is not writable.
+    """
+    if len(os.fsencode(output.name)) + len("..fp8pack-partial") > _MAX_NAME_NBYTES:
+        raise OutputError(f"the name {output.name[:40]}… is too long for a file system: choose another -o")
+    if output.is_symlink():
+        raise OutputError(f"{output} is a link: name what it leads to, or choose another -o")
+    place, origin = output.absolute().resolve(), source.resolve()
+    if place.is_relative_to(origin):
         raise OutputError(f"{output} lies in the source {source}: choose another -o")
+    if origin.is_relative_to(place):
+        raise OutputError(f"{output} holds the source {source}: choose another -o")
+    if overwrite and output.is_dir() and any(output.iterdir()) and not (output / MANIFEST_NAME).exists():
+        raise OutputError(f"{output} was not made by fp8pack, so --overwrite leaves it alone: move it away first")
     if not output.parent.is_dir():
         raise SpaceError(f"{output.parent} is no directory: make it first, or choose another -o")
-    if not os.access(output.parent, os.W_OK | os.X_OK):
+    if not os.access(output.parent, os.R_OK | os.W_OK | os.X_OK):
         raise SpaceError(f"{output.parent} is not writable: choose another -o")
+
+
+def _parse_owner(text: bytes) -> str:
+    """The host that a lock file names; empty where it names none, as after a power loss."""
+    try:
+        owner = json.loads(text)
+    except ValueError:
+        return ""
+    return str(owner.get("host", "")) if isinstance(owner, dict) else ""
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

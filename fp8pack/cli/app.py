@@ -11,6 +11,7 @@ import typer
 
 from fp8pack import __version__
 from fp8pack.cli.inspect import inspect
+from fp8pack.cli.output import Signalled, say
 from fp8pack.cli.pack import pack
 from fp8pack.errors import Fp8PackError
 
@@ -23,14 +24,6 @@ app = typer.Typer(
 )
 app.command()(pack)
 app.command()(inspect)
-
-
-class Interrupted(BaseException):
-    """SIGINT or SIGTERM arrived; not an Exception, so that nothing on the way swallows it."""
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(signum)
-        self.signum = signum
 
 
 def _print_version(wanted: bool) -> None:
@@ -57,17 +50,15 @@ def main() -> NoReturn:
     except Fp8PackError as error:
         if os.environ.get("FP8PACK_DEBUG") == "1":
             traceback.print_exc()
-        print(f"fp8pack: {error}", file=sys.stderr)
+        say(f"fp8pack: {error}")
         sys.exit(error.exit_code)
-    except Interrupted as interruption:
-        print("fp8pack: interrupted; finished work is kept, the same command continues", file=sys.stderr)
-        sys.exit(128 + interruption.signum)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + signal.SIGPIPE)
+    except Signalled as signalled:
+        if signalled.signum != signal.SIGPIPE:
+            say("fp8pack: interrupted; finished work is kept, the same command continues")
+        sys.exit(128 + signalled.signum)
     sys.exit(0)
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> NoReturn:
     signal.signal(signum, signal.SIG_DFL)
-    raise Interrupted(signum)
+    raise Signalled(signum)

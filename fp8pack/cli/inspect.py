@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from fp8pack.cli.output import emit
+
 
 def inspect(
     checkpoint: Annotated[
@@ -26,7 +28,7 @@ def inspect(
     bounds = [inspection.parse_bound(text) for text in fail_if or ()]
     facts = inspection.inspect(checkpoint, against)
     if as_json:
-        typer.echo(json.dumps(facts, indent=2, ensure_ascii=False))
+        emit(json.dumps(facts, indent=2, ensure_ascii=False))
     else:
         print_inspection(facts)
     inspection.check_bounds(facts, bounds)

@@ -1,13 +1,13 @@
 """`fp8pack pack`."""
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from fp8pack.cli.output import emit, say
 from fp8pack.errors import RecipeError
 from fp8pack.numerics.formats import parse_format
 from fp8pack.numerics.granularity import parse_granularity
@@ -151,17 +151,19 @@ def pack(
         deadline_seconds=parse_duration(deadline) if deadline else None,
     )
     prepared = prepare(model, _make_request(recipe, flags), options)
-    _say(plan_lines(pack_facts(prepared, every_tensor=verbose)), quiet)
+    if not quiet:
+        say(*plan_lines(pack_facts(prepared, every_tensor=verbose)))
     result = None
     if not dry_run:
         with showing_progress(quiet) as on_progress:
             result = carry_out(prepared, on_progress)
     facts = pack_facts(prepared, result, every_tensor=dry_run and as_json)
-    _say(result_lines(facts), quiet)
+    if not quiet:
+        say(*result_lines(facts))
     if as_json:
-        typer.echo(json.dumps(facts, indent=2, ensure_ascii=False))
+        emit(json.dumps(facts, indent=2, ensure_ascii=False))
     elif not dry_run:
-        typer.echo(facts["output"])
+        emit(facts["output"])
 
 
 def _make_request(recipe: Path | None, flags: Flags) -> Request:
@@ -192,8 +194,3 @@ def _parse_activations(text: str | None) -> str | None:
     if text.lower() == "static":
         raise RecipeError("--activations static needs calibrated scales, which this version does not read: use dynamic")
     raise RecipeError(f"--activations {text!r} is not known: choose dynamic or none")
-
-
-def _say(lines: list[str], quiet: bool) -> None:
-    if not quiet:
-        print("\n".join(lines), file=sys.stderr)

@@ -40,6 +40,7 @@ class ShardWork:
     pending: list[BandResult] = field(default_factory=list)
     pending_nbytes: int = 0
     is_done: bool = False
+    is_lost: bool = False
     lock: Lock = field(default_factory=Lock)
 
     @property
@@ -110,8 +111,8 @@ class Execution:
         self._amax: dict[str, float] = {}
         self._offenders: set[str] = set()
 
-    def resume(self, progress: Progress) -> bool:
-        """Take over what a journal says is finished and still lies there; say whether any of it fits this plan."""
+    def resume(self, progress: Progress) -> None:
+        """Take over what a journal says is finished, still lies there, and fits this plan."""
         self._amax = dict(progress.amax)
         for work in self.works:
             key = (work.plan.file, work.digest)
@@ -126,7 +127,6 @@ class Execution:
                     if (tensor.spec.name, i) in work.results
                 )
         self.counters.done_nbytes = self.counters.resumed_nbytes
-        return any(work.results for work in self.works)
 
     def remaining_nbytes(self) -> int:
         """Return the bytes that the outputs still need on the disk."""
@@ -150,6 +150,8 @@ class Execution:
         finally:
             for work in self.works:
                 self._checkpoint(work, work.pending)
+        if stop.deadline_passed:
+            return
         if self._offenders:
             flags = " ".join(f"--ignore {name}" for name in sorted(self._offenders))
             raise InputError(
@@ -158,7 +160,9 @@ class Execution:
         if stop.errors:
             raise stop.errors[0]
         for work in self.works:
-            if work.is_complete and not work.is_done:
+            if not work.is_complete:
+                raise AssertionError(f"{work.plan.file}: {len(work.results)} of {work.num_bands} bands are finished")
+            if not work.is_done:
                 self._finish(work)
 
     def _jobs(self, work: ShardWork) -> Iterator[tuple[ShardWork, Band]]:
@@ -240,10 +244,13 @@ class Execution:
 
     def _checkpoint(self, work: ShardWork, results: list[BandResult]) -> None:
         """Bring bands to the disk, then say so in the journal."""
-        if results:
+        if results and not work.is_lost:
             writer = ShardWriter(self._folder / work.plan.file)
             try:
                 writer.sync()
+            except BaseException:
+                work.is_lost = True  # the kernel drops pages that it failed to write; a later sync would not tell
+                raise
             finally:
                 writer.close()
             self._journal.add_bands(work.plan.file, work.digest, results)

@@ -26,7 +26,7 @@ def write_metadata(prepared: Prepared, works: tuple[ShardWork, ...], folder: Pat
         work.plan.file: {"size": work.size, "header": f"blake3:{blake3(work.header).hexdigest()}"} for work in works
     }
     contents: dict[str, bytes] = {}
-    if source.config:
+    if source.config is not None:
         text = (source.directory / "config.json").read_bytes()
         contents["config.json"] = add_quantization_config(text, prepared.method.config(plan))
     if len(plan.shards) > 1 or (source.index_name and plan.shards[0].file != SINGLE_NAME):

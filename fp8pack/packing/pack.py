@@ -4,6 +4,7 @@ import json
 import resource
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -49,16 +50,18 @@ def carry_out(prepared: Prepared, on_progress: OnProgress = lambda done, total: 
         SpaceError, InputError, DeadlineError: what is finished is kept, and the same call continues.
     """
     started = time.monotonic()
-    options = prepared.options
-    if not options.overwrite and (root := _finished_root(prepared)):
+    options, staging = prepared.options, Staging(prepared.output)
+    if not options.overwrite and not staging.leftovers and (root := _finished_root(prepared)):
         return PackResult(prepared.output, root, True, time.monotonic() - started)
-    if prepared.output.exists() and not options.overwrite:
-        raise OutputError(f"{prepared.output} exists: choose another -o, or --overwrite replaces it")
     codec = make_codec(options.device)
     stop = Stop(deadline=None if options.deadline_seconds is None else started + options.deadline_seconds)
-    with Staging(prepared.output) as staging:
-        journal = Journal(staging.journal)
-        try:
+    with staging:
+        if not options.overwrite and (root := _finished_root(prepared)):
+            staging.journal.unlink(missing_ok=True)  # left by a run that was cut off after its commit
+            return PackResult(prepared.output, root, True, time.monotonic() - started)
+        if prepared.output.exists() and not options.overwrite:
+            raise OutputError(f"{prepared.output} exists: choose another -o, or --overwrite replaces it")
+        with closing(Journal(staging.journal)) as journal:
             execution = Execution(prepared.plan, prepared.source, folder=staging.content, journal=journal)
             _resume(prepared, execution, journal, staging)
             side_nbytes = sum(side.size for side in prepared.side_files if side.rule is None)
@@ -71,9 +74,8 @@ def carry_out(prepared: Prepared, on_progress: OnProgress = lambda done, total: 
             execution.run(codec, workers=_num_workers(prepared), stop=stop, tick=tick)
             tick()
             _check_deadline(stop, execution)
+            staging.keep_only({work.plan.file for work in execution.works})
             root = write_metadata(prepared, execution.works, staging.content)
-        finally:
-            journal.close()
         commit = staging.commit_file if prepared.source.is_single_file else staging.commit
         commit(overwrite=options.overwrite)
     return _result(prepared, root, time.monotonic() - started, execution, staging)
@@ -97,21 +99,17 @@ def _decisive(recipe: dict[str, Any]) -> dict[str, Any]:
 
 
 def _resume(prepared: Prepared, execution: Execution, journal: Journal, staging: Staging) -> None:
-    fingerprint, progress = journal.read()
-    if prepared.options.resume and progress.bands:
-        if fingerprint != prepared.source.fingerprint:
-            raise OutputError(
-                f"{staging.folder} holds an unfinished pack of another checkpoint: --no-resume throws it away"
-            )
-        if not execution.resume(progress):
-            raise OutputError(
-                f"{staging.folder} holds an unfinished pack of another recipe: --no-resume throws it away"
-            )
-    elif prepared.options.resume and fingerprint == prepared.source.fingerprint:
-        execution.resume(progress)
-    else:
+    """Go on where an earlier run stopped; a changed selection (`--ignore`, say) redoes only the shards it touches."""
+    fingerprint, recipe = prepared.source.fingerprint, prepared.plan.recipe.as_data(Request())
+    head, progress = journal.read() if prepared.options.resume else ({}, None)
+    if progress is None or not head:
         staging.clear_content()
-        journal.start(prepared.source.fingerprint)
+        journal.start(fingerprint, _decisive(recipe))
+        return
+    if head["source"] != fingerprint or head["recipe"] != _decisive(recipe):
+        other = "checkpoint" if head["source"] != fingerprint else "recipe"
+        raise OutputError(f"{staging.folder} holds an unfinished pack of another {other}: --no-resume throws it away")
+    execution.resume(progress)
 
 
 def _check_deadline(stop: Stop, execution: Execution) -> None:

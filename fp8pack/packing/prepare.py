@@ -64,7 +64,7 @@ def prepare(model: Path, request: Request, options: WriteOptions) -> Prepared:
         raise RecipeError(
             f"{source.path.name} is a single file, so -o must name a .safetensors file, not {output.name}"
         )
-    check_output(output, source.path)
+    check_output(output, source.path, overwrite=options.overwrite)
     if source.is_single_file:
         plan = replace(plan, shards=(replace(plan.shards[0], file=output.name),))
     return Prepared(source, side_files, request, plan, method, output, options)

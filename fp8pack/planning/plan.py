@@ -1,11 +1,12 @@
 """The plan: every decision about every tensor, from headers alone. Nothing after it looks at a tensor's name."""
 
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Protocol
 
-from fp8pack.errors import RecipeError
+from fp8pack.errors import InputError, RecipeError
 from fp8pack.numerics.formats import Float8Format
 from fp8pack.numerics.granularity import CHANNEL, MX, TENSOR, Granularity
 from fp8pack.numerics.scaling import ScaleRounding
@@ -193,12 +194,18 @@ def make_plan(
     Raises:
         RecipeError: a convention cannot express the recipe, nothing is left to pack, or a named target cannot load
             the result.
+        InputError: the source holds a tensor that bears the name of a scale.
     """
     method.check(recipe, request.rules)
     settled = _settle(decisions, recipe, method)
     tensors = tuple(_plan_tensor(decision, recipe, method) for decision in settled)
     if not any(tensor.packing for tensor in tensors):
-        raise RecipeError("nothing to pack: no tensor is a linear weight that the rules let be packed")
+        reasons = Counter(t.reason for t in tensors if len(t.spec.shape) == 2).most_common(1)
+        why = f"; {reasons[0][1]} matrices: {reasons[0][0]}" if reasons else ""
+        raise RecipeError(
+            f"nothing to pack: no tensor is a linear weight that the policy and the rules let be packed{why}"
+        )
+    _check_scale_names(tensors)
     packed = [(tensor.spec, tensor.role) for tensor in tensors if tensor.packing]
     engines = judge_engines(recipe, packed, facts, request)
     return PackPlan(
@@ -291,6 +298,14 @@ def _band_shape(spec: TensorSpec, granularity: Granularity) -> tuple[int, int]:
     if rows * k * itemsize > MAX_GRANULE_NBYTES:
         return rows, max(1, BAND_NBYTES // (rows * itemsize * cols)) * cols
     return max(1, BAND_NBYTES // (rows * k * itemsize)) * rows, k
+
+
+def _check_scale_names(tensors: Sequence[TensorPlan]) -> None:
+    names = {tensor.spec.name for tensor in tensors}
+    for tensor in tensors:
+        if tensor.packing and tensor.packing.scale.name in names:
+            name = tensor.spec.name
+            raise InputError(f"{tensor.packing.scale.name} is in the source already: --ignore {name} keeps its weight")
 
 
 def _output(tensor: TensorPlan) -> Output:

@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fp8pack.report.text import printable
 from fp8pack.units import format_size
 
 _WIDTH = 160  # of a table that goes to a file or a pipe
@@ -26,11 +27,11 @@ def print_inspection(facts: dict[str, Any]) -> None:
         table.add_column(header, justify="right")
     table.add_column("kept because", overflow="fold")
     for tensor in facts["tensors"]:
-        table.add_row(*(Text(cell) for cell in _cells(tensor, measured)))
+        table.add_row(*(Text(printable(cell)) for cell in _cells(tensor, measured)))
     console.print(table)
     console.print()
     for line in _totals(facts):
-        console.print(Text(line))
+        console.print(Text(printable(line)))
 
 
 def _cells(tensor: dict[str, Any], measured: bool) -> list[str]:
