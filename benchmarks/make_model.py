@@ -1,8 +1,8 @@
 """Make a synthetic Llama checkpoint: real names and shapes, random BF16 weights, no framework needed.
 
-    python benchmarks/make_model.py OUT --size 4GiB --shards 4
-    python benchmarks/make_model.py OUT --one-tensor 8GiB
-    python benchmarks/make_model.py OUT --small-tensors 45000
+python benchmarks/make_model.py OUT --size 4GiB --shards 4
+python benchmarks/make_model.py OUT --one-tensor 8GiB
+python benchmarks/make_model.py OUT --small-tensors 45000
 """
 
 import argparse
@@ -34,13 +34,15 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def llama(nbytes: int) -> Iterator[Shapes]:
-    """Yield groups of tensors that stay in one shard: the embeddings, then layers up to about `nbytes`, then the rest."""
+    """Yield what stays in one shard: the embeddings, each layer up to about `nbytes` in all, the rest."""
     yield {"model.embed_tokens.weight": (VOCAB, HIDDEN)}
     layer_nbytes = 2 * sum(n * k for n, k in LINEARS.values())
     num_layers = max(1, round((nbytes - 4 * VOCAB * HIDDEN) / layer_nbytes))
     for layer in range(num_layers):
         prefix = f"model.layers.{layer}"
-        yield {f"{prefix}.{name}.weight": shape for name, shape in LINEARS.items()} | {f"{prefix}.{name}.weight": (HIDDEN,) for name in NORMS}
+        yield {f"{prefix}.{name}.weight": shape for name, shape in LINEARS.items()} | {
+            f"{prefix}.{name}.weight": (HIDDEN,) for name in NORMS
+        }
     yield {"model.norm.weight": (HIDDEN,), "lm_head.weight": (VOCAB, HIDDEN)}
 
 
@@ -56,15 +58,31 @@ def write_model(folder: Path, groups: list[Shapes], shards: int) -> None:
         files[-1] |= group
         written += sum(2 * int(np.prod(shape)) for shape in group.values())
     noise = _noise()
-    names = [f"model-{i:05}-of-{len(files):05}.safetensors" for i in range(1, len(files) + 1)] if len(files) > 1 else ["model.safetensors"]
+    names = (
+        [f"model-{i:05}-of-{len(files):05}.safetensors" for i in range(1, len(files) + 1)]
+        if len(files) > 1
+        else ["model.safetensors"]
+    )
     for name, shapes in zip(names, files, strict=True):
         _write_shard(folder / name, shapes, noise)
     if len(files) > 1:
         weight_map = {tensor: name for name, shapes in zip(names, files, strict=True) for tensor in shapes}
-        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}))
+        (folder / "model.safetensors.index.json").write_text(
+            json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map})
+        )
     layers = 1 + max((int(name.split(".")[2]) for group in groups for name in group if ".layers." in name), default=0)
-    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": layers, "hidden_size": HIDDEN}
-    config |= {"num_attention_heads": 32, "num_key_value_heads": 32, "intermediate_size": INTERMEDIATE, "vocab_size": VOCAB}
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "num_hidden_layers": layers,
+        "hidden_size": HIDDEN,
+    }
+    config |= {
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "intermediate_size": INTERMEDIATE,
+        "vocab_size": VOCAB,
+    }
     (folder / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}, indent=2))
 
 
@@ -98,9 +116,14 @@ def main() -> None:
     parser.add_argument("--small-tensors", type=int, default=0)
     args = parser.parse_args()
     if args.one_tensor:
-        groups: list[Shapes] = [{"model.layers.0.mlp.up_proj.weight": (parse_size(args.one_tensor) // (2 * 8192), 8192)}]
+        groups: list[Shapes] = [
+            {"model.layers.0.mlp.up_proj.weight": (parse_size(args.one_tensor) // (2 * 8192), 8192)}
+        ]
     elif args.small_tensors:
-        groups = [{f"model.layers.{i // 128}.mlp.experts.{i % 128}.up_proj.weight": (128, 128)} for i in range(args.small_tensors)]
+        groups = [
+            {f"model.layers.{i // 128}.mlp.experts.{i % 128}.up_proj.weight": (128, 128)}
+            for i in range(args.small_tensors)
+        ]
     else:
         groups = list(llama(parse_size(args.size)))
     write_model(args.out, groups, 1 if args.one_tensor else args.shards)

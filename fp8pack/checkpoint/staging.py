@@ -175,12 +175,18 @@ def check_output(output: Path, source: Path, *, overwrite: bool) -> None:
         raise OutputError(f"{output} lies in the source {source}: choose another -o")
     if origin.is_relative_to(place):
         raise OutputError(f"{output} holds the source {source}: choose another -o")
-    if overwrite and output.is_dir() and any(output.iterdir()) and not (output / MANIFEST_NAME).exists():
-        raise OutputError(f"{output} was not made by fp8pack, so --overwrite leaves it alone: move it away first")
+    if overwrite and output.is_dir() and not _is_replaceable(output):
+        raise OutputError(f"{output} is no checkpoint, so --overwrite leaves it alone: move it away first")
     if not output.parent.is_dir():
         raise SpaceError(f"{output.parent} is no directory: make it first, or choose another -o")
     if not os.access(output.parent, os.R_OK | os.W_OK | os.X_OK):
         raise SpaceError(f"{output.parent} is not writable: choose another -o")
+
+
+def _is_replaceable(output: Path) -> bool:
+    """Whether a directory is empty or a checkpoint: nobody means to replace anything else, a home directory say."""
+    names = [path.name for path in output.iterdir()]
+    return not names or any(name in (MANIFEST_NAME, "config.json") or name.endswith(".safetensors") for name in names)
 
 
 def _parse_owner(text: bytes) -> str:

@@ -1,6 +1,44 @@
 """How much of a weight survives quantization."""
 
 import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fp8pack.numerics.formats import Float8Format, value_table
+
+_FLOAT_DTYPE = {"F16": np.float16, "F32": np.float32}
+
+
+def error_energy(
+    weight: NDArray[Any],
+    payload: NDArray[np.uint8],
+    scales: NDArray[np.float32],
+    *,
+    dtype: str,
+    region: tuple[int, int],
+    format: Float8Format,
+) -> tuple[float, float]:
+    """Return signal and noise: the energy of a weight, and of what quantizing took away from it, in float64.
+
+    Shapes: weight [N, K], the raw bits of `dtype` (BF16, F16, F32); payload [N, K]; scales [ceil(N/R), ceil(K/C)],
+        where region = (R, C). Values are exact in float32; their difference is rounded to float32 once.
+    """
+    n, k = weight.shape
+    rows, cols = region
+    spread = np.repeat(np.repeat(scales, rows, axis=0)[:n], cols, axis=1)[:, :k]
+    exact = widen(weight, dtype)
+    error = exact - value_table(format)[payload] * spread
+    signal, noise = (values.astype(np.float64).ravel() for values in (exact, error))
+    return float(signal @ signal), float(noise @ noise)
+
+
+def widen(weight: NDArray[Any], dtype: str) -> NDArray[np.float32]:
+    """Return raw bits of `dtype` (BF16, F16, F32) as float32 values."""
+    if dtype == "BF16":
+        return (weight.astype(np.uint32) << 16).view(np.float32)
+    return weight.view(_FLOAT_DTYPE[dtype]).astype(np.float32)
 
 
 def sqnr_db(signal: float, noise: float) -> float:

@@ -77,27 +77,8 @@ def amax_rows(weight: Array, *, dtype: str) -> float:
     return float(_kernels(_BITS[dtype]).amax(*_pointers(weight, scratch), n, k, *limits))
 
 
-def scale_of(amax: float, format: Float8Format, rounding: ScaleRounding) -> np.float32:
-    """Return the scale of a region with this amax."""
-    return np.float32(_kernels("uint16").scale(amax, format.max, format.emax, _ROUNDING[rounding]))
-
-
-def error_rows(
-    weight: Array, payload: Array, scales: Array, *, dtype: str, region: tuple[int, int], table: Array
-) -> tuple[float, float]:
-    """Return signal and noise: the energy of the weight, and of what quantizing took away from it, in float64.
-
-    table: float32 [256], the value of each FP8 byte. `quantize_rows` gives the other arguments their meaning.
-    """
-    energy = np.zeros(2, np.float64)
-    _kernels(_BITS[dtype]).error(
-        *_pointers(weight, payload, scales, table, energy), *weight.shape, *region, _KIND[dtype]
-    )
-    return float(energy[0]), float(energy[1])
-
-
 class _Kernels:
-    """The four C functions, and the engine that owns their code."""
+    """The two C functions, and the engine that owns their code."""
 
     def __init__(self, machine_code: bytes, machine: llvm.TargetMachine) -> None:
         self._engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
@@ -106,8 +87,6 @@ class _Kernels:
         p, f, i, u = ctypes.c_void_p, ctypes.c_float, ctypes.c_int64, ctypes.c_uint32
         self.quantize = self._function("quantize", f, *[p] * 6, *[i] * 5, u, u, f, i, u, u, u, i, i)
         self.amax = self._function("amax", f, p, p, i, i, i, u, u)
-        self.error = self._function("error", None, *[p] * 5, *[i] * 5)
-        self.scale = self._function("scale", f, f, f, i, i)
 
     def _function(self, name: str, result: Any, *arguments: Any) -> Callable[..., Any]:
         address = self._engine.get_function_address(f"fp8pack_{name}")

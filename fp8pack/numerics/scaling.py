@@ -5,6 +5,8 @@ from enum import StrEnum
 import numpy as np
 from numpy.typing import NDArray
 
+from fp8pack.numerics.formats import Float8Format
+
 MIN_SCALE = 2.0**-126  # the smallest normal float32: a smaller scale would be flushed to zero on GPUs
 
 
@@ -19,6 +21,21 @@ class ScaleRounding(StrEnum):
     NONE = "none"
     UP = "up"
     FLOOR = "floor"
+
+
+def scale_of(amax: float, format: Float8Format, rounding: ScaleRounding) -> np.float32:
+    """Return the scale of a region with this amax: what the kernels compute for each of theirs."""
+    if amax == 0:
+        return np.float32(1)
+    scale = max(np.float32(amax) / np.float32(format.max), np.float32(MIN_SCALE))
+    match rounding:
+        case ScaleRounding.NONE:
+            return np.float32(scale)
+        case ScaleRounding.UP:
+            bits = (int(np.float32(scale).view(np.uint32)) + 0x7FFFFF) & 0x7F800000
+        case ScaleRounding.FLOOR:
+            bits = max((int(np.float32(amax).view(np.uint32)) >> 23) - format.emax, 1) << 23
+    return np.uint32(bits).view(np.float32)
 
 
 def encode_e8m0(scales: NDArray[np.float32]) -> NDArray[np.uint8]:

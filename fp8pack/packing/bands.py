@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from fp8pack.checkpoint.journal import BandResult
 from fp8pack.checkpoint.shard_writer import ShardWriter
 from fp8pack.checkpoint.source import ShardReader
+from fp8pack.numerics.metrics import error_energy
 from fp8pack.numerics.scaling import encode_e8m0
 from fp8pack.packing.codecs import BITS_DTYPE, Codec
 from fp8pack.planning.plan import Packing, TensorPlan
@@ -109,8 +110,12 @@ class BandWorker:
                 return BandResult(spec.name, band.index, "", amax=amax)
             if lo == begin:
                 rows, regions = slice(SAMPLE_ROWS), slice(ceil_div(SAMPLE_ROWS, region_rows))
-                sample = (weight[rows], payload[rows], part[regions])
-                energies = self._codec.error(*sample, dtype=spec.dtype, packing=packing)
+                energies = error_energy(
+                    *(weight[rows], payload[rows], part[regions]),
+                    dtype=spec.dtype,
+                    region=packing.granularity.region(weight.shape),
+                    format=packing.format,
+                )
             data = payload.data.cast("B")
             hasher.update(data)
             _move(writer.write, data, band, itemsize=1, begin=place.payload_begin, lo=lo)

@@ -8,7 +8,6 @@ from numpy.typing import NDArray
 
 from fp8pack.errors import Fp8PackError, RecipeError
 from fp8pack.numerics import native
-from fp8pack.numerics.formats import value_table
 from fp8pack.planning.plan import Packing
 
 Array = NDArray[Any]
@@ -28,18 +27,8 @@ class Codec(Protocol):
         """Return the largest magnitude, NaN if the weight holds a NaN or infinity."""
         ...
 
-    def scale(self, amax: float, packing: Packing) -> np.float32:
-        """Return the scale of a region with this amax."""
-        ...
-
     def quantize(self, weight: Array, payload: Array, scales: Array, *, dtype: str, packing: Packing) -> float:
         """Fill payload [N, K] and, unless the packing is two-pass, scales; return amax as above."""
-        ...
-
-    def error(
-        self, weight: Array, payload: Array, scales: Array, *, dtype: str, packing: Packing
-    ) -> tuple[float, float]:
-        """Return the energy of the weight and of the quantization error."""
         ...
 
 
@@ -65,10 +54,6 @@ class CpuCodec:
         """See Codec."""
         return native.amax_rows(weight, dtype=dtype)
 
-    def scale(self, amax: float, packing: Packing) -> np.float32:
-        """See Codec."""
-        return native.scale_of(amax, packing.format, packing.rounding)
-
     def quantize(self, weight: Array, payload: Array, scales: Array, *, dtype: str, packing: Packing) -> float:
         """See Codec."""
         region = packing.granularity.region(weight.shape)
@@ -76,13 +61,6 @@ class CpuCodec:
         return native.quantize_rows(
             weight, payload, scales, dtype=dtype, region=region, format=packing.format, rounding=rounding
         )
-
-    def error(
-        self, weight: Array, payload: Array, scales: Array, *, dtype: str, packing: Packing
-    ) -> tuple[float, float]:
-        """See Codec."""
-        region = packing.granularity.region(weight.shape)
-        return native.error_rows(weight, payload, scales, dtype=dtype, region=region, table=value_table(packing.format))
 
 
 class TorchCodec:
@@ -108,11 +86,6 @@ class TorchCodec:
         amax = self._upload(weight, dtype).float().abs().amax()
         return float(amax) if self._torch.isfinite(amax) else float("nan")
 
-    def scale(self, amax: float, packing: Packing) -> np.float32:
-        """See Codec."""
-        value = self._torch.tensor([amax], dtype=self._torch.float32, device=self._device)
-        return np.float32(self._codec.scales_of(value, packing.format, packing.rounding).item())
-
     def quantize(self, weight: Array, payload: Array, scales: Array, *, dtype: str, packing: Packing) -> float:
         """See Codec."""
         uploaded = self._upload(weight, dtype)
@@ -127,16 +100,6 @@ class TorchCodec:
         payload[...] = codes.view(self._torch.uint8).cpu().numpy()
         scales[...] = found.cpu().numpy()
         return amax
-
-    def error(
-        self, weight: Array, payload: Array, scales: Array, *, dtype: str, packing: Packing
-    ) -> tuple[float, float]:
-        """See Codec."""
-        exact = self._upload(weight, dtype).double()
-        codes = self._torch.from_numpy(payload).view(getattr(self._torch, packing.format.torch_dtype)).to(self._device)
-        region = packing.granularity.region(weight.shape)
-        values = self._codec.dequantize(codes, self._torch.from_numpy(scales).to(self._device), region)
-        return float((exact**2).sum()), float(((exact - values.double()) ** 2).sum())
 
     def _upload(self, weight: Array, dtype: str) -> Any:
         signed = weight.view(f"i{weight.dtype.itemsize}")

@@ -17,6 +17,7 @@ from fp8pack.checkpoint.journal import BandResult, Journal, Progress
 from fp8pack.checkpoint.shard_writer import ShardWriter, check_shard
 from fp8pack.checkpoint.source import Source
 from fp8pack.errors import InputError
+from fp8pack.numerics.scaling import scale_of
 from fp8pack.packing.bands import Band, BandWorker, Place
 from fp8pack.packing.codecs import Codec
 from fp8pack.packing.workers import Stop, run_threads
@@ -144,7 +145,7 @@ class Execution:
                 _start(self._folder / work.plan.file, work)
         try:
             self._find_amax(codec, workers, stop, tick)
-            scales = self._scales(codec)
+            scales = self._scales()
             streams = (self._jobs(work) for work in self.works if not work.is_done)
             run_threads(streams, lambda: self._worker(codec, scales), count=workers, stop=stop, tick=tick)
         finally:
@@ -199,14 +200,16 @@ class Execution:
             self._amax |= {name: amax for name, amax in finished.items() if not math.isnan(amax)}
             self._journal.add_amax({name: amax for name, amax in finished.items() if not math.isnan(amax)})
 
-    def _scales(self, codec: Codec) -> dict[str, np.float32]:
+    def _scales(self) -> dict[str, np.float32]:
         """The scale of each two-pass tensor: that of the largest amax among the tensors it is fused with."""
+        packings = {tensor.spec.name: tensor.packing for tensor in self._two_pass if tensor.packing}
         groups: dict[str, float] = {}
-        for tensor in self._two_pass:
-            if tensor.packing:
-                group = tensor.packing.scale_group
-                groups[group] = max(groups.get(group, 0.0), self._amax.get(tensor.spec.name, 0.0))
-        return {t.spec.name: codec.scale(groups[t.packing.scale_group], t.packing) for t in self._two_pass if t.packing}
+        for name, packing in packings.items():
+            groups[packing.scale_group] = max(groups.get(packing.scale_group, 0.0), self._amax.get(name, 0.0))
+        return {
+            name: scale_of(groups[packing.scale_group], packing.format, packing.rounding)
+            for name, packing in packings.items()
+        }
 
     @contextmanager
     def _worker(

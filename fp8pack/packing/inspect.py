@@ -13,9 +13,8 @@ from numpy.typing import NDArray
 from fp8pack.checkpoint.manifest_schema import Manifest, PackedEntry, find_manifest, read_manifest
 from fp8pack.checkpoint.source import ShardReader, Source, open_checkpoint
 from fp8pack.errors import BoundError, InputError, RecipeError
-from fp8pack.numerics.formats import parse_format, value_table
-from fp8pack.numerics.metrics import sqnr_db
-from fp8pack.numerics.native import error_rows
+from fp8pack.numerics.formats import parse_format
+from fp8pack.numerics.metrics import error_energy, sqnr_db
 from fp8pack.numerics.scaling import decode_e8m0
 from fp8pack.packing.codecs import BITS_DTYPE
 from fp8pack.packing.workers import Stop, available_cores, run_threads
@@ -186,7 +185,7 @@ def _energy(
 ) -> tuple[float, float]:
     (n, k), (rows, cols) = entry.shape, entry.block
     scales = read_scales(specs[entry.scale_inv.tensor], directories[0]).reshape(-(-n // rows), -(-k // cols))
-    spec, table = specs[origin.name], value_table(parse_format(entry.format))
+    spec = specs[origin.name]
     itemsize = BITS_DTYPE[origin.dtype].itemsize
     whole = rows >= n
     step = max(1, _STRIP_NBYTES // (k * itemsize * (1 if whole else rows))) * (1 if whole else rows)
@@ -199,8 +198,11 @@ def _energy(
         payload = _read(spec, directories[0], lo * k, (hi - lo) * k)
         part = scales if whole else scales[lo // rows : -(-hi // rows)]
         region = (hi - lo if whole else rows, cols)
-        energy = error_rows(
-            weight.reshape(-1, k), payload.reshape(-1, k), part, dtype=origin.dtype, region=region, table=table
+        energy = error_energy(
+            *(weight.reshape(-1, k), payload.reshape(-1, k), part),
+            dtype=origin.dtype,
+            region=region,
+            format=parse_format(entry.format),
         )
         signal, noise = signal + energy[0], noise + energy[1]
     return signal, noise
