@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import MakeCheckpoint, llama_config, llama_tensors
+from checkpoints import MakeCheckpoint, llama_config, llama_tensors
 from typer.testing import CliRunner
 
 from fp8pack import errors

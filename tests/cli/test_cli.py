@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import DEMO, MakeCheckpoint, llama_tensors
+from checkpoints import DEMO, MakeCheckpoint, llama_tensors
 from typer.testing import CliRunner
 
 from fp8pack.cli.app import app

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import DEMO
+from checkpoints import DEMO
 
 import fp8pack
 from fp8pack.numerics.formats import parse_format

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import MakeCheckpoint, llama_tensors, random_weight
+from checkpoints import MakeCheckpoint, llama_tensors, random_weight
 
 import fp8pack
 from fp8pack.numerics.formats import FORMATS, Float8Format

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DEMO
+from checkpoints import DEMO
 
 import fp8pack
 from fp8pack.packing.prepare import WriteOptions

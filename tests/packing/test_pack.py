@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import oracle
 import pytest
-from conftest import MakeCheckpoint, Tensors, llama_config, llama_tensors, random_weight
+from checkpoints import MakeCheckpoint, Tensors, llama_config, llama_tensors, random_weight
 from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.numpy import save_file

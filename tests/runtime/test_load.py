@@ -4,7 +4,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from conftest import MakeCheckpoint, llama_tensors, random_weight
+from checkpoints import MakeCheckpoint, llama_tensors, random_weight
 from safetensors.numpy import save_file
 
 import fp8pack
