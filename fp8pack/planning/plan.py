@@ -14,7 +14,7 @@ from fp8pack.planning.engines import EngineVerdict, choose_scheme, judge_engines
 from fp8pack.planning.layout import Output, ShardPlan, Stored, arrange
 from fp8pack.planning.model import ModelFacts
 from fp8pack.planning.patterns import Matcher
-from fp8pack.planning.policy import UNKNOWN_LINEAR, fused_module, judge, layer_of, together
+from fp8pack.planning.policy import UNKNOWN_LINEAR, fused_module, judge, layer_of, spellings, together
 from fp8pack.planning.recipe import Recipe, Request, Rule, RuleAction, resolve
 from fp8pack.planning.spec import FLOAT_DTYPES, TensorSpec
 from fp8pack.units import ceil_div
@@ -317,16 +317,20 @@ def _output(tensor: TensorPlan) -> Output:
 
 def _kept_linears(tensors: Sequence[TensorPlan], facts: ModelFacts) -> tuple[str, ...]:
     """The modules that engines would take for FP8 linears unless they are listed: all but norms and embeddings."""
-    names = [
+    kept = [
         tensor.spec.name.removesuffix(".weight")
         for tensor in tensors
         if tensor.packing is None
         and tensor.role not in ("norm", "embedding", "bias", "rotary")
         and (tensor.role == "experts" or (tensor.spec.name.endswith(".weight") and len(tensor.spec.shape) == 2))
     ]
-    experts = [name.rpartition(".")[0] for name in names if name.rpartition(".")[0].endswith("experts")]
-    head = ["lm_head"] if facts.tied and "lm_head" not in names else []
-    return tuple(dict.fromkeys([*names, *experts, *head]))
+    kept += [name.rpartition(".")[0] for name in kept if name.rpartition(".")[0].endswith("experts")]
+    if facts.tied:
+        masked = any(tensor.spec.name.startswith("cls.predictions.") for tensor in tensors)
+        kept += ["lm_head", *(["cls.predictions.decoder"] if masked else [])]  # tied, so the file does not hold them
+    aliased = facts.wrapper or any(tensor.role in ("tower", "projector", "logits") for tensor in tensors)
+    names = [spelling for name in kept for spelling in (spellings(name) if aliased else [name])]
+    return tuple(dict.fromkeys(names))
 
 
 def _warnings(tensors: Sequence[TensorPlan]) -> tuple[str, ...]:

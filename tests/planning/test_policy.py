@@ -3,7 +3,7 @@
 import pytest
 
 from fp8pack.planning.model import ModelFacts
-from fp8pack.planning.policy import fused_module, is_part_of, judge, layer_of, storage_key, together
+from fp8pack.planning.policy import fused_module, is_part_of, judge, layer_of, spellings, storage_key, together
 from fp8pack.planning.spec import TensorSpec
 
 PACKED = {
@@ -192,3 +192,24 @@ def test_storage_order_is_that_of_the_engines() -> None:
         *(f"model.layers.10.self_attn.{leaf}_proj.weight" for leaf in "qkv"),
     ]
     assert sorted(sorted(expected), key=storage_key) == expected
+
+
+@pytest.mark.parametrize(
+    ("module", "others"),
+    [
+        ("model.layers.0.mlp.gate", {"model.layers.0.mlp.gate"}),
+        ("language_model.lm_head", {"language_model.lm_head", "lm_head"}),
+        ("embed_out", {"embed_out", "lm_head"}),
+        (
+            "vision_tower.encoder.layers.0.fc1",
+            {"vision_tower.encoder.layers.0.fc1", "model.vision_tower.encoder.layers.0.fc1"},
+        ),
+        ("model.visual.blocks.0.attn.qkv", {"model.visual.blocks.0.attn.qkv", "visual.blocks.0.attn.qkv"}),
+        (
+            "model.language_model.layers.0.mlp.gate",
+            {"model.language_model.layers.0.mlp.gate", "language_model.model.layers.0.mlp.gate"},
+        ),
+    ],
+)
+def test_modules_that_stay_are_listed_by_every_name_that_engines_know(module: str, others: set[str]) -> None:
+    assert set(spellings(module)) == others
