@@ -19,9 +19,10 @@ _NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EP
 class ShardWriter:
     """One shard of known size, open for writing from several threads at once."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, create: bool = False) -> None:
+        flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | (os.O_CREAT if create else 0)
         with writing(path):
-            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+            self._fd = os.open(path, flags, 0o666)
         self.path = path
 
     def start(self, header: bytes, size: int) -> None:
@@ -105,9 +106,18 @@ def check_shard(path: Path, plan: ShardPlan) -> None:
 
 def write_file(path: Path, data: bytes) -> None:
     """Write a small file and bring it to the disk."""
-    writer = ShardWriter(path)
+    writer = ShardWriter(path, create=True)
     try:
         writer.start(data, len(data))
+        writer.sync()
+    finally:
+        writer.close()
+
+
+def sync_file(path: Path) -> None:
+    """Return when everything that was written into a file is on the disk."""
+    writer = ShardWriter(path)
+    try:
         writer.sync()
     finally:
         writer.close()

@@ -9,11 +9,11 @@ import ctypes
 import os
 from collections.abc import Callable
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from threading import Lock
 from typing import Any, Final, Literal
 
+import llvmlite
 import llvmlite.binding as llvm
 import numpy as np
 from blake3 import blake3
@@ -111,7 +111,7 @@ def _load(bits: Bits) -> _Kernels:
     )
     source = Path(__file__).with_name("kernels.py").read_bytes()
     key = blake3(source)
-    key.update(repr((bits, cpu, features, version("numba"), version("llvmlite"))).encode())
+    key.update(repr((bits, cpu, features, llvmlite.__version__)).encode())
     path = _cache_dir() / f"kernels-{key.hexdigest(16)}.o"
     machine_code = _read_cached(path)
     if machine_code is None:

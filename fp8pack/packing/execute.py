@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -14,10 +15,11 @@ from blake3 import blake3
 
 from fp8pack.checkpoint.header import build_header
 from fp8pack.checkpoint.journal import BandResult, Journal, Progress
-from fp8pack.checkpoint.shard_writer import ShardWriter, check_shard
+from fp8pack.checkpoint.shard_writer import ShardWriter, check_shard, sync_file
 from fp8pack.checkpoint.source import Source
 from fp8pack.errors import InputError
 from fp8pack.numerics.scaling import scale_of
+from fp8pack.packing.amax_pass import AmaxCollector
 from fp8pack.packing.bands import Band, BandWorker, Place
 from fp8pack.packing.codecs import Codec
 from fp8pack.packing.workers import Stop, run_threads
@@ -40,6 +42,7 @@ class ShardWork:
     results: dict[tuple[str, int], BandResult] = field(default_factory=dict)
     pending: list[BandResult] = field(default_factory=list)
     pending_nbytes: int = 0
+    num_synced: int = 0
     is_done: bool = False
     is_lost: bool = False
     lock: Lock = field(default_factory=Lock)
@@ -53,6 +56,17 @@ class ShardWork:
     def is_complete(self) -> bool:
         """Whether every band is finished."""
         return len(self.results) == self.num_bands
+
+    def record(self, result: BandResult, nbytes: int) -> list[BandResult]:
+        """Add a finished band; return those to be synced now, none while less than a gibibyte waits."""
+        with self.lock:
+            self.results[result.tensor, result.index] = result
+            self.pending.append(result)
+            self.pending_nbytes += nbytes
+            if not self.is_complete and self.pending_nbytes < CHECKPOINT_NBYTES:
+                return []
+            ready, self.pending, self.pending_nbytes = self.pending, [], 0
+            return ready
 
     def missing(self) -> Iterator[Band]:
         """Yield the bands that are not finished, in the order of the source."""
@@ -120,6 +134,7 @@ class Execution:
             path = self._folder / work.plan.file
             if path.exists() and path.stat().st_size == work.size:
                 work.results = {(result.tensor, result.index): result for result in progress.bands.get(key, [])}
+                work.num_synced = len(work.results)
                 work.is_done = key in progress.done and work.is_complete
                 self.counters.resumed_nbytes += sum(
                     Band(tensor, i).nbytes
@@ -128,6 +143,11 @@ class Execution:
                     if (tensor.spec.name, i) in work.results
                 )
         self.counters.done_nbytes = self.counters.resumed_nbytes
+
+    @property
+    def is_done(self) -> bool:
+        """Whether every shard is finished."""
+        return all(work.is_done for work in self.works)
 
     def remaining_nbytes(self) -> int:
         """Return the bytes that the outputs still need on the disk."""
@@ -143,28 +163,27 @@ class Execution:
         for work in self.works:
             if not work.results:
                 _start(self._folder / work.plan.file, work)
-        try:
-            self._find_amax(codec, workers, stop, tick)
-            scales = self._scales()
-            streams = (self._jobs(work) for work in self.works if not work.is_done)
-            run_threads(streams, lambda: self._worker(codec, scales), count=workers, stop=stop, tick=tick)
-        finally:
-            for work in self.works:
-                self._checkpoint(work, work.pending)
-        if stop.deadline_passed:
-            return
-        if self._offenders:
-            flags = " ".join(f"--ignore {name}" for name in sorted(self._offenders))
-            raise InputError(
-                f"{len(self._offenders)} weights hold a NaN or infinity; finished work is kept, {flags} packs the rest"
-            )
+        self._find_amax(codec, workers, stop, tick)
+        scales = self._scales()
+        streams = (self._jobs(work) for work in self.works if not work.is_done)
+        with ThreadPoolExecutor(max_workers=1) as syncing:
+
+            def sync(work: ShardWork, results: list[BandResult]) -> None:
+                syncing.submit(self._sync, stop, work, results)
+
+            try:
+                run_threads(streams, lambda: self._worker(codec, scales, sync), count=workers, stop=stop, tick=tick)
+            finally:
+                for work in self.works:
+                    sync(work, work.pending)
         if stop.errors:
             raise stop.errors[0]
-        for work in self.works:
-            if not work.is_complete:
-                raise AssertionError(f"{work.plan.file}: {len(work.results)} of {work.num_bands} bands are finished")
-            if not work.is_done:
-                self._finish(work)
+        if self.is_done or stop.is_set():
+            return
+        flags = " ".join(f"--ignore {name}" for name in sorted(self._offenders))
+        raise InputError(
+            f"{len(self._offenders)} weights hold a NaN or infinity; finished work is kept, {flags} packs the rest"
+        )
 
     def _jobs(self, work: ShardWork) -> Iterator[tuple[ShardWork, Band]]:
         return ((work, band) for band in work.missing() if band.tensor.spec.name not in self._offenders)
@@ -176,12 +195,12 @@ class Execution:
         )
         if not todo:
             return
-        found: dict[str, dict[int, float]] = {tensor.spec.name: {} for tensor in todo}
+        collector = AmaxCollector(self._journal)
 
         @contextmanager
         def make_worker() -> Iterator[Callable[[Band], None]]:
             def work(band: Band) -> None:
-                found[band.tensor.spec.name][band.index] = worker.amax(band)
+                collector.add(band, worker.amax(band))
                 self.counters.add(band.nbytes)
 
             with closing(BandWorker(codec, self._source, self._folder)) as worker:
@@ -191,14 +210,9 @@ class Execution:
         try:
             run_threads([_bands(tensors) for tensors in files], make_worker, count=workers, stop=stop, tick=tick)
         finally:
-            finished = {
-                t.spec.name: max(found[t.spec.name].values(), key=_nan_first)
-                for t in todo
-                if len(found[t.spec.name]) == t.num_bands
-            }
-            self._offenders |= {name for name, amax in finished.items() if math.isnan(amax)}
-            self._amax |= {name: amax for name, amax in finished.items() if not math.isnan(amax)}
-            self._journal.add_amax({name: amax for name, amax in finished.items() if not math.isnan(amax)})
+            collector.flush()
+        self._offenders |= {name for name, amax in collector.amax.items() if math.isnan(amax)}
+        self._amax |= {name: amax for name, amax in collector.amax.items() if not math.isnan(amax)}
 
     def _scales(self) -> dict[str, np.float32]:
         """The scale of each two-pass tensor: that of the largest amax among the tensors it is fused with."""
@@ -213,55 +227,44 @@ class Execution:
 
     @contextmanager
     def _worker(
-        self, codec: Codec, scales: dict[str, np.float32]
+        self, codec: Codec, scales: dict[str, np.float32], sync: Callable[[ShardWork, list[BandResult]], object]
     ) -> Iterator[Callable[[tuple[ShardWork, Band]], None]]:
         def work_band(job: tuple[ShardWork, Band]) -> None:
             work, band = job
             name = band.tensor.spec.name
             place, packing = work.places[name], band.tensor.packing
             if packing is None:
-                self._record(work, band, worker.copy(band, place))
+                result = worker.copy(band, place)
             else:
-                self._record(work, band, worker.pack(band, packing, place, scales.get(name, np.float32(0))))
+                result = worker.pack(band, packing, place, scales.get(name, np.float32(0)))
+            self.counters.add(band.nbytes)
+            if math.isnan(result.amax):
+                self._offenders.add(name)
+            elif ready := work.record(result, band.nbytes):
+                sync(work, ready)
 
         with closing(BandWorker(codec, self._source, self._folder)) as worker:
             yield work_band
 
-    def _record(self, work: ShardWork, band: Band, result: BandResult) -> None:
-        self.counters.add(band.nbytes)
-        if math.isnan(result.amax):
-            self._offenders.add(result.tensor)
-            return
-        with work.lock:
-            work.results[result.tensor, result.index] = result
-            work.pending.append(result)
-            work.pending_nbytes += band.nbytes
-            complete = work.is_complete
-            ready = work.pending if complete or work.pending_nbytes >= CHECKPOINT_NBYTES else []
-            if ready:
-                work.pending, work.pending_nbytes = [], 0
-        if ready:
-            self._checkpoint(work, ready)
-        if complete:
-            self._finish(work)
+    def _sync(self, stop: Stop, work: ShardWork, results: list[BandResult]) -> None:
+        """Bring bands to the disk, then say so in the journal; check the shard when it is complete.
 
-    def _checkpoint(self, work: ShardWork, results: list[BandResult]) -> None:
-        """Bring bands to the disk, then say so in the journal."""
-        if results and not work.is_lost:
-            writer = ShardWriter(self._folder / work.plan.file)
-            try:
-                writer.sync()
-            except BaseException:
-                work.is_lost = True  # the kernel drops pages that it failed to write; a later sync would not tell
-                raise
-            finally:
-                writer.close()
-            self._journal.add_bands(work.plan.file, work.digest, results)
-
-    def _finish(self, work: ShardWork) -> None:
-        check_shard(self._folder / work.plan.file, work.plan)
-        self._journal.add_done(work.plan.file, work.digest)
-        work.is_done = True
+        One thread does this for all shards, so that the workers never wait for a disk. An error stops everything.
+        """
+        path = self._folder / work.plan.file
+        try:
+            if results and not work.is_lost:
+                work.is_lost = True  # unless the sync succeeds: the kernel drops pages that it failed to write
+                sync_file(path)
+                work.is_lost = False
+                self._journal.add_bands(work.plan.file, work.digest, results)
+                work.num_synced += len(results)
+            if work.num_synced == work.num_bands and not work.is_done:
+                check_shard(path, work.plan)
+                self._journal.add_done(work.plan.file, work.digest)
+                work.is_done = True
+        except BaseException as error:
+            stop.fail(error)
 
 
 def _bands(tensors: list[TensorPlan]) -> Iterator[Band]:
@@ -269,7 +272,7 @@ def _bands(tensors: list[TensorPlan]) -> Iterator[Band]:
 
 
 def _start(path: Path, work: ShardWork) -> None:
-    writer = ShardWriter(path)
+    writer = ShardWriter(path, create=True)
     try:
         writer.start(work.header, work.size)
     finally:
@@ -293,7 +296,3 @@ def _digest(source: Source, header: bytes, tensors: list[TensorPlan], groups: di
             ).encode()
         )
     return hasher.hexdigest()
-
-
-def _nan_first(value: float) -> float:
-    return math.inf if math.isnan(value) else value

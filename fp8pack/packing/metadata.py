@@ -116,7 +116,7 @@ def _index(plan: PackPlan) -> bytes:
 def _copy(source: Path, target: Path, size: int) -> str:
     """Copy a file byte for byte; return its digest."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    reader, writer, hasher = ShardReader(source), ShardWriter(target), blake3()
+    reader, writer, hasher = ShardReader(source), ShardWriter(target, create=True), blake3()
     try:
         writer.start(b"", size)
         for offset in range(0, size, _COPY_NBYTES):

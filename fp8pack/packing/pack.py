@@ -73,7 +73,9 @@ def carry_out(prepared: Prepared, on_progress: OnProgress = lambda done, total: 
 
             execution.run(codec, workers=_num_workers(prepared), stop=stop, tick=tick)
             tick()
-            _check_deadline(stop, execution)
+            if not execution.is_done:
+                done, total = format_size(execution.counters.done_nbytes), format_size(execution.counters.total_nbytes)
+                raise DeadlineError(f"the deadline is reached with {done} of {total} done; the same command continues")
             staging.keep_only({work.plan.file for work in execution.works})
             root = write_metadata(prepared, execution.works, staging.content)
         commit = staging.commit_file if prepared.source.is_single_file else staging.commit
@@ -110,12 +112,6 @@ def _resume(prepared: Prepared, execution: Execution, journal: Journal, staging:
         other = "checkpoint" if head["source"] != fingerprint else "recipe"
         raise OutputError(f"{staging.folder} holds an unfinished pack of another {other}: --no-resume throws it away")
     execution.resume(progress)
-
-
-def _check_deadline(stop: Stop, execution: Execution) -> None:
-    if stop.deadline_passed:
-        done, total = format_size(execution.counters.done_nbytes), format_size(execution.counters.total_nbytes)
-        raise DeadlineError(f"the deadline is reached with {done} of {total} done; the same command continues")
 
 
 def _num_workers(prepared: Prepared) -> int:

@@ -20,18 +20,17 @@ class Stop:
     event: Event = field(default_factory=Event)
     errors: list[BaseException] = field(default_factory=list)
     deadline: float | None = None
-    deadline_passed: bool = False
 
     def fail(self, error: BaseException) -> None:
         """Record an error and stop everyone."""
         self.errors.append(error)
         self.event.set()
 
-    def check_deadline(self) -> None:
-        """Stop everyone once the deadline is over."""
+    def is_set(self) -> bool:
+        """Say whether to stop; the deadline, once it is over, stops everyone."""
         if self.deadline is not None and time.monotonic() >= self.deadline:
-            self.deadline_passed = True
             self.event.set()
+        return self.event.is_set()
 
 
 def available_cores() -> int:
@@ -84,7 +83,7 @@ def run_threads(
         try:
             stream = None
             with make_worker() as worker:
-                while not stop.event.is_set():
+                while not stop.is_set():
                     stream, job = queue.take(stream)
                     if job is None:
                         break
@@ -101,7 +100,6 @@ def run_threads(
         thread.start()
     try:
         while not ended.wait(_TICK_SECONDS):
-            stop.check_deadline()
             tick()
     except BaseException:
         stop.event.set()

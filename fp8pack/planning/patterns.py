@@ -18,11 +18,17 @@ class Pattern:
         """Whether it may match nothing."""
         return self.text.startswith("?")
 
+    @property
+    def exact(self) -> bool:
+        """Whether it is a name, and not a glob or an expression."""
+        body = self.text.removeprefix("?")
+        return not body.startswith("re:") and not set("*?[") & set(body)
+
     def compile(self) -> re.Pattern[str]:
         """Return an expression whose `match` accepts the names it means; `re:` is anchored at the start only."""
         body = self.text.removeprefix("?")
         if not body.startswith("re:"):
-            return re.compile(re.escape(body) + r"\Z" if not set("*?[") & set(body) else translate(body))
+            return re.compile(re.escape(body) + r"\Z" if self.exact else translate(body))
         try:
             return re.compile(body[3:])
         except re.error as error:

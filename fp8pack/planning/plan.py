@@ -13,7 +13,7 @@ from fp8pack.numerics.scaling import ScaleRounding
 from fp8pack.planning.engines import EngineVerdict, choose_scheme, judge_engines
 from fp8pack.planning.layout import Output, ShardPlan, Stored, arrange
 from fp8pack.planning.model import ModelFacts
-from fp8pack.planning.patterns import Matcher
+from fp8pack.planning.patterns import Matcher, Pattern
 from fp8pack.planning.policy import UNKNOWN_LINEAR, fused_module, judge, layer_of, spellings, together
 from fp8pack.planning.recipe import Recipe, Request, Rule, RuleAction, resolve
 from fp8pack.planning.spec import FLOAT_DTYPES, TensorSpec
@@ -156,7 +156,7 @@ def decide(specs: Sequence[TensorSpec], facts: ModelFacts, request: Request) -> 
         if hits[0]:
             decision = replace(decision, packed=False, reason=f"--ignore {hits[0].text}")
         elif hits[1]:
-            decision = _overrule(decision, f"--pack {hits[1].text}", None)
+            decision = _overrule(decision, hits[1], f"--pack {hits[1].text}")
         elif hits[2]:
             decision = _apply(decision, by_pattern[hits[2]])
         elif (
@@ -222,18 +222,19 @@ def make_plan(
 def _apply(decision: Decision, rule: Rule) -> Decision:
     if rule.action == RuleAction.KEEP:
         return replace(decision, packed=False, reason=f"rule: keep {rule.pattern.text}")
-    return _overrule(decision, f"rule: pack {rule.pattern.text}", rule)
+    return _overrule(decision, rule.pattern, f"rule: pack {rule.pattern.text}", rule)
 
 
-def _overrule(decision: Decision, reason: str, rule: Rule | None) -> Decision:
+def _overrule(decision: Decision, pattern: Pattern, reason: str, rule: Rule | None = None) -> Decision:
+    """Pack what a pattern means: a name must mean a matrix, a glob or expression passes over everything else."""
     spec = decision.spec
-    if len(spec.shape) != 2 or spec.dtype not in FLOAT_DTYPES or 0 in spec.shape:
-        if spec.name.endswith(".weight") or not spec.name.endswith(("bias", "_scale")):
-            raise RecipeError(
-                f"{spec.name}: {spec.dtype} {list(spec.shape)} cannot be packed ({reason}): only 2-D float weights can"
-            )
-        return decision
-    return replace(decision, packed=True, reason=reason, rule=rule)
+    if len(spec.shape) == 2 and spec.dtype in FLOAT_DTYPES and 0 not in spec.shape and spec.name.endswith(".weight"):
+        return replace(decision, packed=True, reason=reason, rule=rule)
+    if pattern.exact:
+        raise RecipeError(
+            f"{spec.name}: {spec.dtype} {list(spec.shape)} cannot be packed ({reason}): only 2-D float weights can"
+        )
+    return decision
 
 
 def _settle(decisions: Sequence[Decision], recipe: Recipe, method: QuantMethod) -> list[Decision]:

@@ -147,7 +147,11 @@ def test_first_and_last_layers_stay_when_the_recipe_says_so() -> None:
 
 def test_packing_what_is_no_matrix_is_an_error() -> None:
     with pytest.raises(RecipeError, match=r"input_layernorm.weight: BF16 \[1024\] cannot be packed"):
-        plan_of(model(), pack=(Pattern("*input_layernorm"),))
+        plan_of(model(), pack=(Pattern("model.layers.0.input_layernorm"),))
+
+
+def test_a_glob_of_pack_passes_over_what_is_no_matrix() -> None:
+    assert len(plan_of(model(), scheme="FP8_DYNAMIC", pack=(Pattern("*"),)).packed) == 16
 
 
 def test_keeping_everything_is_an_error() -> None:
