@@ -46,7 +46,7 @@ docs: install ## write the generated parts of docs/ anew
 	$(BIN)/python docs/generate.py
 
 bench: install ## measure, and write a result file to docs/benchmarks/
-	$(BIN)/python benchmarks/bench.py
+	$(BIN)/python benchmarks/bench.py --out docs/benchmarks/pack_$$(nproc)-core-$$(uname -m)_$$(date +%Y%m).md
 
 test-gpu: install ## run the tests that need a CUDA device
 	$(BIN)/python -m pytest -q -m gpu
