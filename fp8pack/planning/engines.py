@@ -30,7 +30,7 @@ GEMM_MULTIPLE = 16  # cuBLASLt and CUTLASS FP8 kernels want N and K in multiples
 
 # (quant method, granularity, activations) -> engines that load it, with what they need besides.
 _LOADS: dict[tuple[str, str, str], dict[str, str]] = {
-    ("fp8", BLOCK_128.name, "dynamic"): dict.fromkeys(NAMES, ""),
+    ("fp8", BLOCK_128.name, "dynamic"): dict.fromkeys(NAMES, "") | {"transformers": "with accelerate"},
     ("fp8", TENSOR.name, "dynamic"): {"vllm": "", "sglang": "", "tgi": ""},
     ("compressed-tensors", CHANNEL.name, "dynamic"): {
         "vllm": "",
