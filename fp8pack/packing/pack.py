@@ -23,7 +23,7 @@ from fp8pack.packing.workers import Stop, available_cores
 from fp8pack.planning.recipe import Request
 from fp8pack.units import format_size
 
-_BASE_MEMORY = 100 << 20  # interpreter and Numba
+_BASE_MEMORY = 100 << 20  # interpreter and libraries
 
 OnProgress = Callable[[int, int], None]  # bytes gone through, bytes in all
 
@@ -89,9 +89,11 @@ def _finished_root(prepared: Prepared) -> str | None:
         document = json.loads(manifest_path(prepared).read_bytes())
         same_source = document["source"]["fingerprint"] == prepared.source.fingerprint
         recipes = [_decisive(document["recipe"]), _decisive(prepared.plan.recipe.as_data(prepared.request))]
-        folder = manifest_path(prepared).parent
-        whole = all((folder / name).stat().st_size == entry["size"] for name, entry in document["files"].items())
-        return str(document["root"]) if same_source and recipes[0] == recipes[1] and whole else None
+        folder, files = manifest_path(prepared).parent, document["files"]
+        whole = all((folder / name).stat().st_size == entry["size"] for name, entry in files.items())
+        shards = {name for name, entry in files.items() if "header" in entry}
+        same_shards = shards == {shard.file for shard in prepared.plan.shards}
+        return str(document["root"]) if same_source and recipes[0] == recipes[1] and same_shards and whole else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 

@@ -266,8 +266,12 @@ def test_the_same_command_again_leaves_a_finished_output_alone(make_checkpoint: 
     assert again["already_complete"]
     assert again["root"] == first["root"]
     assert (tmp_path / "out" / "fp8pack.json").stat().st_mtime_ns == before
-    with pytest.raises(OutputError, match="--overwrite"):
-        fp8pack.pack(source, Request(scheme="FP8_DYNAMIC"), WriteOptions(tmp_path / "out"))
+    for asked, options in (
+        (Request(scheme="FP8_DYNAMIC"), WriteOptions(tmp_path / "out")),
+        (Request(), WriteOptions(tmp_path / "out", max_shard_nbytes=300_000)),
+    ):
+        with pytest.raises(OutputError, match="--overwrite"):
+            fp8pack.pack(source, asked, options)
 
 
 def test_two_fine_tunes_of_one_base_have_two_fingerprints(make_checkpoint: MakeCheckpoint) -> None:
