@@ -208,10 +208,10 @@ def _find_in_hub_cache(path: Path) -> Path:
 
 
 def _display_name(path: Path) -> str:
-    resolved = path.absolute()
-    if resolved.parent.name == "snapshots" and resolved.parent.parent.name.startswith("models--"):
-        return resolved.parent.parent.name.rsplit("--", 1)[-1]
-    return path.resolve().name if path.is_dir() else path.stem
+    place = Path(os.path.abspath(path))
+    if place.parent.name == "snapshots" and place.parent.parent.name.startswith("models--"):
+        return place.parent.parent.name.rsplit("--", 1)[-1]
+    return place.name if path.is_dir() else path.stem
 
 
 def is_hub_snapshot(path: Path) -> bool:

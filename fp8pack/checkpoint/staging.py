@@ -90,7 +90,11 @@ class Staging:
         shutil.rmtree(self._trash, ignore_errors=True)
 
     def commit(self, *, overwrite: bool) -> None:
-        """Make the staged directory the output; whoever looks sees the old output or the new one, whole."""
+        """Make the staged directory the output by one rename.
+
+        An old output is renamed away just before: for that moment there is none, and a run that is cut off there is
+        finished by the next.
+        """
         with writing(self.output):
             sync_directory(self.content)
             if overwrite and self.output.exists():
@@ -175,7 +179,9 @@ def check_output(output: Path, source: Path, *, overwrite: bool) -> None:
         raise OutputError(f"{output} lies in the source {source}: choose another -o")
     if origin.is_relative_to(place):
         raise OutputError(f"{output} holds the source {source}: choose another -o")
-    if overwrite and output.is_dir() and not _is_replaceable(output):
+    if place == Path.cwd().resolve():
+        raise OutputError("the output would be the current directory: choose another -o")
+    if overwrite and output.exists() and not _is_replaceable(output):
         raise OutputError(f"{output} is no checkpoint, so --overwrite leaves it alone: move it away first")
     if not output.parent.is_dir():
         raise SpaceError(f"{output.parent} is no directory: make it first, or choose another -o")
@@ -184,9 +190,11 @@ def check_output(output: Path, source: Path, *, overwrite: bool) -> None:
 
 
 def _is_replaceable(output: Path) -> bool:
-    """Whether a directory is empty or a checkpoint: nobody means to replace anything else, a home directory say."""
+    """Whether it is a weights file, or a directory that is empty or holds one: nothing else is meant."""
+    if not output.is_dir():
+        return output.suffix == ".safetensors"
     names = [path.name for path in output.iterdir()]
-    return not names or any(name in (MANIFEST_NAME, "config.json") or name.endswith(".safetensors") for name in names)
+    return not names or any(name == MANIFEST_NAME or name.endswith(".safetensors") for name in names)
 
 
 def _parse_owner(text: bytes) -> str:

@@ -67,6 +67,7 @@ def dequantize(payload: Tensor, scales: Tensor, region: tuple[int, int]) -> Tens
 
 
 def _tiles(weight: Tensor, region: tuple[int, int]) -> Tensor:
-    (n, k), (rows, cols) = weight.shape, region
+    n, k = weight.shape
+    rows, cols = min(region[0], n), min(region[1], k)  # a region larger than the weight is the weight
     padded = torch.nn.functional.pad(weight, (0, -k % cols, 0, -n % rows))
     return padded.view(padded.shape[0] // rows, rows, padded.shape[1] // cols, cols)

@@ -165,7 +165,7 @@ class Execution:
                 _start(self._folder / work.plan.file, work)
         self._find_amax(codec, workers, stop, tick)
         scales = self._scales()
-        streams = (self._jobs(work) for work in self.works if not work.is_done)
+        streams = (self._jobs(work, scales) for work in self.works if not work.is_done)
         with ThreadPoolExecutor(max_workers=1) as syncing:
 
             def sync(work: ShardWork, results: list[BandResult]) -> None:
@@ -182,11 +182,14 @@ class Execution:
             return
         flags = " ".join(f"--ignore {name}" for name in sorted(self._offenders))
         raise InputError(
-            f"{len(self._offenders)} weights hold a NaN or infinity; finished work is kept, {flags} packs the rest"
+            f"a NaN or infinity in {len(self._offenders)} of the weights; finished work is kept, {flags} packs the rest"
         )
 
-    def _jobs(self, work: ShardWork) -> Iterator[tuple[ShardWork, Band]]:
-        return ((work, band) for band in work.missing() if band.tensor.spec.name not in self._offenders)
+    def _jobs(self, work: ShardWork, scales: dict[str, np.float32]) -> Iterator[tuple[ShardWork, Band]]:
+        for band in work.missing():
+            name, packing = band.tensor.spec.name, band.tensor.packing
+            if name not in self._offenders and (packing is None or not packing.two_pass or name in scales):
+                yield work, band
 
     def _find_amax(self, codec: Codec, workers: int, stop: Stop, tick: Callable[[], None]) -> None:
         todo = [tensor for tensor in self._two_pass if tensor.spec.name not in self._amax]
@@ -215,14 +218,19 @@ class Execution:
         self._amax |= {name: amax for name, amax in collector.amax.items() if not math.isnan(amax)}
 
     def _scales(self) -> dict[str, np.float32]:
-        """The scale of each two-pass tensor: that of the largest amax among the tensors it is fused with."""
+        """The scale of each two-pass tensor: that of the largest amax among the tensors it is fused with.
+
+        A group with a member whose amax is not known, because it holds a NaN, has no scale and is not packed.
+        """
         packings = {tensor.spec.name: tensor.packing for tensor in self._two_pass if tensor.packing}
-        groups: dict[str, float] = {}
+        groups: dict[str, list[float | None]] = {}
         for name, packing in packings.items():
-            groups[packing.scale_group] = max(groups.get(packing.scale_group, 0.0), self._amax.get(name, 0.0))
+            groups.setdefault(packing.scale_group, []).append(self._amax.get(name))
+        known = {group: [amax for amax in found if amax is not None] for group, found in groups.items()}
         return {
-            name: scale_of(groups[packing.scale_group], packing.format, packing.rounding)
+            name: scale_of(max(known[packing.scale_group]), packing.format, packing.rounding)
             for name, packing in packings.items()
+            if len(known[packing.scale_group]) == len(groups[packing.scale_group])
         }
 
     @contextmanager

@@ -21,16 +21,11 @@ _COPY_NBYTES = 1 << 20
 
 def write_metadata(prepared: Prepared, works: tuple[ShardWork, ...], folder: Path) -> str:
     """Write everything beside the shards into the staged directory; return the root of the manifest."""
-    source, plan = prepared.source, prepared.plan
+    source = prepared.source
     files = {
         work.plan.file: {"size": work.size, "header": f"blake3:{blake3(work.header).hexdigest()}"} for work in works
     }
-    contents: dict[str, bytes] = {}
-    if source.config is not None:
-        text = (source.directory / "config.json").read_bytes()
-        contents["config.json"] = add_quantization_config(text, prepared.method.config(plan))
-    if len(plan.shards) > 1 or (source.index_name and plan.shards[0].file != SINGLE_NAME):
-        contents[source.index_name or INDEX_NAME] = _index(plan)
+    contents = _contents(prepared)
     for name, content in contents.items():
         write_file(folder / name, content)
         files[name] = {"size": len(content), "digest": f"blake3:{blake3(content).hexdigest()}"}
@@ -46,11 +41,39 @@ def write_metadata(prepared: Prepared, works: tuple[ShardWork, ...], folder: Pat
     return write_manifest(folder / name, _head(prepared, files), _tensors(works))
 
 
+def describes(prepared: Prepared, files: dict[str, Any]) -> bool:
+    """Say whether the files of a finished output are those that this pack would write, as far as they are no weights.
+
+    Shards are compared by name and size, everything else by digest.
+    """
+    sizes = {name: entry["size"] for name, entry in files.items() if "header" in entry}
+    digests = {name: entry["digest"] for name, entry in files.items() if "header" not in entry}
+    expected = {name: f"blake3:{blake3(content).hexdigest()}" for name, content in _contents(prepared).items()}
+    for side in prepared.side_files:
+        if side.rule is None:
+            content = (prepared.source.directory / side.name).read_bytes()
+            expected[side.name] = f"blake3:{blake3(content).hexdigest()}"
+    shards = {shard.file: shard.nbytes for shard in prepared.plan.shards}
+    return digests == expected and sizes.keys() == shards.keys() and all(sizes[file] > shards[file] for file in shards)
+
+
 def manifest_path(prepared: Prepared) -> Path:
     """Return where the manifest of the finished output lies."""
     if prepared.source.is_single_file:
         return prepared.output.with_suffix(".fp8pack.json")
     return prepared.output / MANIFEST_NAME
+
+
+def _contents(prepared: Prepared) -> dict[str, bytes]:
+    """The small files that packing writes anew: config.json and the index."""
+    source, plan = prepared.source, prepared.plan
+    contents: dict[str, bytes] = {}
+    if source.config is not None:
+        text = (source.directory / "config.json").read_bytes()
+        contents["config.json"] = add_quantization_config(text, prepared.method.config(plan))
+    if len(plan.shards) > 1 or (source.index_name and plan.shards[0].file != SINGLE_NAME):
+        contents[source.index_name or INDEX_NAME] = _index(plan)
+    return contents
 
 
 def _head(prepared: Prepared, files: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:

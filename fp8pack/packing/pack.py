@@ -17,7 +17,7 @@ from fp8pack.packing.bands import Band
 from fp8pack.packing.codecs import make_codec
 from fp8pack.packing.execute import Execution
 from fp8pack.packing.facts import PackResult, pack_facts
-from fp8pack.packing.metadata import manifest_path, write_metadata
+from fp8pack.packing.metadata import describes, manifest_path, write_metadata
 from fp8pack.packing.prepare import Prepared, WriteOptions, prepare
 from fp8pack.packing.workers import Stop, available_cores
 from fp8pack.planning.recipe import Request
@@ -56,10 +56,11 @@ def carry_out(prepared: Prepared, on_progress: OnProgress = lambda done, total: 
     codec = make_codec(options.device)
     stop = Stop(deadline=None if options.deadline_seconds is None else started + options.deadline_seconds)
     with staging:
-        if not options.overwrite and (root := _finished_root(prepared)):
+        half_committed = (staging.content / prepared.output.name).exists()  # a single file whose manifest went first
+        if not options.overwrite and not half_committed and (root := _finished_root(prepared)):
             staging.journal.unlink(missing_ok=True)  # left by a run that was cut off after its commit
             return PackResult(prepared.output, root, True, time.monotonic() - started)
-        if prepared.output.exists() and not options.overwrite:
+        if prepared.output.exists() and not options.overwrite and not half_committed:
             raise OutputError(f"{prepared.output} exists: choose another -o, or --overwrite replaces it")
         with closing(Journal(staging.journal)) as journal:
             execution = Execution(prepared.plan, prepared.source, folder=staging.content, journal=journal)
@@ -79,7 +80,7 @@ def carry_out(prepared: Prepared, on_progress: OnProgress = lambda done, total: 
             staging.keep_only({work.plan.file for work in execution.works})
             root = write_metadata(prepared, execution.works, staging.content)
         commit = staging.commit_file if prepared.source.is_single_file else staging.commit
-        commit(overwrite=options.overwrite)
+        commit(overwrite=options.overwrite or half_committed)
     return _result(prepared, root, time.monotonic() - started, execution, staging)
 
 
@@ -91,9 +92,8 @@ def _finished_root(prepared: Prepared) -> str | None:
         recipes = [_decisive(document["recipe"]), _decisive(prepared.plan.recipe.as_data(prepared.request))]
         folder, files = manifest_path(prepared).parent, document["files"]
         whole = all((folder / name).stat().st_size == entry["size"] for name, entry in files.items())
-        shards = {name for name, entry in files.items() if "header" in entry}
-        same_shards = shards == {shard.file for shard in prepared.plan.shards}
-        return str(document["root"]) if same_source and recipes[0] == recipes[1] and same_shards and whole else None
+        same = same_source and recipes[0] == recipes[1] and whole and describes(prepared, files)
+        return str(document["root"]) if same else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 

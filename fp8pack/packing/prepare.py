@@ -1,5 +1,6 @@
 """Everything that is decided before a byte is written."""
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -59,7 +60,7 @@ def prepare(model: Path, request: Request, options: WriteOptions) -> Prepared:
     plan = make_plan(
         decisions, source.facts, request, recipe=recipe, method=method, max_shard_nbytes=options.max_shard_nbytes
     )
-    output = (options.output or _default_output(source, plan)).absolute()
+    output = Path(os.path.abspath(options.output or _default_output(source, plan)))
     if source.is_single_file and output.suffix != ".safetensors":
         raise RecipeError(
             f"{source.path.name} is a single file, so -o must name a .safetensors file, not {output.name}"
@@ -73,5 +74,5 @@ def prepare(model: Path, request: Request, options: WriteOptions) -> Prepared:
 def _default_output(source: Source, plan: PackPlan) -> Path:
     if source.is_single_file:
         return source.path.parent / f"{source.path.stem}-fp8.safetensors"
-    folder = Path.cwd() if is_hub_snapshot(source.path) else source.path.resolve().parent
+    folder = Path.cwd() if is_hub_snapshot(source.path) else Path(os.path.abspath(source.path)).parent
     return folder / f"{source.name}-{plan.recipe.suffix}"

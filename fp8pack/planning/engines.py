@@ -109,6 +109,9 @@ def tp_problem(packed: Packed, granularity: Granularity, tp: int, facts: ModelFa
 
     q/k/v, gate/up are cut along N, o and down along K; with fewer key heads than GPUs, k and v are replicated.
     """
+    heads, kv_heads = facts.num_heads, facts.num_kv_heads
+    if heads % tp or (kv_heads and kv_heads % tp and tp % kv_heads):
+        return f"{heads} attention heads with {kv_heads} key heads do not spread over {tp} GPUs"
     rows = granularity.rows if granularity.rows and granularity.rows > 1 else GEMM_MULTIPLE
     cols = max(granularity.cols or GEMM_MULTIPLE, GEMM_MULTIPLE)
     for spec, role in packed:
@@ -141,6 +144,8 @@ def judge_engines(recipe: Recipe, packed: Packed, facts: ModelFacts, request: Re
 
 
 def _judge(engine: str, recipe: Recipe, facts: ModelFacts, problems: dict[int, str | None]) -> EngineVerdict:
+    if not facts.architecture:
+        return EngineVerdict(engine, (), "", "no config.json names an architecture")
     loads = _LOADS.get((recipe.quant_method, recipe.granularity.name, recipe.activations), {})
     if engine not in loads:
         return EngineVerdict(engine, (), "", *_why_not(engine, recipe))

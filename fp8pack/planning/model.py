@@ -12,6 +12,7 @@ class ModelFacts:
     model_type: str = ""
     num_layers: int = 0
     head_dim: int = 0
+    num_heads: int = 0
     num_kv_heads: int = 0
     tied: bool = False
     wrapper: bool = False  # a multimodal model around a language model
@@ -30,6 +31,7 @@ def read_facts(config: dict[str, Any]) -> ModelFacts:
         model_type=str(config.get("model_type", "")),
         num_layers=_count(text, "num_hidden_layers", "n_layer", "num_layers"),
         head_dim=_count(text, "head_dim") or (hidden // heads if heads else 0),
+        num_heads=heads,
         num_kv_heads=_count(text, "num_key_value_heads") or heads,
         tied=config.get("tie_word_embeddings", text.get("tie_word_embeddings")) is True,
         wrapper=text is not config,

@@ -147,6 +147,7 @@ def decide(specs: Sequence[TensorSpec], facts: ModelFacts, request: Request) -> 
     rules = Matcher(tuple(rule.pattern for rule in request.rules), "rule")
     by_pattern = {rule.pattern: rule for rule in reversed(request.rules)}
     last = facts.num_layers or 1 + max((layer_of(spec.name) or 0 for spec in specs), default=0)
+    idle = {pattern for pattern in request.pack if not pattern.optional}
     decisions = []
     for spec in specs:
         hits = ignore.find(spec.name), pack.find(spec.name), rules.find(spec.name), only.find(spec.name)
@@ -157,6 +158,8 @@ def decide(specs: Sequence[TensorSpec], facts: ModelFacts, request: Request) -> 
             decision = replace(decision, packed=False, reason=f"--ignore {hits[0].text}")
         elif hits[1]:
             decision = _overrule(decision, hits[1], f"--pack {hits[1].text}")
+            if decision.packed:
+                idle.discard(hits[1])
         elif hits[2]:
             decision = _apply(decision, by_pattern[hits[2]])
         elif (
@@ -170,6 +173,8 @@ def decide(specs: Sequence[TensorSpec], facts: ModelFacts, request: Request) -> 
         decisions.append(decision)
     for matcher in (ignore, only, pack, rules):
         matcher.check()
+    if idle:
+        raise RecipeError(f"--pack {min(pattern.text for pattern in idle)!r} matches nothing that can be packed")
     return decisions
 
 
@@ -200,8 +205,10 @@ def make_plan(
     settled = _settle(decisions, recipe, method)
     tensors = tuple(_plan_tensor(decision, recipe, method) for decision in settled)
     if not any(tensor.packing for tensor in tensors):
-        reasons = Counter(t.reason for t in tensors if len(t.spec.shape) == 2).most_common(1)
-        why = f"; {reasons[0][1]} matrices: {reasons[0][0]}" if reasons else ""
+        reasons = [tensor.reason for tensor in tensors if len(tensor.spec.shape) == 2]
+        dragged = [reason for reason in reasons if reason.startswith("kept with")]
+        common = Counter(dragged or reasons).most_common(1)
+        why = f"; {common[0][1]} matrices: {common[0][0]}" if common else ""
         raise RecipeError(
             f"nothing to pack: no tensor is a linear weight that the policy and the rules let be packed{why}"
         )

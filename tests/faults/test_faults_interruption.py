@@ -268,12 +268,12 @@ def test_an_output_that_lost_a_file_is_not_called_complete(small_bench: Any) -> 
 
 def test_overwrite_replaces_an_output_whole(small_bench: Any) -> None:
     small_bench.output.mkdir()
-    (small_bench.output / "config.json").write_text("{}")
+    (small_bench.output / "old.safetensors").write_text("old")
     (small_bench.output / "stale.txt").write_text("stale")
     refused = small_bench.run()
     assert refused.code == 4
     small_bench.check_message(refused, "--overwrite")
-    assert {path.name for path in small_bench.output.iterdir()} == {"config.json", "stale.txt"}
+    assert {path.name for path in small_bench.output.iterdir()} == {"old.safetensors", "stale.txt"}
     small_bench.check_complete(small_bench.run("--overwrite"))
 
 

@@ -303,6 +303,38 @@ def test_offenders_are_named_and_the_flag_that_mends_them_reuses_the_rest(
     assert {entry["name"] for entry in facts["kept"]} >= set(bad)
 
 
+def test_a_group_with_a_nan_gets_no_scale_before_the_nan_is_mended(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    """The values that change lie where the fingerprint does not look, so that the run goes on."""
+    tensors, name = llama_tensors(), "model.layers.0.self_attn.q_proj.weight"
+    mended = tensors[name].copy()
+    mended[40:60] *= 30
+    tensors[name] = mended.copy()
+    tensors[name][50, 100] = np.nan
+    source, asked = make_checkpoint(tensors), Request(granularity=parse_granularity("tensor"))
+    with pytest.raises(InputError, match="--ignore"):
+        fp8pack.pack(source, asked, WriteOptions(tmp_path / "out"))
+    save_file(tensors | {name: mended}, source / "model.safetensors", {"format": "pt"})
+    facts = fp8pack.pack(source, asked, WriteOptions(tmp_path / "out"))
+    assert facts["resumed_nbytes"] > 0
+    assert facts["root"] == fp8pack.pack(source, asked, WriteOptions(tmp_path / "fresh"))["root"]
+    stored = stored_bytes(tmp_path / "out")
+    assert len({stored[f"model.layers.0.self_attn.{leaf}_proj.weight_scale"][2] for leaf in "qkv"}) == 1
+
+
+@pytest.mark.parametrize("change", ["config.json", "tokenizer.json", "a new file"])
+def test_a_changed_side_file_makes_an_output_incomplete(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path, change: str
+) -> None:
+    source = make_checkpoint()
+    (source / "tokenizer.json").write_text("{}")
+    fp8pack.pack(source, None, WriteOptions(tmp_path / "out"))
+    (source / change).write_text(json.dumps(llama_config() | {"eos_token_id": 7}))
+    with pytest.raises(OutputError, match="--overwrite"):
+        fp8pack.pack(source, None, WriteOptions(tmp_path / "out"))
+
+
 def test_hub_snapshots_are_packed_into_the_current_directory(
     make_checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

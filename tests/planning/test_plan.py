@@ -106,6 +106,30 @@ def test_replicated_key_heads_do_not_hinder_tensor_parallelism() -> None:
     assert next(verdict for verdict in plan.engines if verdict.engine == "vllm").tp == (1, 2, 4, 8)
 
 
+def test_heads_must_spread_over_the_gpus() -> None:
+    facts = replace(QWEN, num_heads=12, num_kv_heads=4)
+    assert next(v for v in plan_of(model(), facts).engines if v.engine == "vllm").tp == (1, 2, 4)
+    with pytest.raises(RecipeError, match="12 attention heads with 4 key heads do not spread over 8 GPUs"):
+        plan_of(model(), facts, scheme="FP8_DYNAMIC", targets=("vllm",), tp=8)
+
+
+def test_no_engine_loads_a_checkpoint_whose_config_names_no_architecture() -> None:
+    plan = plan_of(model(), ModelFacts())
+    assert all(not verdict.tp for verdict in plan.engines)
+    with pytest.raises(RecipeError, match="names an architecture"):
+        plan_of(model(), ModelFacts(), targets=("vllm",))
+
+
+def test_a_pattern_of_pack_that_packs_nothing_is_an_error() -> None:
+    with pytest.raises(RecipeError, match="matches nothing that can be packed"):
+        plan_of(model(), pack=(Pattern("*norm*"),))
+
+
+def test_only_a_part_of_a_fused_group_says_why_nothing_is_packed() -> None:
+    with pytest.raises(RecipeError, match="kept with k_proj, which engines fuse it with"):
+        plan_of(model(), only=(Pattern("*.q_proj"),))
+
+
 def test_a_ragged_member_keeps_its_whole_fused_group_under_fp8() -> None:
     plan = plan_of(model(kv=192), scheme="FP8_BLOCK")
     kept = reasons(plan)

@@ -11,6 +11,7 @@ from typing import Any
 from fp8pack.errors import RecipeError
 from fp8pack.numerics.formats import E4M3
 from fp8pack.numerics.granularity import BLOCK_128, TENSOR, Granularity
+from fp8pack.numerics.scaling import ScaleRounding
 from fp8pack.planning.layout import Stored
 from fp8pack.planning.plan import PackPlan
 from fp8pack.planning.recipe import Recipe, Rule
@@ -47,10 +48,12 @@ class Fp8:
         """Return the keys that vLLM, SGLang, TensorRT-LLM and transformers read."""
         if plan.recipe.granularity == TENSOR:
             return {"quant_method": "fp8", "activation_scheme": "dynamic", "ignored_layers": list(plan.kept_linears)}
+        powers_of_two = plan.recipe.scale_rounding != ScaleRounding.NONE
         return {
             "quant_method": "fp8",
             "activation_scheme": "dynamic",
             "fmt": "e4m3",
+            **({"scale_fmt": "ue8m0"} if powers_of_two else {}),
             "weight_block_size": [128, 128],
             "modules_to_not_convert": list(plan.kept_linears),
         }
