@@ -53,3 +53,12 @@ def test_dequantize_is_payload_times_scale_in_float32() -> None:
 def test_a_weight_that_is_not_finite_is_an_error(bad: float) -> None:
     with pytest.raises(ValueError, match="NaN or infinity"):
         torch_codec.quantize(torch.tensor([[1.0, bad]]), (1, 2), format=FORMATS[0])
+
+
+def test_a_region_larger_than_the_weight_is_the_weight() -> None:
+    weight = torch.randn(3, 50)
+    payload, scales = torch_codec.quantize(weight, (4096, 64), format=FORMATS[0])
+    whole, scale = torch_codec.quantize(weight, (3, 50), format=FORMATS[0])
+    assert torch.equal(payload.view(torch.uint8), whole.view(torch.uint8))
+    assert torch.equal(scales, scale)
+    assert torch_codec.dequantize(payload, scales, (4096, 64)).shape == (3, 50)

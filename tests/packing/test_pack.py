@@ -212,6 +212,17 @@ def test_config_keeps_every_byte_and_announces_the_quantization(
     }
 
 
+def test_powers_of_two_are_announced_as_deepseek_announces_them(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    asked = Request(scheme="FP8_BLOCK", scale_rounding=ScaleRounding.UP)
+    fp8pack.pack(make_checkpoint(), asked, WriteOptions(tmp_path / "out"))
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert (config["quant_method"], config["scale_fmt"]) == ("fp8", "ue8m0")
+    data = stored_bytes(tmp_path / "out")["model.layers.0.mlp.up_proj.weight_scale_inv"][2]
+    assert (np.frexp(np.frombuffer(data, np.float32))[0] == 0.5).all()
+
+
 def test_the_index_lists_every_tensor_with_its_file(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     fp8pack.pack(make_checkpoint(shards=3), None, WriteOptions(tmp_path / "out"))
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
