@@ -29,7 +29,7 @@ class ShardWriter:
         """Empty the file, take its final size from the disk where that costs nothing, and write the header."""
         with writing(self.path):
             os.ftruncate(self._fd, 0)
-            if _has_extents(self.path):
+            if size and _has_extents(self.path):
                 os.posix_fallocate(self._fd, 0, size)
             os.ftruncate(self._fd, size)
         self.write(memoryview(header), 0)

@@ -27,12 +27,11 @@ _MAX_NAME_NBYTES = 255
 
 @dataclass(frozen=True, slots=True)
 class SourceFile:
-    """A safetensors file of the source: its size, its free-text metadata, and the digest of its header."""
+    """A safetensors file of the source: its size and its free-text metadata."""
 
     name: str
     size: int
     metadata: Mapping[str, str]
-    header_digest: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,9 +120,7 @@ def open_checkpoint(path: Path) -> Source:
     _check_tensors(specs, directory)
     if index_name:
         _check_index(specs, weight_map, index_name)
-    sources = tuple(
-        SourceFile(file, size, header.metadata, _digest(header.raw)) for file, (header, size) in headers.items()
-    )
+    sources = tuple(SourceFile(file, size, header.metadata) for file, (header, size) in headers.items())
     fingerprint = _fingerprint(directory, {file: header for file, (header, _) in headers.items()})
     return Source(
         path, _display_name(path), directory, sources, specs, config, not path.is_dir(), index_name, fingerprint
@@ -293,10 +290,6 @@ def _refuse_quantized(config: dict[str, Any], directory: Path) -> None:
             raise InputError(f"{directory} is quantized already ({method}): pack the BF16, FP16 or FP32 original")
     if (directory / "hf_quant_config.json").exists():
         raise InputError(f"{directory} is quantized already (modelopt): pack the BF16, FP16 or FP32 original")
-
-
-def _digest(raw: bytes) -> str:
-    return f"blake3:{blake3(raw).hexdigest()}"
 
 
 def _fingerprint(directory: Path, headers: dict[str, Header]) -> str:

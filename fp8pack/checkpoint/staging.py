@@ -96,6 +96,8 @@ class Staging:
         finished by the next.
         """
         with writing(self.output):
+            for folder in (path for path in self.content.rglob("*") if path.is_dir()):
+                sync_directory(folder)
             sync_directory(self.content)
             if overwrite and self.output.exists():
                 self.output.rename(self._old)

@@ -1,7 +1,8 @@
 """All that is no shard: config.json, the index, side files, and last the manifest."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +52,7 @@ def describes(prepared: Prepared, files: dict[str, Any]) -> bool:
     expected = {name: f"blake3:{blake3(content).hexdigest()}" for name, content in _contents(prepared).items()}
     for side in prepared.side_files:
         if side.rule is None:
-            content = (prepared.source.directory / side.name).read_bytes()
-            expected[side.name] = f"blake3:{blake3(content).hexdigest()}"
+            expected[side.name] = _digest_file(prepared.source.directory / side.name, side.size)
     shards = {shard.file: shard.nbytes for shard in prepared.plan.shards}
     return digests == expected and sizes.keys() == shards.keys() and all(sizes[file] > shards[file] for file in shards)
 
@@ -139,16 +139,21 @@ def _index(plan: PackPlan) -> bytes:
 def _copy(source: Path, target: Path, size: int) -> str:
     """Copy a file byte for byte; return its digest."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    reader, writer, hasher = ShardReader(source), ShardWriter(target, create=True), blake3()
-    try:
+    with closing(ShardWriter(target, create=True)) as writer:
         writer.start(b"", size)
+        digest = _digest_file(source, size, writer.write)
+        writer.sync()
+    return digest
+
+
+def _digest_file(path: Path, size: int, pass_on: Callable[[memoryview, int], None] | None = None) -> str:
+    """The digest of a file, read piece by piece; each piece may be passed on with its offset."""
+    hasher = blake3()
+    with closing(ShardReader(path)) as reader:
         for offset in range(0, size, _COPY_NBYTES):
             data = memoryview(bytearray(min(_COPY_NBYTES, size - offset)))
             reader.readinto(data, offset)
-            writer.write(data, offset)
             hasher.update(data)
-        writer.sync()
-    finally:
-        reader.close()
-        writer.close()
+            if pass_on is not None:
+                pass_on(data, offset)
     return f"blake3:{hasher.hexdigest()}"

@@ -275,7 +275,7 @@ def _check_shape(decision: Decision, recipe: Recipe, method: QuantMethod) -> Dec
 def _keep_with(decision: Decision, cause: Decision | None) -> Decision:
     if cause is None or not decision.packed:
         return decision
-    leaf = ".".join(cause.spec.name.removesuffix(".weight").split(".")[-1:])
+    leaf = cause.spec.name.removesuffix(".weight").rpartition(".")[2]
     return replace(decision, packed=False, reason=f"kept with {leaf}, which engines fuse it with ({cause.reason})")
 
 

@@ -173,6 +173,7 @@ def test_side_files_are_carried_over_and_weights_of_other_kinds_are_not(
     source = make_checkpoint()
     carried = {
         "tokenizer.json": b"{}",
+        "empty.txt": b"",
         "chat_template.jinja": "é".encode(),
         "LICENSE": b"x" * 5000,
         "code/model.py": b"1",
