@@ -9,13 +9,17 @@ from typing import Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "CalibrateOptions": "fp8pack.calibrate.prepare",
     "Fp8PackError": "fp8pack.errors",
     "PackedCheckpoint": "fp8pack.runtime.load",
     "PackedTensor": "fp8pack.runtime.packed_tensor",
     "Request": "fp8pack.planning.recipe",
     "WriteOptions": "fp8pack.packing.prepare",
+    "calibrate": "fp8pack.calibrate.calibrate",
     "inspect": "fp8pack.packing.inspect",
     "load_packed": "fp8pack.runtime.load",
+    "merge": "fp8pack.calibrate.merge",
+    "observe": "fp8pack.calibrate.observers",
     "pack": "fp8pack.packing.pack",
 }
 __all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604

@@ -10,7 +10,9 @@ from typing import Annotated, NoReturn
 import typer
 
 from fp8pack import __version__
+from fp8pack.cli.calibrate import calibrate
 from fp8pack.cli.inspect import inspect
+from fp8pack.cli.merge import merge
 from fp8pack.cli.output import Signalled, say
 from fp8pack.cli.pack import pack
 from fp8pack.errors import Fp8PackError
@@ -22,6 +24,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.command()(calibrate)
+app.command()(merge)
 app.command()(pack)
 app.command()(inspect)
 

@@ -123,7 +123,7 @@ def pack(
     from fp8pack.packing.facts import pack_facts  # these import NumPy and BLAKE3, which --help must not wait for
     from fp8pack.packing.pack import carry_out
     from fp8pack.packing.prepare import WriteOptions, prepare
-    from fp8pack.report.progress import showing_progress
+    from fp8pack.report.progress import PACKING, showing_progress
     from fp8pack.report.summary import plan_lines, result_lines
 
     flags = {
@@ -155,7 +155,7 @@ def pack(
         say(*plan_lines(pack_facts(prepared, every_tensor=verbose)))
     result = None
     if not dry_run:
-        with showing_progress(quiet) as on_progress:
+        with showing_progress(PACKING, quiet) as on_progress:
             result = carry_out(prepared, on_progress)
     facts = pack_facts(prepared, result, every_tensor=dry_run and as_json)
     if not quiet:

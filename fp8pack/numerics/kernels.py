@@ -151,6 +151,26 @@ def _quantize(weight, payload, scales, scratch, rows, cols, kind, mask, infinity
     return _widen(largest, kind) if largest < infinity else np.float32(np.nan)
 
 
+@_inline
+def _observe(values, prompts, channel_amax, channel_squares, histogram, prompt_amax, begin, end):
+    for r in range(values.shape[0]):
+        prompt = prompts[r]
+        if prompt < 0:
+            continue
+        row, peaks, squares = values[r, begin:end], channel_amax[begin:end], channel_squares[begin:end]
+        largest = np.uint16(0)
+        for c in range(row.size):
+            magnitude = np.uint16(row[c] & np.uint16(0x7FFF))
+            peaks[c] = magnitude if magnitude > peaks[c] else peaks[c]
+            largest = magnitude if magnitude > largest else largest
+        for c in range(row.size):
+            value = np.float64(_widen(row[c], BF16))
+            squares[c] += value * value
+        for c in range(row.size):
+            histogram[row[c] & np.uint16(0x7FFF)] += 1
+        prompt_amax[prompt] = largest if largest > prompt_amax[prompt] else prompt_amax[prompt]
+
+
 def compile_kernels(bits: Literal["uint16", "uint32"]) -> str:
     """Return LLVM IR of the kernels for weights of these raw bits, optimised for this processor.
 
@@ -179,11 +199,28 @@ def compile_kernels(bits: Literal["uint16", "uint32"]) -> str:
         peak = _largest(row)
         return _widen(peak, kind) if peak < infinity else np.float32(np.nan)
 
-    compiled = {"quantize": quantize, "amax": amax}
-    modules = [_self_contained(function, f"fp8pack_{name}") for name, function in compiled.items()]
-    for module in modules[1:]:
-        modules[0].link_in(module)
-    return str(modules[0])
+    module = _self_contained(quantize, "fp8pack_quantize")
+    module.link_in(_self_contained(amax, "fp8pack_amax"))
+    return str(module)
+
+
+def compile_observer() -> str:
+    """Return LLVM IR of the kernel that records activations, optimised for this processor.
+
+    It defines a C function, with pointers to contiguous arrays, for the columns from `begin` to `end`:
+        void fp8pack_observe(values, prompts, channel_amax, channel_squares, histogram, prompt_amax, n, k, num_prompts,
+                             begin, end)
+    """
+    u, d, i, p = types.uint16, types.float64, types.int64, types.CPointer
+
+    @cfunc(types.void(p(u), p(types.int32), p(u), p(d), p(i), p(u), i, i, i, i, i), error_model="numpy")
+    def observe(values, prompts, channel_amax, channel_squares, histogram, prompt_amax, n, k, num_prompts, begin, end):
+        channels = (carray(channel_amax, (k,)), carray(channel_squares, (k,)))
+        counts = (carray(histogram, (32768,)), carray(prompt_amax, (num_prompts,)))
+        rows = (carray(values, (n, k)), carray(prompts, (n,)))
+        _observe(rows[0], rows[1], channels[0], channels[1], counts[0], counts[1], begin, end)
+
+    return str(_self_contained(observe, "fp8pack_observe"))
 
 
 def _self_contained(function: Any, name: str) -> llvm.ModuleRef:

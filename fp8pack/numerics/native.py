@@ -24,6 +24,7 @@ from fp8pack.numerics.scaling import ScaleRounding
 
 Array = NDArray[Any]
 Bits = Literal["uint16", "uint32"]
+Module = Literal["uint16", "uint32", "observe"]
 
 _KIND: Final = {"BF16": 0, "F16": 1, "F32": 2}
 _BITS: Final[dict[str, Bits]] = {"BF16": "uint16", "F16": "uint16", "F32": "uint32"}
@@ -31,6 +32,13 @@ _SIGN_MASK: Final = {"BF16": 0x7FFF, "F16": 0x7FFF, "F32": 0x7FFFFFFF}
 _INFINITY: Final = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F800000}
 _ROUNDING: Final = {ScaleRounding.NONE: 0, ScaleRounding.UP: 1, ScaleRounding.FLOOR: 2}
 _DIGEST_NBYTES = 32
+
+_P, _F, _I, _U = ctypes.c_void_p, ctypes.c_float, ctypes.c_int64, ctypes.c_uint32
+_SIGNATURES: Final = {
+    "quantize": (_F, *[_P] * 6, *[_I] * 5, _U, _U, _F, _I, _U, _U, _U, _I, _I),
+    "amax": (_F, _P, _P, _I, _I, _I, _U, _U),
+    "observe": (None, *[_P] * 6, *[_I] * 5),
+}
 
 
 def quantize_rows(  # noqa: PLR0913
@@ -60,7 +68,7 @@ def quantize_rows(  # noqa: PLR0913
     constant = -((128 - format.bias) << format.mantissa_bits) & 0xFF
     scratch = np.empty((3, k), np.uint32)
     return float(
-        _kernels(_BITS[dtype]).quantize(
+        _kernels(_BITS[dtype]).call["quantize"](
             *_pointers(weight, payload, scales, scratch[0], scratch[1], scratch[2]),
             *(n, k, *region, _KIND[dtype], _SIGN_MASK[dtype], _INFINITY[dtype]),
             *(format.max, format.emax, smallest, (shift << 23) | constant, shift),
@@ -74,19 +82,33 @@ def amax_rows(weight: Array, *, dtype: str) -> float:
     n, k = weight.shape
     scratch = np.empty(k, weight.dtype)
     limits = (_KIND[dtype], _SIGN_MASK[dtype], _INFINITY[dtype])
-    return float(_kernels(_BITS[dtype]).amax(*_pointers(weight, scratch), n, k, *limits))
+    return float(_kernels(_BITS[dtype]).call["amax"](*_pointers(weight, scratch), n, k, *limits))
+
+
+def observe_rows(
+    values: Array, prompts: Array, statistics: tuple[Array, Array, Array, Array], columns: tuple[int, int]
+) -> None:
+    """Add the columns from columns[0] to columns[1] of activations to statistics, in one pass.
+
+    Shapes: values [T, K], raw BF16 bits, uint16; prompts [T] int32, which prompt a row belongs to, -1 for padding;
+        statistics = channel_amax [K] uint16 (magnitude bits), channel_squares [K] float64, histogram [32768] int64,
+        prompt_amax [P] uint16 (magnitude bits, of these columns); all contiguous.
+    Calls with columns that do not overlap may run at once, given a histogram and a prompt_amax of their own.
+    """
+    n, k = values.shape
+    channel_amax, channel_squares, histogram, prompt_amax = statistics
+    pointers = _pointers(values, prompts, channel_amax, channel_squares, histogram, prompt_amax)
+    _kernels("observe").call["observe"](*pointers, n, k, prompt_amax.size, *columns)
 
 
 class _Kernels:
-    """The two C functions, and the engine that owns their code."""
+    """The C functions of a module, and the engine that owns their code."""
 
-    def __init__(self, machine_code: bytes, machine: llvm.TargetMachine) -> None:
+    def __init__(self, machine_code: bytes, machine: llvm.TargetMachine, names: tuple[str, ...]) -> None:
         self._engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
         self._engine.add_object_file(llvm.ObjectFileRef.from_data(machine_code))
         self._engine.finalize_object()
-        p, f, i, u = ctypes.c_void_p, ctypes.c_float, ctypes.c_int64, ctypes.c_uint32
-        self.quantize = self._function("quantize", f, *[p] * 6, *[i] * 5, u, u, f, i, u, u, u, i, i)
-        self.amax = self._function("amax", f, p, p, i, i, i, u, u)
+        self.call = {name: self._function(name, *_SIGNATURES[name]) for name in names}
 
     def _function(self, name: str, result: Any, *arguments: Any) -> Callable[..., Any]:
         address = self._engine.get_function_address(f"fp8pack_{name}")
@@ -96,13 +118,13 @@ class _Kernels:
 _loading = Lock()
 
 
-def _kernels(bits: Bits) -> _Kernels:
+def _kernels(module: Module) -> _Kernels:
     with _loading:  # two threads that both loaded would each free the code that the other is running
-        return _load(bits)
+        return _load(module)
 
 
 @cache
-def _load(bits: Bits) -> _Kernels:
+def _load(module: Module) -> _Kernels:
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
     cpu, features = llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()
@@ -111,15 +133,16 @@ def _load(bits: Bits) -> _Kernels:
     )
     source = Path(__file__).with_name("kernels.py").read_bytes()
     key = blake3(source)
-    key.update(repr((bits, cpu, features, llvmlite.__version__)).encode())
+    key.update(repr((module, cpu, features, llvmlite.__version__)).encode())
     path = _cache_dir() / f"kernels-{key.hexdigest(16)}.o"
     machine_code = _read_cached(path)
     if machine_code is None:
-        from fp8pack.numerics.kernels import compile_kernels  # imports Numba, which only compiling needs
+        from fp8pack.numerics.kernels import compile_kernels, compile_observer  # imports Numba, for compiling only
 
-        machine_code = machine.emit_object(llvm.parse_assembly(compile_kernels(bits)))
+        ir = compile_observer() if module == "observe" else compile_kernels(module)
+        machine_code = machine.emit_object(llvm.parse_assembly(ir))
         _write_cached(path, machine_code)
-    return _Kernels(machine_code, machine)
+    return _Kernels(machine_code, machine, ("observe",) if module == "observe" else ("quantize", "amax"))
 
 
 def _pointers(*arrays: Array) -> tuple[int, ...]:

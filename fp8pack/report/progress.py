@@ -4,29 +4,43 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from fp8pack.units import format_seconds, format_size
 
 _LINE_SECONDS = 30.0
 
 
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What is done, and how its amount is written."""
+
+    name: str
+    unit: str
+    format: Callable[[float], str]
+
+
+PACKING = Work("packing", "B", format_size)
+CALIBRATING = Work("calibrating", " tokens", lambda tokens: f"{tokens:.0f} tokens")
+
+
 @contextmanager
-def showing_progress(quiet: bool) -> Iterator[Callable[[int, int], None]]:
-    """Yield a function that is told (bytes gone through, bytes in all)."""
+def showing_progress(work: Work, quiet: bool) -> Iterator[Callable[[int, int], None]]:
+    """Yield a function that is told (amount done, amount in all)."""
     if quiet:
         yield lambda done, total: None
     elif sys.stderr.isatty():
-        with _bar() as on_progress:
+        with _bar(work) as on_progress:
             yield on_progress
     else:
-        yield _plain_lines()
+        yield _plain_lines(work)
 
 
 @contextmanager
-def _bar() -> Iterator[Callable[[int, int], None]]:
+def _bar(work: Work) -> Iterator[Callable[[int, int], None]]:
     from tqdm import tqdm  # not needed off a terminal
 
-    with tqdm(total=0, unit="B", unit_scale=True, dynamic_ncols=True, leave=False, desc="packing") as bar:
+    with tqdm(total=0, unit=work.unit, unit_scale=True, dynamic_ncols=True, leave=False, desc=work.name) as bar:
 
         def on_progress(done: int, total: int) -> None:
             bar.total = total
@@ -35,7 +49,7 @@ def _bar() -> Iterator[Callable[[int, int], None]]:
         yield on_progress
 
 
-def _plain_lines() -> Callable[[int, int], None]:
+def _plain_lines(work: Work) -> Callable[[int, int], None]:
     started = last = time.monotonic()
 
     def on_progress(done: int, total: int) -> None:
@@ -44,8 +58,9 @@ def _plain_lines() -> Callable[[int, int], None]:
         if now - last >= _LINE_SECONDS:
             last = now
             left = (total - done) * (now - started) / done if done else 0.0
+            rate = f"{work.format(done / (now - started))}/s"
             print(
-                f"packing  {format_size(done)} of {format_size(total)}, about {format_seconds(left)} left",
+                f"{work.name}  {work.format(done)} of {work.format(total)}, {rate}, about {format_seconds(left)} left",
                 file=sys.stderr,
             )
 

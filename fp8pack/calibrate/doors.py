@@ -1,0 +1,168 @@
+"""What module hooks do not see in a transformers model: the experts of a layer, K after rotary, and V.
+
+transformers asks two registries how to run experts and attention (`ExpertsInterface`, `AttentionInterface`). While a
+model is observed it asks for ours, which record and then compute what the model's own would: experts one at a time as
+in its eager implementation, attention through the function that the model had before.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils.generic import GeneralInterface
+
+from fp8pack.calibrate.names import Names
+
+
+class Recording(Protocol):
+    """What the doors need of an observation."""
+
+    @property
+    def rows(self) -> NDArray[np.int32]:
+        """The prompt of each row of the running call, -1 for padding."""
+        ...
+
+    @property
+    def has_past(self) -> bool:
+        """Whether the running call continues a sequence whose K and V are cached."""
+        ...
+
+    def wants(self, path: str) -> bool:
+        """Whether a module of this path in memory is observed."""
+        ...
+
+    @property
+    def wants_all_experts(self) -> bool:
+        """Whether every token is to go through every expert as well."""
+        ...
+
+    def record(self, points: Sequence[str], value: Tensor) -> None:
+        """Add a tensor [B, T, K]."""
+        ...
+
+    def record_rows(self, points: Sequence[str], value: Tensor, rows: NDArray[np.int32], *, routed: bool) -> None:
+        """Add a tensor [R, K] whose rows belong to these prompts."""
+        ...
+
+
+def open_doors(model: PreTrainedModel, recording: Recording, names: Names) -> list[Callable[[], object]]:
+    """Have attention and experts of a model recorded; return what closes the doors again."""
+    paths = {module: path for path, module in model.named_modules()}
+    undo: list[Callable[[], object]] = []
+    before = _implementations(model, "_attn_implementation")
+    ours: dict[str, str] = {}
+    for original in set(before.values()):
+        base = "eager" if original == "eager" else "sdpa"
+        ours[original] = f"fp8pack_{base}_{id(recording):x}"
+        undo.append(_register(ALL_ATTENTION_FUNCTIONS, ours[original], _attention(base, recording, names, paths)))
+        undo.append(_register(ALL_MASK_ATTENTION_FUNCTIONS, ours[original], ALL_MASK_ATTENTION_FUNCTIONS[base]))
+    if model._can_set_attn_implementation():
+        model.set_attn_implementation({key: ours[original] for key, original in before.items()})
+        undo.append(lambda: model.set_attn_implementation(before))
+    if any(_is_experts(module) for module in model.modules()):
+        experts_before = _implementations(model, "_experts_implementation")
+        name = f"fp8pack_{id(recording):x}"
+        undo.append(_register(ALL_EXPERTS_FUNCTIONS, name, _experts(recording, names, paths)))
+        model.set_experts_implementation(dict.fromkeys(experts_before, name))
+        undo.append(lambda: model.set_experts_implementation(experts_before))
+    return undo
+
+
+def _implementations(model: PreTrainedModel, attribute: str) -> dict[str, str]:
+    """What a model and its parts run with, under the keys that its setter takes."""
+    parts = {"": model.config} | {key: getattr(model.config, key) for key in model.config.sub_configs}
+    return {key: getattr(config, attribute) for key, config in parts.items() if config is not None}
+
+
+def _register(registry: GeneralInterface, name: str, function: Callable[..., Any]) -> Callable[[], object]:
+    registry.register(name, function)
+    return lambda: type(registry)._global_mapping.pop(name, None)
+
+
+def _attention(
+    base: str, recording: Recording, names: Names, paths: dict[nn.Module, str]
+) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    def attention(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        place = names.of_place(paths[module])
+        observed = (("k", key), ("v", value)) if recording.wants(paths[module]) else ()
+        for kind, states in observed:  # [B, heads, S, D]
+            new = states[:, :, -query.shape[2] :] if recording.has_past else states
+            recording.record([f"{place}.{kind}"], new.transpose(1, 2).flatten(2))
+        function = ALL_ATTENTION_FUNCTIONS[base] if base != "eager" else _eager(module)
+        result: tuple[Tensor, Tensor | None] = function(module, query, key, value, *args, **kwargs)
+        return result
+
+    return attention
+
+
+def _eager(module: nn.Module) -> Callable[..., Any]:
+    """The eager attention of a model, which stands beside its attention classes and in no registry."""
+    function: Callable[..., Any] = vars(sys.modules[type(module).__module__])["eager_attention_forward"]
+    return function
+
+
+def _is_experts(module: nn.Module) -> bool:
+    """Whether transformers asks the registry how to run a module: its decorator leaves these marks."""
+    return {"has_gate", "has_bias", "is_transposed"} <= vars(module).keys()
+
+
+def _experts(recording: Recording, names: Names, paths: dict[nn.Module, str]) -> Callable[..., Tensor]:
+    def experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        up = "gate_up_proj" if module.has_gate else "up_proj"
+
+        def points(parameter: str, expert: int) -> list[str]:
+            found = names.of_expert(f"{paths[module]}.{parameter}", expert)
+            return [f"{name}.input" for name in found]
+
+        result = torch.zeros_like(hidden_states)
+        mask = nn.functional.one_hot(top_k_index, num_classes=module.num_experts + 1).permute(2, 1, 0)
+        for expert in range(module.num_experts):
+            slots, tokens = torch.where(mask[expert])
+            if tokens.numel() == 0:
+                continue
+            entering = hidden_states[tokens]
+            inner = _up(module, entering, expert)
+            if recording.wants(paths[module]):
+                rows = recording.rows[tokens.cpu().numpy()]
+                recording.record_rows(points(up, expert), entering, rows, routed=True)
+                recording.record_rows(points("down_proj", expert), inner, rows, routed=True)
+            leaving = _down(module, inner, expert) * top_k_weights[tokens, slots, None]
+            result.index_add_(0, tokens, leaving.to(result.dtype))
+        if recording.wants_all_experts and recording.wants(paths[module]):
+            everything = [point for expert in range(module.num_experts) for point in points(up, expert)]
+            recording.record_rows(everything, hidden_states, recording.rows, routed=False)
+            for expert in range(module.num_experts):
+                inner = _up(module, hidden_states, expert)
+                recording.record_rows(points("down_proj", expert), inner, recording.rows, routed=False)
+        return result
+
+    return experts
+
+
+def _up(module: Any, value: Tensor, expert: int) -> Tensor:
+    name = "gate_up_proj" if module.has_gate else "up_proj"
+    product = _linear(module, name, value, expert)
+    activated: Tensor = module._apply_gate(product) if module.has_gate else module.act_fn(product)
+    return activated
+
+
+def _down(module: Any, value: Tensor, expert: int) -> Tensor:
+    product = _linear(module, "down_proj", value, expert)
+    result: Tensor = module.post_expert_norm(product) if module.has_post_expert_norm else product
+    return result
+
+
+def _linear(module: Any, name: str, value: Tensor, expert: int) -> Tensor:
+    weight = getattr(module, name)[expert]
+    bias = getattr(module, f"{name}_bias")[expert] if module.has_bias else None
+    return nn.functional.linear(value, weight.T if module.is_transposed else weight, bias)

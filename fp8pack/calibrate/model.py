@@ -1,0 +1,230 @@
+"""A transformers model of a checkpoint: built without weights, which are then read by name, all or some at a time."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import closing, contextmanager
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import convert_and_load_state_dict_in_model
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.initialization import no_init_weights
+from transformers.modeling_utils import LoadStateDictConfig
+from transformers.utils import logging
+
+from fp8pack.calibrate.names import names_of
+from fp8pack.checkpoint.source import ShardReader, Source
+from fp8pack.errors import InputError
+from fp8pack.numerics import torch_codec
+from fp8pack.planning.spec import TensorSpec
+
+_DTYPES = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "BOOL": torch.bool,
+    "I32": torch.int32,
+    "I64": torch.int64,
+}
+_FP8 = ("F8_E4M3", "F8_E5M2")
+
+
+class ModelLoader:
+    """The model of a checkpoint, in evaluation mode, BF16, with parameters on the meta device until they are loaded.
+
+    Raises:
+        InputError: transformers does not know the architecture, or it needs code of its own that is not trusted.
+    """
+
+    def __init__(self, source: Source, *, trust_remote_code: bool, device: torch.device) -> None:
+        self._source, self.device = source, device
+        config = _read_config(source, trust_remote_code)
+        model_class = _find_class(source, config, trust_remote_code)
+        text = config.get_text_config()
+        self.max_positions = int(getattr(text, "max_position_embeddings", 0) or 0)
+        self.hidden_nbytes = 4 * int(getattr(text, "hidden_size", 0) or 0)  # of a token, at most float32
+        for part in (config, text):
+            part.use_cache = False
+        config.quantization_config = None
+        with no_init_weights(), _parameters_on_meta():
+            self.model: PreTrainedModel = model_class._from_config(config, dtype=torch.bfloat16)
+        self.model.eval()
+        for module in self.model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                module.register_buffer(
+                    name, buffer.to(device), persistent=name not in module._non_persistent_buffers_set
+                )
+        self._specs = {spec.name: spec for spec in source.specs}
+        self.names = names_of(self.model, self._specs)
+
+    @property
+    def weight_nbytes(self) -> int:
+        """Bytes of all parameters."""
+        return sum(parameter.nbytes for parameter in self.model.parameters())
+
+    def load(self, parameters: Iterable[str]) -> None:
+        """Read parameters and buffers of these names from the checkpoint, FP8 weights dequantized.
+
+        Raises:
+            InputError: the checkpoint lacks one, or holds it in another shape.
+        """
+        wanted = set(parameters)
+        tensors = {
+            name: _Lazy(self._source, self._specs, name) for key in wanted for name in self.names.tensors.get(key, ())
+        }
+        info, _ = convert_and_load_state_dict_in_model(
+            self.model,
+            tensors,
+            LoadStateDictConfig(
+                dtype=torch.bfloat16,
+                dtype_plan=self.model._get_dtype_plan(torch.bfloat16),
+                weight_mapping=get_model_conversion_mapping(self.model),  # type: ignore[arg-type]
+                device_map={"": str(self.device)},
+            ),
+        )
+        for name, found, expected in info.mismatched_keys:
+            raise InputError(f"{name} is {list(found)} in the checkpoint, and {list(expected)} in {self._architecture}")
+        for name, problem in info.conversion_errors.items():
+            raise InputError(f"{name} cannot be loaded into {self._architecture}: {problem.strip().splitlines()[-1]}")
+        self.model.tie_weights()
+        missing = [name for name in wanted if self.model.get_parameter_or_buffer(name).is_meta]
+        if missing:
+            raise InputError(f"the checkpoint lacks {min(missing)}, which {self._architecture} needs")
+
+    def load_all(self) -> None:
+        """Read every parameter; raises as `load` does."""
+        self.load(self.model.state_dict())
+
+    @property
+    def _architecture(self) -> str:
+        return type(self.model).__name__
+
+
+def read_tokenizer(source: Source, *, trust_remote_code: bool) -> Any:
+    """Return the tokenizer of a checkpoint; InputError if it has none that transformers reads."""
+    try:
+        return AutoTokenizer.from_pretrained(
+            source.directory, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+    except Exception as error:  # transformers raises whatever its tokenizers do
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{source.path} has no tokenizer that transformers reads: {reason}") from None
+
+
+def _read_config(source: Source, trust_remote_code: bool) -> Any:
+    if source.config is None:
+        raise InputError(f"{source.path} has no config.json, so nothing says how to run it: see fp8pack.observe()")
+    try:
+        return AutoConfig.from_pretrained(source.directory, trust_remote_code=trust_remote_code, local_files_only=True)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        if "trust_remote_code" in str(error):
+            raise InputError(f"{source.path} needs code of its own: read it, then --trust-remote-code") from None
+        raise InputError(f"{source.path} is no model that transformers knows: {_short(error)}") from None
+
+
+def _find_class(source: Source, config: Any, trust_remote_code: bool) -> Any:
+    """The class that config.json names: it is the one that the tensors' names were saved for."""
+    architecture = source.facts.architecture
+    remote = {reference.rpartition(".")[2]: reference for reference in _references(config)}
+    if trust_remote_code and architecture in remote:
+        return get_class_from_dynamic_module(remote[architecture], str(source.directory), local_files_only=True)
+    found = vars(transformers).get(architecture) or getattr(transformers, architecture or "-", None)
+    if isinstance(found, type) and issubclass(found, PreTrainedModel):
+        return found
+    if architecture in remote:
+        raise InputError(f"{source.path} needs code of its own: read it, then --trust-remote-code")
+    raise InputError(
+        f"transformers {transformers.__version__} has no {architecture or 'architecture'}: update it, or record with "
+        "fp8pack.observe() around your own loop"
+    )
+
+
+def _references(config: Any) -> list[str]:
+    auto_map = getattr(config, "auto_map", None) or {}
+    return [reference for reference in auto_map.values() if isinstance(reference, str)]
+
+
+class _Lazy:
+    """A tensor of the checkpoint, read when transformers asks for it; not mapped, so that its memory comes back."""
+
+    def __init__(self, source: Source, specs: dict[str, TensorSpec], name: str) -> None:
+        self._source, self._specs, self._spec = source, specs, specs[name]
+
+    def __getitem__(self, index: object) -> Tensor:
+        if self._spec.dtype not in _FP8:
+            return self._read(self._spec)
+        for suffix in ("_scale_inv", "_scale"):
+            if scale := self._specs.get(self._spec.name + suffix):
+                return self._dequantize(self._read(scale))
+        raise InputError(f"{self._spec.name} is {self._spec.dtype} and has no scale: it cannot be dequantized")
+
+    def _dequantize(self, scale: Tensor) -> Tensor:
+        n, k = self._spec.shape
+        region = self._region(tuple(scale.shape), n, k)
+        grid = (-(-n // region[0]), -(-k // region[1]))
+        multiplier = scale.view(torch.float8_e8m0fnu) if scale.dtype == torch.uint8 else scale
+        data = self._read(self._spec)
+        return torch_codec.dequantize(data, multiplier.float().reshape(grid), region).to(torch.bfloat16)
+
+    def _region(self, shape: tuple[int, ...], n: int, k: int) -> tuple[int, int]:
+        if shape in ((), (1,), (1, 1)):
+            return n, k
+        if shape in ((n,), (n, 1)):
+            return 1, k
+        quantization = (self._source.config or {}).get("quantization_config") or {}
+        block = quantization.get("weight_block_size") or [128, 128]
+        for rows, cols in (block, (1, 32)):
+            if shape == (-(-n // rows), -(-k // cols)):
+                return rows, cols
+        raise InputError(f"{self._spec.name} [{n}, {k}] has scales {list(shape)}, which fit no region that is known")
+
+    def _read(self, spec: TensorSpec) -> Tensor:
+        if spec.dtype not in _DTYPES:
+            raise InputError(f"{spec.file}: tensor {spec.name!r} is {spec.dtype}, which calibration does not read")
+        tensor = torch.empty(spec.shape, dtype=_DTYPES[spec.dtype])
+        if spec.nbytes:
+            with closing(ShardReader(self._source.directory / spec.file)) as reader:
+                reader.readinto(tensor.view(-1).view(torch.uint8).numpy().data, spec.begin)
+        return tensor
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep transformers from warning and from drawing bars for each layer that is read."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Let every parameter of a model that is built go to the meta device at once; buffers keep their values."""
+    register = nn.Module.register_parameter
+
+    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        empty = None if parameter is None else nn.Parameter(parameter.to("meta"), requires_grad=False)
+        register(module, name, empty)
+
+    nn.Module.register_parameter = register_on_meta  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def _short(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]

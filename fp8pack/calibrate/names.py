@@ -1,0 +1,95 @@
+"""From the names that a model has in memory to those of its checkpoint.
+
+transformers 5 renames and merges tensors while it loads them: the experts of a layer become 3-D parameters, prefixes
+come and go. Everything is recorded under the checkpoint's names, since they are what packing knows.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+_EXPERT = re.compile(r"(?P<parent>.+)\.(?P<index>\d+)\.(?P<leaf>\w+)$")
+_SPLIT_EXPERTS = {"gate_up_proj": ("gate_proj", "up_proj")}  # as engines spell the parts of a fused 3-D tensor
+
+
+class Names:
+    """The checkpoint's tensors behind each parameter in memory; a parameter without an entry bears the same name."""
+
+    def __init__(self, tensors: Mapping[str, Iterable[str]]) -> None:
+        self.tensors = {parameter: tuple(names) for parameter, names in tensors.items()}
+        self._places: dict[str, str] = {}
+        for parameter, names in self.tensors.items():
+            module, suffix = parameter, ""
+            while module:
+                module, _, leaf = module.rpartition(".")
+                suffix = f".{leaf}{suffix}"
+                if f".{names[0]}".endswith(suffix):
+                    self._places.setdefault(module, f".{names[0]}".removesuffix(suffix).removeprefix("."))
+
+    def of_parameter(self, parameter: str) -> tuple[str, ...]:
+        """Return the checkpoint's tensors that a parameter in memory was made from."""
+        return self.tensors.get(parameter, (parameter,))
+
+    def of_linear(self, module: str) -> tuple[str, ...]:
+        """Return the modules of the checkpoint whose weights a module in memory holds."""
+        if f"{module}.weight" in self.tensors:
+            return tuple(name.removesuffix(".weight") for name in self.tensors[f"{module}.weight"])
+        return (self.of_place(module),)
+
+    def of_place(self, module: str) -> str:
+        """Return the checkpoint's name of a place in the model that need not hold a tensor itself."""
+        if module in self._places:
+            return self._places[module]
+        parent, _, leaf = module.rpartition(".")
+        return f"{self.of_place(parent)}.{leaf}" if parent else module
+
+    def of_expert(self, parameter: str, index: int) -> tuple[str, ...]:
+        """Return the modules of one expert behind a 3-D parameter that holds all of them."""
+        names = [name.removesuffix(".weight") for name in self.of_parameter(parameter)]
+        matches = [match for match in map(_EXPERT.fullmatch, names) if match]
+        if matches:
+            return tuple(match[0] for match in matches if int(match["index"]) == index)
+        parent, _, leaf = names[0].rpartition(".")
+        return tuple(f"{parent}.{index}.{part}" for part in _SPLIT_EXPERTS.get(leaf, (leaf,)))
+
+
+def names_of(model: Any, checkpoint: Iterable[str] | None = None) -> Names:
+    """Return the names of a transformers model's checkpoint.
+
+    checkpoint: the names of its tensors; without them, those that saving the model would write.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import (
+        WeightConverter,
+        WeightRenaming,
+        rename_source_key,
+        revert_weight_conversion,
+    )
+
+    in_memory = {name: tensor.to("meta") for name, tensor in model.state_dict().items()}
+    transforms = get_model_conversion_mapping(model)
+    if checkpoint is None:
+        checkpoint = revert_weight_conversion(model, in_memory).keys()
+    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+    targets = {pattern: converter.target_patterns for converter in converters for pattern in converter.source_patterns}
+    found: dict[str, list[str]] = {}
+    for name in checkpoint:
+        renamed, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, in_memory)
+        if renamed not in in_memory and name in in_memory:
+            renamed, pattern = name, None
+        parts = targets[pattern] if pattern is not None else [renamed]
+        for part in parts:
+            found.setdefault(renamed.replace(parts[0], part) if pattern is not None else renamed, []).append(name)
+    return Names({parameter: sorted(names, key=_natural) for parameter, names in found.items()})
+
+
+def is_transformers_model(model: torch.nn.Module) -> bool:
+    """Say whether a model is one of transformers', without importing transformers for one that is not."""
+    return any(base.__module__ == "transformers.modeling_utils" for base in type(model).__mro__)
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]

@@ -1,0 +1,111 @@
+"""Statistics while they grow: one recorder for each site."""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fp8pack.numerics.native import observe_rows
+from fp8pack.planning.calibration import NUM_MAGNITUDES, Site, histogram_of
+
+_SPLIT_ELEMENTS = 1 << 18  # below, a second thread costs more than it saves
+_MAGNITUDE = np.uint16(0x7FFF)
+
+
+class Threads:
+    """Threads that share the columns of one call among them; the statistics do not depend on their number."""
+
+    def __init__(self, count: int) -> None:
+        self._pool = ThreadPoolExecutor(count - 1) if count > 1 else None
+        self._count = count
+        self._scratch = [np.zeros(NUM_MAGNITUDES, np.int64) for _ in range(count - 1)]
+
+    def observe(
+        self,
+        values: NDArray[np.uint16],
+        prompts: NDArray[np.int32],
+        channels: tuple[NDArray[np.uint16], NDArray[np.float64]],
+        totals: tuple[NDArray[np.int64], NDArray[np.uint16]],
+    ) -> None:
+        """Add values [T, K] to channel_amax, channel_squares and histogram, prompt_amax, as `observe_rows` does."""
+        k = values.shape[1]
+        if self._pool is None or values.size < _SPLIT_ELEMENTS or k < self._count:
+            observe_rows(values, prompts, (*channels, *totals), (0, k))
+            return
+        bounds = [k * i // self._count for i in range(self._count + 1)]
+        jobs = []
+        for histogram, begin, end in zip(self._scratch, bounds[1:], bounds[2:], strict=False):
+            histogram[:] = 0
+            prompt_amax = np.zeros_like(totals[1])
+            future = self._pool.submit(observe_rows, values, prompts, (*channels, histogram, prompt_amax), (begin, end))
+            jobs.append((future, histogram, prompt_amax))
+        observe_rows(values, prompts, (*channels, *totals), (0, bounds[1]))
+        for future, histogram, prompt_amax in jobs:
+            future.result()
+            np.add(totals[0], histogram, out=totals[0])
+            np.maximum(totals[1], prompt_amax, out=totals[1])
+
+    def close(self) -> None:
+        """End the threads."""
+        if self._pool is not None:
+            self._pool.shutdown()
+
+
+class Recorder:
+    """The growing statistics of one site; `points` are the names it has gone by so far."""
+
+    def __init__(self, point: str, channels: int) -> None:
+        self.points = [point]
+        self.tokens = 0
+        self._histogram = np.zeros(NUM_MAGNITUDES, np.int64)  # pages that no magnitude falls on are never touched
+        self._channels = (np.zeros(channels, np.uint16), np.zeros(channels, np.float64))
+        self._prompt_amax = np.zeros(64, np.uint16)
+
+    @classmethod
+    def of_site(cls, site: Site) -> "Recorder":
+        """Go on where a site stands."""
+        recorder = cls(site.points[0], site.channel_amax.size)
+        recorder.points, recorder.tokens = list(site.points), site.tokens
+        recorder._histogram[site.bins] = site.counts
+        recorder._channels = (site.channel_amax.copy(), site.channel_squares.copy())
+        recorder._reserve(site.prompt_amax.size)
+        recorder._prompt_amax[: site.prompt_amax.size] = site.prompt_amax
+        return recorder
+
+    def add(self, values: NDArray[np.uint16], prompts: NDArray[np.int32], threads: Threads) -> None:
+        """Add values [T, K], BF16 bits; prompts [T] is the index of each row's prompt, -1 for padding."""
+        if values.shape[1] != self._channels[0].size:
+            raise ValueError(f"{self.points[0]} had {self._channels[0].size} channels, now {values.shape[1]}")
+        self._reserve(int(prompts.max(initial=-1)) + 1)
+        threads.observe(values, prompts, self._channels, (self._histogram, self._prompt_amax))
+        self.tokens += int(np.count_nonzero(prompts >= 0))
+
+    def spread(self, prompts: Sequence[int]) -> None:
+        """Let each of these prompts have the largest amax among them: their rows could not be told apart."""
+        self._reserve(max(prompts) + 1)
+        self._prompt_amax[prompts] = self._prompt_amax[prompts].max()
+
+    @property
+    def amax(self) -> int:
+        """The largest magnitude so far."""
+        return int(self._channels[0].max())
+
+    def prompt_amax(self, num_prompts: int) -> NDArray[np.uint16]:
+        """The amax of each prompt [P], as magnitudes; 0 where a prompt did not get here."""
+        self._reserve(num_prompts)
+        return self._prompt_amax[:num_prompts]
+
+    def site(self, num_prompts: int) -> Site:
+        """Return the statistics as they stand after this many prompts."""
+        channel_amax, channel_squares = self._channels[0].copy(), self._channels[1].copy()
+        amax = self.prompt_amax(num_prompts).copy()
+        return Site(
+            tuple(self.points), self.tokens, *histogram_of(self._histogram), channel_amax, channel_squares, amax
+        )
+
+    def _reserve(self, num_prompts: int) -> None:
+        if num_prompts > self._prompt_amax.size:
+            grown = np.zeros(max(num_prompts, 2 * self._prompt_amax.size), np.uint16)
+            grown[: self._prompt_amax.size] = self._prompt_amax
+            self._prompt_amax = grown

@@ -1,0 +1,196 @@
+"""One decoder layer in memory at a time: every prompt passes layer i before layer i + 1 is read.
+
+The model's own forward drives. Each layer is a stand-in that hands on what it gets, but for one: that one is given the
+hidden states that the layer before it left in a file, computes, and ends the call. So masks, positions and whatever
+else a layer is told come from the model itself, computed anew each time. A last round lets all layers be stand-ins and
+runs what comes after them.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from io import BufferedReader, BufferedWriter
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fp8pack.errors import InputError
+
+_STACK_SHARE = 0.5  # of the parameters; with less, streaming would not be worth much
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """The decoder layers of a model: where they are, and whether they return tuples."""
+
+    path: str
+    layers: tuple[nn.Module, ...]
+    returns_tuple: bool
+
+
+class _Stop(BaseException):
+    """Ends a call once the layer of the round has computed; no Exception, so that nothing on the way swallows it."""
+
+
+def find_stack(model: nn.Module) -> tuple[str, tuple[nn.Module, ...]] | str:
+    """Return path and layers of the one stack that holds most of a model, or why there is none."""
+    total = sum(parameter.numel() for parameter in model.parameters())
+    stacks = [
+        (path, tuple(module))
+        for path, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and len(module) > 1
+        and sum(parameter.numel() for parameter in module.parameters()) > _STACK_SHARE * total
+    ]
+    if len(stacks) != 1:
+        return "no single stack of layers holds most of its weights"
+    return stacks[0]
+
+
+def probe(path: str, layers: tuple[nn.Module, ...], call: Callable[[], object]) -> Stack | str:
+    """Run the model once without its layers; return how they are driven, or why they cannot be.
+
+    They can if each is called once, in order, with exactly what the one before it returned, and with nothing that
+    layers could share.
+    """
+    problem = ""
+    for returns_tuple in (False, True):
+        problem = _probe(layers, call, returns_tuple)
+        if not problem:
+            return Stack(path, layers, returns_tuple)
+    return problem
+
+
+class Rounds:
+    """Drives a model layer by layer; `hidden` files lie in a folder, one for the input of each layer."""
+
+    def __init__(self, stack: Stack, folder: Path) -> None:
+        self._stack, self._folder = stack, folder
+        self._round = 0
+
+    def hidden_path(self, index: int) -> Path:
+        """Return the file of the hidden states that enter layer `index`."""
+        return self._folder / f"hidden-{index:05}.bin"
+
+    @contextmanager
+    def round(self, index: int) -> Iterator[Callable[[Callable[[], object]], None]]:
+        """Yield a function that takes one call of the model through layer `index`; the last round comes after all.
+
+        Calls must come in the same order in every round.
+        """
+        last = index == len(self._stack.layers)
+        entering = self.hidden_path(index).open("rb") if index else None
+        leaving = None if last else self.hidden_path(index + 1).open("wb")
+        state = _Round(entering, leaving)
+        stand_ins = [self._stand_in(layer, i, index, state) for i, layer in enumerate(self._stack.layers)]
+
+        def take(call: Callable[[], object]) -> None:
+            with suppress(_Stop):
+                call()
+
+        try:
+            with _replaced(self._stack.layers, stand_ins):
+                yield take
+        finally:
+            if entering is not None:
+                entering.close()
+            if leaving is not None:
+                leaving.close()
+
+    def _stand_in(self, layer: nn.Module, i: int, index: int, state: "_Round") -> Callable[..., Any]:
+        compute = layer.forward
+
+        def stand_in(*args: Any, **kwargs: Any) -> Any:
+            hidden, replace = _hidden_of(args, kwargs)
+            if i == 0 and index:
+                state.hidden = state.read(hidden)
+            if i != index:
+                return self._wrap(state.hidden)
+            args, kwargs = replace(hidden if i == 0 else state.hidden)
+            result = compute(*args, **kwargs)
+            leaving = result[0] if isinstance(result, tuple) else result
+            if (leaving.shape, leaving.dtype) != (hidden.shape, hidden.dtype):
+                raise InputError("its layers change the shape or dtype of hidden states: --stream-layers off")
+            state.write(leaving)
+            raise _Stop
+
+        return stand_in
+
+    def _wrap(self, hidden: Tensor | None) -> Any:
+        return (hidden,) if self._stack.returns_tuple else hidden
+
+
+@dataclass(slots=True)
+class _Round:
+    entering: BufferedReader | None
+    leaving: BufferedWriter | None
+    hidden: Tensor | None = None
+
+    def read(self, like: Tensor) -> Tensor:
+        """The next hidden states of the file: those of this call have the shape and dtype of its embeddings."""
+        assert self.entering is not None
+        tensor = torch.empty(like.shape, dtype=like.dtype)
+        view = tensor.view(-1).view(torch.uint8).numpy().data
+        if self.entering.readinto(view) != len(view):
+            raise RuntimeError(f"{self.entering.name} ended too early")
+        return tensor.to(like.device)
+
+    def write(self, hidden: Tensor) -> None:
+        assert self.leaving is not None
+        self.leaving.write(hidden.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+
+
+def _probe(layers: tuple[nn.Module, ...], call: Callable[[], object], returns_tuple: bool) -> str:
+    order: list[int] = []
+    returned: list[Tensor] = []
+    problems: list[str] = []
+
+    def stand_in(i: int) -> Callable[..., Any]:
+        def pass_on(*args: Any, **kwargs: Any) -> Any:
+            hidden, _ = _hidden_of(args, kwargs)
+            if returned and hidden is not returned[-1]:
+                problems.append(f"something happens between its layers {order[-1]} and {i}")
+            shared = [name for name, value in kwargs.items() if not _is_plain(value)]
+            if shared:
+                problems.append(f"its layers share {shared[0]}")
+            order.append(i)
+            returned.append(hidden)
+            return (hidden,) if returns_tuple else hidden
+
+        return pass_on
+
+    with _replaced(layers, [stand_in(i) for i in range(len(layers))]):
+        try:
+            call()
+        except (IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            problems.append(f"it needs more from its layers than hidden states ({' '.join(str(error).split())[:100]})")
+    if not problems and order != list(range(len(layers))):
+        problems.append("its layers are not called one after the other")
+    return problems[0] if problems else ""
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a layer's argument is told, not shared: no cache, list or dictionary that a layer could change."""
+    if isinstance(value, tuple):
+        return all(_is_plain(part) for part in value)
+    return value is None or isinstance(value, Tensor | bool | int | float | str)
+
+
+def _hidden_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Callable[[Any], tuple[Any, Any]]]:
+    """The hidden states among a layer's arguments, and how to put others in their place."""
+    if args:
+        return args[0], lambda hidden: ((hidden, *args[1:]), kwargs)
+    return kwargs["hidden_states"], lambda hidden: ((), {**kwargs, "hidden_states": hidden})
+
+
+@contextmanager
+def _replaced(layers: tuple[nn.Module, ...], forwards: list[Callable[..., Any]]) -> Iterator[None]:
+    for layer, forward in zip(layers, forwards, strict=True):
+        layer.forward = forward
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward

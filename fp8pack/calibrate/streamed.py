@@ -1,0 +1,67 @@
+"""One layer of the model in memory: all prompts through it, then the next."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from fp8pack.calibrate.observers import Observation
+from fp8pack.calibrate.prepare import Run
+from fp8pack.calibrate.state import Journal
+from fp8pack.calibrate.stream_layers import Rounds, Stack
+from fp8pack.checkpoint.calibration_file import read_calibration, write_calibration
+from fp8pack.checkpoint.shard_writer import sync_file
+from fp8pack.planning.calibration import Calibration, Site, site_order
+
+
+def run_streamed(
+    run: Run, stack: Stack, folder: Path, journal: Journal, done: int, *, tick: Callable[[int], bool]
+) -> Calibration | None:
+    """Run every layer from `done` on, and what lies outside the layers last; return None if `tick` said to stop.
+
+    folder: keeps the hidden states that enter the next layer, and the statistics of each finished one.
+    """
+    loader, rounds = run.loader, Rounds(stack, folder)
+    parameters = list(loader.model.state_dict())
+    for index in range(done, len(stack.layers) + 1):
+        inside = f"{stack.path}.{index}."
+        is_last = index == len(stack.layers)
+
+        def wants(path: str, inside: str = inside, is_last: bool = is_last) -> bool:
+            return not path.startswith(f"{stack.path}.") if is_last else f"{path}.".startswith(inside)
+
+        if not is_last:
+            loader.load(name for name in parameters if name.startswith(inside))
+        observation = Observation(loader.model, loader.names, all_experts=run.options.all_experts, wants=wants)
+        with rounds.round(index) as take, observation:
+            for tokens, call in run.batches():
+                take(partial(loader.model, **call))
+                if tick(tokens):
+                    return None
+        if not is_last:
+            stack.layers[index].to("meta")
+            sync_file(rounds.hidden_path(index + 1))
+        calibration = observation.calibration(run.source.fingerprint, run.decisive)
+        write_calibration(_layer_path(folder, index), calibration)
+        journal.add(index + 1)
+        rounds.hidden_path(index).unlink(missing_ok=True)
+    return _gather(run, folder, len(stack.layers) + 1)
+
+
+def _gather(run: Run, folder: Path, units: int) -> Calibration:
+    sites: list[Site] = []
+    all_experts: list[Site] = []
+    for index in range(units):
+        calibration = read_calibration(_layer_path(folder, index))
+        sites += calibration.sites
+        all_experts += calibration.all_experts
+    return Calibration(
+        run.source.fingerprint,
+        run.digests,
+        run.decisive,
+        tuple(sorted(sites, key=site_order)),
+        tuple(sorted(all_experts, key=site_order)),
+    )
+
+
+def _layer_path(folder: Path, index: int) -> Path:
+    return folder / f"layer-{index:05}.safetensors"

@@ -1,0 +1,150 @@
+"""What a calibration holds: statistics of activations at every site of a model, and what follows from them.
+
+A site is a place that activations pass; its points are the names it goes by. Points of a weight's module and of
+attention, under the checkpoint's own names:
+
+    <module>.input    what enters a GEMM         <norm>.output   what leaves a norm
+    <attention>.k     K after rotary             <attention>.v   V
+
+Magnitudes are kept as BF16 bit patterns without the sign (0 to 0x7F7F): of two, the larger number is the larger value.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fp8pack.planning.policy import storage_key
+
+NUM_MAGNITUDES = 1 << 15  # of BF16, the sign left out
+SPIKE_RATIO = 0.1  # a site whose 99.9 percentile is under this share of its amax has a spike
+_CONVERGED_GROWTH = 1.01
+_LAST_QUARTER = 0.75
+
+
+def value_of(magnitude: int) -> float:
+    """Return the value of a BF16 magnitude."""
+    return float(np.uint32(int(magnitude) << 16).view(np.float32))
+
+
+def values_of(magnitudes: NDArray[np.uint16]) -> NDArray[np.float32]:
+    """Return the values of BF16 magnitudes, exactly, in float32."""
+    return (magnitudes.astype(np.uint32) << 16).view(np.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """The statistics of one site: T tokens of K channels.
+
+    bins, counts: the histogram of magnitudes, sparse: uint16 ascending, and int64 above zero.
+    channel_amax [K] uint16 magnitudes; channel_squares [K] float64, the sum of squares of each channel.
+    prompt_amax [P] uint16 magnitudes, in the order of the calibration's prompts; 0 where a prompt did not get there.
+    """
+
+    points: tuple[str, ...]
+    tokens: int
+    bins: NDArray[np.uint16]
+    counts: NDArray[np.int64]
+    channel_amax: NDArray[np.uint16]
+    channel_squares: NDArray[np.float64]
+    prompt_amax: NDArray[np.uint16]
+
+    @property
+    def amax(self) -> float:
+        """The largest magnitude."""
+        return value_of(int(self.bins[-1])) if self.bins.size else 0.0
+
+    @property
+    def mean_square(self) -> float:
+        """The mean of the squares, over the histogram."""
+        total = int(self.counts.sum())
+        squares = values_of(self.bins).astype(np.float64) ** 2
+        return float(math.fsum(squares * self.counts) / total) if total else 0.0
+
+    def percentile(self, percent: float) -> float:
+        """Return the smallest magnitude that at least `percent` of 100 of all magnitudes do not exceed; exact."""
+        if not self.bins.size:
+            return 0.0
+        cumulative = np.cumsum(self.counts)
+        rank = max(1, math.ceil(percent / 100 * int(cumulative[-1])))
+        return value_of(int(self.bins[np.searchsorted(cumulative, rank)]))
+
+    def group_amax(self, size: int) -> NDArray[np.float32]:
+        """Return the amax of each group of `size` channels, exactly: [ceil(K / size)] float32."""
+        return values_of(np.maximum.reduceat(self.channel_amax, np.arange(0, self.channel_amax.size, size)))
+
+    @property
+    def has_spike(self) -> bool:
+        """Whether few values are so large that a scale for them leaves the others few bits."""
+        return self.percentile(99.9) < SPIKE_RATIO * self.amax
+
+    @property
+    def growth(self) -> float:
+        """By which factor amax grew over the last quarter of the prompts: 1.0 where it did not."""
+        first = self.prompt_amax[: math.ceil(self.prompt_amax.size * _LAST_QUARTER)]
+        before = value_of(int(first.max())) if first.size else 0.0
+        return self.amax / before if before else 1.0 if not self.amax else math.inf
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Statistics of a model over prompts; `all_experts` holds what every expert would see if all tokens reached it.
+
+    fingerprint: of the model, as in the plan; empty when a user's own loop did not say which model it ran.
+    prompts: digests, in order. options: what decides the statistics besides the model and the prompts.
+    """
+
+    fingerprint: str
+    prompts: tuple[str, ...]
+    options: Mapping[str, Any]
+    sites: tuple[Site, ...]
+    all_experts: tuple[Site, ...] = ()
+    digest: str = ""  # of the file that it was read from
+
+    @cached_property
+    def by_point(self) -> Mapping[str, Site]:
+        """The site of each point."""
+        return _by_point(self.sites)
+
+    @cached_property
+    def all_experts_by_point(self) -> Mapping[str, Site]:
+        """The site of each point in the set of all experts."""
+        return _by_point(self.all_experts)
+
+    @property
+    def growth(self) -> float:
+        """The largest growth of any site's amax over the last quarter of the prompts."""
+        return max((site.growth for site in self.sites), default=1.0)
+
+
+def site_order(site: Site) -> tuple[object, ...]:
+    """Return the key that sorts sites by the name of their first point, as the checkpoint sorts its tensors."""
+    return storage_key(site.points[0])
+
+
+def has_converged(sites: Iterable[NDArray[np.uint16]], window: int) -> bool:
+    """Say whether no site's amax grew by more than 1 % over the last `window` prompts.
+
+    sites: the prompt_amax [P] of each, all of one length.
+    """
+    for prompt_amax in sites:
+        if prompt_amax.size <= window:
+            return False
+        before, after = prompt_amax[:-window].max(), prompt_amax.max()
+        if value_of(int(after)) > _CONVERGED_GROWTH * value_of(int(before)):
+            return False
+    return True
+
+
+def histogram_of(dense: NDArray[np.int64]) -> tuple[NDArray[np.uint16], NDArray[np.int64]]:
+    """Return the bins and counts of a dense histogram [32768]."""
+    bins = np.flatnonzero(dense)
+    return bins.astype(np.uint16), dense[bins]
+
+
+def _by_point(sites: Sequence[Site]) -> Mapping[str, Site]:
+    return {point: site for site in sites for point in site.points}
