@@ -72,7 +72,11 @@ def test_no_room_imports_itself_in_a_circle() -> None:
 
 def test_nothing_but_the_edge_imports_heavy_packages_at_its_top() -> None:
     """`pack` and `inspect` on a CPU never load torch, transformers or datasets."""
-    allowed = {"numerics.torch_codec", "runtime.load", "runtime.packed_tensor"}
+    allowed = {"numerics.torch_codec", "numerics.simulate", "runtime.load", "runtime.packed_tensor"}
+    allowed |= {module for module in modules() if room(module) == "calibrate"} - {
+        "calibrate.merge",
+        "calibrate.prompts",
+    }
     wrong = []
     for module, path in modules().items():
         for node in ast.parse(path.read_text(encoding="utf-8")).body:

@@ -13,7 +13,7 @@ from fp8pack.calibrate.model import ModelLoader, read_tokenizer
 from fp8pack.calibrate.observers import prompt_digest
 from fp8pack.calibrate.prompts import BUILT_IN, load_prompts, tokenize
 from fp8pack.calibrate.stream_layers import Stack, find_stack, probe
-from fp8pack.checkpoint.source import Source, is_hub_snapshot, open_checkpoint
+from fp8pack.checkpoint.source import Source, beside, open_checkpoint
 from fp8pack.checkpoint.staging import check_output
 from fp8pack.errors import InputError, RecipeError
 
@@ -83,7 +83,7 @@ class Run:
 def prepare(model: Path, options: CalibrateOptions) -> Run:
     """Open the checkpoint, read the prompts and decide how to run; raises as `calibrate` does."""
     source = open_checkpoint(model)
-    output = Path(os.path.abspath(options.output or _default_output(source)))
+    output = Path(os.path.abspath(options.output or beside(source, f"{source.name}-calibration.safetensors")))
     if output.suffix != ".safetensors":
         raise RecipeError(f"-o must name a .safetensors file, not {output.name}")
     check_output(output, source.path, overwrite=options.overwrite)
@@ -120,11 +120,6 @@ def prepare(model: Path, options: CalibrateOptions) -> Run:
         options,
         tuple(notes),
     )
-
-
-def _default_output(source: Source) -> Path:
-    folder = Path.cwd() if is_hub_snapshot(source.path) else Path(os.path.abspath(source.path)).parent
-    return folder / f"{source.name}-calibration.safetensors"
 
 
 def _device(text: str) -> torch.device:

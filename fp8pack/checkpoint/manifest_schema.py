@@ -27,6 +27,23 @@ class ScaleEntry(_Entry):
     digest: Digest
 
 
+class ActivationEntry(_Entry):
+    """A calibrated scale stored beside a tensor, for what enters a weight or for K or V of the cache.
+
+    `value` is the multiplier that dequantizes; `amax_history_seed` the amax of each prompt, in order.
+    """
+
+    kind: Literal["input", "k", "v"]
+    point: str
+    tensor: str
+    dtype: Literal["F32"]
+    shape: Shape
+    value: float
+    amax: float
+    amax_history_seed: list[float]
+    digest: Digest
+
+
 class PackedEntry(_Entry):
     """A packed weight [N, K].
 
@@ -46,6 +63,7 @@ class PackedEntry(_Entry):
     source_dtype: Literal["BF16", "F16", "F32"]
     scale_inv: ScaleEntry
     amax: float
+    activation_scales: tuple[ActivationEntry, ...] = ()
     band_rows: int
     band_cols: int | None = None
     digest: Digest
@@ -60,6 +78,7 @@ class CopiedEntry(_Entry):
     file: str
     dtype: str
     shape: Shape
+    activation_scales: tuple[ActivationEntry, ...] = ()
     digest: Digest
 
 

@@ -211,9 +211,10 @@ def _display_name(path: Path) -> str:
     return place.name if path.is_dir() else path.stem
 
 
-def is_hub_snapshot(path: Path) -> bool:
-    """Say whether a directory is a snapshot in the hub cache, where no output belongs."""
-    return path.absolute().parent.name == "snapshots"
+def beside(source: Source, name: str) -> Path:
+    """Return where an output of this name goes unless told: beside the source, never into the hub cache."""
+    path = Path(os.path.abspath(source.path))
+    return (Path.cwd() if path.parent.name == "snapshots" else path.parent) / name
 
 
 def _refuse_other_kinds(directory: Path) -> None:

@@ -33,17 +33,39 @@ def pack(
         typer.Option("-o", "--output", help="Where to write; by default beside MODEL, named after the scheme."),
     ] = None,
     scheme: Annotated[
-        str, typer.Option(help="auto, FP8_BLOCK, FP8_DYNAMIC, MXFP8 or W8A16.", rich_help_panel=_RECIPE)
+        str, typer.Option(help="auto, FP8_BLOCK, FP8_DYNAMIC, FP8, MXFP8 or W8A16.", rich_help_panel=_RECIPE)
     ] = "auto",
     format: Annotated[str | None, typer.Option(help="e4m3 or e5m2.", rich_help_panel=_RECIPE)] = None,
     granularity: Annotated[
         str | None, typer.Option(help="tensor, channel, group:G, block:RxC or mx.", rich_help_panel=_RECIPE)
     ] = None,
     quant_method: Annotated[
-        str | None, typer.Option(help="fp8, compressed-tensors or fp8pack.", rich_help_panel=_RECIPE)
+        str | None, typer.Option(help="fp8, compressed-tensors, modelopt or fp8pack.", rich_help_panel=_RECIPE)
     ] = None,
     scale_rounding: Annotated[str | None, typer.Option(help="none, up or floor.", rich_help_panel=_RECIPE)] = None,
-    activations: Annotated[str | None, typer.Option(help="dynamic or none.", rich_help_panel=_RECIPE)] = None,
+    activations: Annotated[str | None, typer.Option(help="dynamic, static or none.", rich_help_panel=_RECIPE)] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Of fp8pack calibrate: for static activations.", rich_help_panel=_RECIPE),
+    ] = None,
+    kv_cache: Annotated[
+        bool,
+        typer.Option("--kv-cache", help="Add the calibrated scales of K and V.", rich_help_panel=_RECIPE),
+    ] = False,
+    percentile: Annotated[
+        float | None,
+        typer.Option(
+            min=1e-9, max=100, help="Of activations, instead of amax; mostly costs accuracy.", rich_help_panel=_RECIPE
+        ),
+    ] = None,
+    margin: Annotated[
+        int,
+        typer.Option(min=-8, max=8, help="Activation scales are multiplied by 2^margin.", rich_help_panel=_RECIPE),
+    ] = 0,
+    warmup: Annotated[
+        int,
+        typer.Option(min=0, help="Leave the first prompts out of amax and history.", rich_help_panel=_RECIPE),
+    ] = 0,
     recipe: Annotated[
         Path | None, typer.Option(help="A recipe in YAML; flags overrule it.", rich_help_panel=_RECIPE)
     ] = None,
@@ -133,6 +155,11 @@ def pack(
         "quant_method": quant_method,
         "scale_rounding": _parse_rounding(scale_rounding),
         "activations": _parse_activations(activations),
+        "calibration": calibration,
+        "kv_cache": kv_cache,
+        "percentile": percentile,
+        "margin": margin,
+        "warmup": warmup,
         "ignore": _patterns(ignore),
         "only": _patterns(only),
         "pack": _patterns(pack_too),
@@ -189,8 +216,6 @@ def _parse_rounding(text: str | None) -> ScaleRounding | None:
 
 
 def _parse_activations(text: str | None) -> str | None:
-    if text is None or text.lower() in ("dynamic", "none"):
+    if text is None or text.lower() in ("dynamic", "static", "none"):
         return text.lower() if text else None
-    if text.lower() == "static":
-        raise RecipeError("--activations static needs calibrated scales, which this version does not read: use dynamic")
-    raise RecipeError(f"--activations {text!r} is not known: choose dynamic or none")
+    raise RecipeError(f"--activations {text!r} is not known: choose dynamic, static or none")

@@ -39,6 +39,7 @@ class ShardWork:
     header: bytes
     places: dict[str, Place]
     num_bands: int
+    constants: tuple[tuple[int, bytes], ...] = ()  # small tensors that the plan itself knows, and their offsets
     results: dict[tuple[str, int], BandResult] = field(default_factory=dict)
     pending: list[BandResult] = field(default_factory=list)
     pending_nbytes: int = 0
@@ -110,8 +111,10 @@ def plan_work(plan: PackPlan, source: Source) -> tuple[ShardWork, ...]:
             t.spec.name: Place(shard.file, begins[t.spec.name], begins[t.packing.scale.name] if t.packing else 0)
             for t in tensors
         }
-        digest, num_bands = _digest(source, header, tensors, groups), sum(tensor.num_bands for tensor in tensors)
-        works.append(ShardWork(shard, tuple(tensors), digest, header, places, num_bands))
+        constants = tuple((begins[a.stored.name], a.data) for tensor in tensors for a in tensor.activations)
+        digest = _digest(source, header, tensors, groups, constants)
+        num_bands = sum(tensor.num_bands for tensor in tensors)
+        works.append(ShardWork(shard, tuple(tensors), digest, header, places, num_bands, constants))
     return tuple(works)
 
 
@@ -283,14 +286,24 @@ def _start(path: Path, work: ShardWork) -> None:
     writer = ShardWriter(path, create=True)
     try:
         writer.start(work.header, work.size)
+        for offset, data in work.constants:
+            writer.write(memoryview(data), offset)
     finally:
         writer.close()
 
 
-def _digest(source: Source, header: bytes, tensors: list[TensorPlan], groups: dict[str, list[str]]) -> str:
+def _digest(
+    source: Source,
+    header: bytes,
+    tensors: list[TensorPlan],
+    groups: dict[str, list[str]],
+    constants: tuple[tuple[int, bytes], ...],
+) -> str:
     """The digest of a shard's part of the plan: what is read, how it is packed, and where it goes."""
     hasher = blake3(source.fingerprint.encode())
     hasher.update(header)
+    for _, data in constants:
+        hasher.update(data)
     for tensor in tensors:
         packing = tensor.packing
         how = (

@@ -10,7 +10,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fp8pack.checkpoint.manifest_schema import Manifest, PackedEntry, find_manifest, read_manifest
+from fp8pack.checkpoint.calibration_file import is_calibration, read_calibration
+from fp8pack.checkpoint.manifest_schema import (
+    ActivationEntry,
+    Manifest,
+    PackedEntry,
+    ScaleEntry,
+    find_manifest,
+    read_manifest,
+)
 from fp8pack.checkpoint.source import ShardReader, Source, open_checkpoint
 from fp8pack.errors import BoundError, InputError, RecipeError
 from fp8pack.numerics.formats import parse_format
@@ -18,6 +26,7 @@ from fp8pack.numerics.metrics import error_energy, sqnr_db
 from fp8pack.numerics.scaling import decode_e8m0
 from fp8pack.packing.codecs import BITS_DTYPE
 from fp8pack.packing.workers import Stop, available_cores, run_threads
+from fp8pack.planning.calibration_facts import calibration_facts
 from fp8pack.planning.policy import judge
 from fp8pack.planning.spec import TensorSpec
 
@@ -45,12 +54,19 @@ def parse_bound(text: str) -> Bound:
 
 
 def inspect(checkpoint: str | Path, against: str | Path | None = None) -> dict[str, Any]:
-    """Return what a checkpoint holds; with `against`, its source, also the SQNR of every packed weight.
+    """Return what a checkpoint or a calibration file holds.
+
+    against: the source of a packed checkpoint, for the SQNR of every packed weight.
 
     Raises:
         InputError: the checkpoint or the source is malformed, or the two do not belong together.
     """
-    opened = open_checkpoint(Path(checkpoint))
+    path = Path(checkpoint)
+    if path.is_file() and is_calibration(path):
+        if against is not None:
+            raise InputError(f"{checkpoint} is a calibration: nothing in it can be held against weights")
+        return {"schema": 1, "calibration": str(path), **calibration_facts(read_calibration(path), every_site=True)}
+    opened = open_checkpoint(path)
     manifest_path = find_manifest(opened.path)
     if manifest_path is None:
         if against is not None:
@@ -71,7 +87,7 @@ def inspect(checkpoint: str | Path, against: str | Path | None = None) -> dict[s
 def check_bounds(facts: dict[str, Any], bounds: list[Bound]) -> None:
     """Raise BoundError for the first bound that the facts break; RecipeError if a metric was not measured."""
     for bound in bounds:
-        value = facts["totals"].get(bound.metric)
+        value = facts.get("totals", {}).get(bound.metric)
         if value is None:
             raise RecipeError(f"--fail-if {bound.metric}: it is measured with --against SOURCE")
         if value < bound.value if bound.sign == "<" else value > bound.value:
@@ -118,13 +134,14 @@ def _check_headers(opened: Source, manifest: Manifest) -> None:
         dtype = parse_format(entry.format).dtype if isinstance(entry, PackedEntry) else entry.dtype
         if found.pop(name, None) != (entry.file, dtype, list(entry.shape)):
             raise InputError(f"tensor {name!r} is not what fp8pack.json says: the files were changed after packing")
-        if not isinstance(entry, PackedEntry):
-            continue
-        scale = entry.scale_inv
-        if found.pop(scale.tensor, None) != (entry.file, scale.dtype, scale.shape):
-            raise InputError(
-                f"scale {entry.scale_inv.tensor!r} is not what fp8pack.json says: the files were changed after packing"
-            )
+        scales: list[ScaleEntry | ActivationEntry] = list(entry.activation_scales)
+        if isinstance(entry, PackedEntry):
+            scales.append(entry.scale_inv)
+        for scale in scales:
+            if found.pop(scale.tensor, None) != (entry.file, scale.dtype, scale.shape):
+                raise InputError(
+                    f"scale {scale.tensor!r} is not what fp8pack.json says: the files were changed after packing"
+                )
     if found:
         raise InputError(f"tensor {min(found)!r} is not in fp8pack.json: the files were changed after packing")
 

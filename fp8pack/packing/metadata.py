@@ -15,6 +15,7 @@ from fp8pack.checkpoint.shard_writer import ShardWriter, write_file
 from fp8pack.checkpoint.source import INDEX_NAME, SINGLE_NAME, ShardReader
 from fp8pack.packing.execute import ShardWork
 from fp8pack.packing.prepare import Prepared
+from fp8pack.planning.activation_scales import ActivationScale
 from fp8pack.planning.plan import Packing, PackPlan, TensorPlan
 
 _COPY_NBYTES = 1 << 20
@@ -71,6 +72,8 @@ def _contents(prepared: Prepared) -> dict[str, bytes]:
     if source.config is not None:
         text = (source.directory / "config.json").read_bytes()
         contents["config.json"] = add_quantization_config(text, prepared.method.config(plan))
+        for name, document in prepared.method.files(plan).items():
+            contents[name] = (json.dumps(document, indent=4, ensure_ascii=False) + "\n").encode()
     if len(plan.shards) > 1 or (source.index_name and plan.shards[0].file != SINGLE_NAME):
         contents[source.index_name or INDEX_NAME] = _index(plan)
     return contents
@@ -104,7 +107,24 @@ def _entry(tensor: TensorPlan, file: str, results: list[BandResult]) -> dict[str
         entry |= {"dtype": tensor.spec.dtype, "shape": list(tensor.spec.shape)}
     else:
         entry |= _packed_entry(tensor, tensor.packing, results)
+    if tensor.activations:
+        entry["activation_scales"] = [_activation_entry(activation) for activation in tensor.activations]
     return entry | {"digest": digest_of_bands(result.digest for result in results)}
+
+
+def _activation_entry(activation: ActivationScale) -> dict[str, Any]:
+    stored = activation.stored
+    return {
+        "kind": activation.kind,
+        "point": activation.point,
+        "tensor": stored.name,
+        "dtype": stored.dtype,
+        "shape": list(stored.shape),
+        "value": activation.scale,
+        "amax": activation.amax,
+        "amax_history_seed": list(activation.history),
+        "digest": f"blake3:{blake3(activation.data).hexdigest()}",
+    }
 
 
 def _packed_entry(tensor: TensorPlan, packing: Packing, results: list[BandResult]) -> dict[str, Any]:

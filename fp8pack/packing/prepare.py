@@ -1,16 +1,19 @@
 """Everything that is decided before a byte is written."""
 
 import os
+import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from fp8pack.checkpoint.calibration_file import read_calibration
 from fp8pack.checkpoint.quant_methods import WrittenMethod, find_method
 from fp8pack.checkpoint.side_files import SideFile, list_side_files
-from fp8pack.checkpoint.source import Source, is_hub_snapshot, open_source
+from fp8pack.checkpoint.source import Source, beside, open_source
 from fp8pack.checkpoint.staging import check_output
-from fp8pack.errors import RecipeError
+from fp8pack.errors import InputError, RecipeError
+from fp8pack.planning.calibration import Calibration
 from fp8pack.planning.plan import PackPlan, choose_recipe, decide, make_plan
-from fp8pack.planning.recipe import Request
+from fp8pack.planning.recipe import Request, parse_scheme
 
 DEFAULT_MEMORY = 256 << 20
 
@@ -55,7 +58,7 @@ def prepare(model: Path, request: Request, options: WriteOptions) -> Prepared:
     weights = [file.name for file in source.files] + ([source.index_name] if source.index_name else [])
     side_files = () if source.is_single_file else list_side_files(source.directory, weights, options.copy)
     decisions = decide(source.specs, source.facts, request)
-    recipe = choose_recipe(decisions, source.facts, request)
+    recipe = choose_recipe(decisions, source.facts, request, _calibration(source, request))
     method = find_method(recipe.quant_method)
     plan = make_plan(
         decisions, source.facts, request, recipe=recipe, method=method, max_shard_nbytes=options.max_shard_nbytes
@@ -71,8 +74,30 @@ def prepare(model: Path, request: Request, options: WriteOptions) -> Prepared:
     return Prepared(source, side_files, request, plan, method, output, options)
 
 
+def _calibration(source: Source, request: Request) -> Calibration | None:
+    scheme = parse_scheme(request.scheme)
+    activations = request.activations or (scheme.activations if scheme else None)
+    if request.calibration is None:
+        if request.kv_cache or activations == "static":
+            raise RecipeError(f"scales of activations need a calibration: {_calibrate_commands(source, request)}")
+        return None
+    calibration = read_calibration(request.calibration)
+    if calibration.fingerprint and calibration.fingerprint != source.fingerprint:
+        raise InputError(
+            f"{request.calibration} is a calibration of another model: run fp8pack calibrate {source.path}"
+        )
+    return calibration
+
+
+def _calibrate_commands(source: Source, request: Request) -> str:
+    """The two commands that end in what was asked for."""
+    model = shlex.quote(str(source.path))
+    file = shlex.quote(str(beside(source, f"{source.name}-calibration.safetensors")))
+    asked = f"--scheme {request.scheme}" + (" --kv-cache" if request.kv_cache else "")
+    return f"`fp8pack calibrate {model}`, then `fp8pack pack {model} {asked} --calibration {file}`"
+
+
 def _default_output(source: Source, plan: PackPlan) -> Path:
     if source.is_single_file:
         return source.path.parent / f"{source.path.stem}-fp8.safetensors"
-    folder = Path.cwd() if is_hub_snapshot(source.path) else Path(os.path.abspath(source.path)).parent
-    return folder / f"{source.name}-{plan.recipe.suffix}"
+    return beside(source, f"{source.name}-{plan.recipe.suffix}")

@@ -11,7 +11,7 @@ from fp8pack.errors import RecipeError
 from fp8pack.numerics.granularity import BLOCK_128, CHANNEL, MX, TENSOR, Granularity
 from fp8pack.planning.model import ModelFacts
 from fp8pack.planning.policy import fused_module
-from fp8pack.planning.recipe import FP8_BLOCK, FP8_DYNAMIC, Recipe, Request, Scheme, parse_scheme
+from fp8pack.planning.recipe import FP8, FP8_BLOCK, FP8_DYNAMIC, Recipe, Request, Scheme, parse_scheme
 from fp8pack.planning.spec import TensorSpec
 
 Packed = Sequence[tuple[TensorSpec, str]]
@@ -39,6 +39,13 @@ _LOADS: dict[tuple[str, str, str], dict[str, str]] = {
         "transformers": "with compressed-tensors",
         "tgi": "",
     },
+    ("modelopt", TENSOR.name, "static"): {"vllm": "", "sglang": "", "tensorrt-llm": ""},
+    ("compressed-tensors", TENSOR.name, "static"): {
+        "vllm": "",
+        "sglang": "",
+        "transformers": "with compressed-tensors",
+        "tgi": "",
+    },
     ("compressed-tensors", CHANNEL.name, "none"): {"vllm": "", "sglang": "", "transformers": "with compressed-tensors"},
     ("compressed-tensors", MX.name, "dynamic"): {"vllm": "", "transformers": "with compressed-tensors"},
 }
@@ -47,6 +54,13 @@ _WHY_NOT = {
         "transformers": ("it looks for weight_scale_inv", "--scheme FP8_DYNAMIC"),
         "tensorrt-llm": ("quant_method fp8 means block scales there", "--scheme FP8_BLOCK"),
         "lmdeploy": ("it would use the weight without its scale", "--scheme FP8_BLOCK"),
+    },
+    ("modelopt", TENSOR.name): {
+        "transformers": ("it has no reader for modelopt", "--quant-method compressed-tensors"),
+        "tgi": ("it has no reader for modelopt", "--quant-method compressed-tensors"),
+    },
+    ("compressed-tensors", TENSOR.name): {
+        "tensorrt-llm": ("it refuses tensor scales there", "--quant-method modelopt"),
     },
 }
 
@@ -89,6 +103,8 @@ def choose_scheme(request: Request, packed: Packed, facts: ModelFacts) -> tuple[
     named = parse_scheme(request.scheme)
     if named is not None:
         return named, "asked for"
+    if request.activations == "static" or (request.calibration and not request.kv_cache):
+        return FP8, "auto: the calibration gives static activation scales"
     if ragged := next((spec for spec, _ in packed if not BLOCK_128.fits(spec.shape)), None):
         n, k = ragged.shape
         return FP8_DYNAMIC, f"auto: {ragged.name} is {n} x {k}, no multiple of 128"

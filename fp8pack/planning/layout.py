@@ -44,16 +44,16 @@ class ShardPlan:
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """What a source tensor becomes: a payload or copy, and a scale tensor if it is packed."""
+    """What a source tensor becomes: a payload or copy, and the scale tensors that go with it."""
 
     source: TensorSpec
     data: Stored
-    scale: Stored | None = None
+    scales: tuple[Stored, ...] = ()
 
     @property
     def stored(self) -> tuple[Stored, ...]:
         """The output tensors."""
-        return (self.data,) if self.scale is None else (self.data, self.scale)
+        return (self.data, *self.scales)
 
 
 def arrange(outputs: Iterable[Output], max_shard_nbytes: int | None = None) -> tuple[ShardPlan, ...]:

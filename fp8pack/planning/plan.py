@@ -10,6 +10,8 @@ from fp8pack.errors import InputError, RecipeError
 from fp8pack.numerics.formats import Float8Format
 from fp8pack.numerics.granularity import CHANNEL, MX, TENSOR, Granularity
 from fp8pack.numerics.scaling import ScaleRounding
+from fp8pack.planning.activation_scales import ActivationScale, ActivationScales, Kind, Observed
+from fp8pack.planning.calibration import Calibration
 from fp8pack.planning.engines import EngineVerdict, choose_scheme, judge_engines
 from fp8pack.planning.layout import Output, ShardPlan, Stored, arrange
 from fp8pack.planning.model import ModelFacts
@@ -62,6 +64,7 @@ class TensorPlan:
     band_rows: int
     band_cols: int = 1
     packing: Packing | None = None
+    activations: tuple[ActivationScale, ...] = ()
 
     @property
     def matrix(self) -> tuple[int, int]:
@@ -123,6 +126,14 @@ class QuantMethod(Protocol):
         """Return name, dtype and shape of the scale tensor beside a weight."""
         ...
 
+    def input_scale(self, name: str) -> Stored:
+        """Return name, dtype and shape of the static scale of what enters a weight."""
+        ...
+
+    def kv_scale(self, attention: str, kind: Kind, owner: str) -> Stored:
+        """Return name, dtype and shape of the scale of K or V of an attention; `owner` is the weight that makes it."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Decision:
@@ -178,11 +189,18 @@ def decide(specs: Sequence[TensorSpec], facts: ModelFacts, request: Request) -> 
     return decisions
 
 
-def choose_recipe(decisions: Sequence[Decision], facts: ModelFacts, request: Request) -> Recipe:
-    """Return the recipe: the scheme asked for, or the one that `auto` finds right for these shapes and this model."""
+def choose_recipe(
+    decisions: Sequence[Decision], facts: ModelFacts, request: Request, calibration: Calibration | None = None
+) -> Recipe:
+    """Return the recipe: the scheme asked for, or the one that `auto` finds right for these shapes and this model.
+
+    Raises:
+        RecipeError: a scheme is not known, scales of activations are asked for without a calibration, or a calibration
+            that nothing is asked of.
+    """
     packed = [(decision.spec, decision.role) for decision in decisions if decision.packed]
     scheme, reason = choose_scheme(request, packed, facts)
-    return resolve(request, scheme, reason)
+    return resolve(request, scheme, reason, calibration)
 
 
 def make_plan(
@@ -199,7 +217,7 @@ def make_plan(
     Raises:
         RecipeError: a convention cannot express the recipe, nothing is left to pack, or a named target cannot load
             the result.
-        InputError: the source holds a tensor that bears the name of a scale.
+        InputError: the source holds a tensor that bears the name of a scale, or the calibration does not fit it.
     """
     method.check(recipe, request.rules)
     settled = _settle(decisions, recipe, method)
@@ -212,6 +230,7 @@ def make_plan(
         raise RecipeError(
             f"nothing to pack: no tensor is a linear weight that the policy and the rules let be packed{why}"
         )
+    tensors, notes = _calibrate(tensors, recipe, method)
     _check_scale_names(tensors)
     packed = [(tensor.spec, tensor.role) for tensor in tensors if tensor.packing]
     engines = judge_engines(recipe, packed, facts, request)
@@ -222,7 +241,7 @@ def make_plan(
         arrange([_output(tensor) for tensor in tensors], max_shard_nbytes),
         engines,
         _kept_linears(tensors, facts),
-        _warnings(tensors),
+        (*_warnings(tensors), *notes),
     )
 
 
@@ -299,6 +318,46 @@ def _plan_tensor(decision: Decision, recipe: Recipe, method: QuantMethod) -> Ten
     return TensorPlan(spec, Action.PACKED, decision.role, decision.reason, rows, cols, packing)
 
 
+def _calibrate(
+    tensors: tuple[TensorPlan, ...], recipe: Recipe, method: QuantMethod
+) -> tuple[tuple[TensorPlan, ...], list[str]]:
+    """Add the scales of activations to the tensors that they are stored beside; return also what is worth knowing."""
+    if recipe.calibration is None:
+        return tensors, []
+    scales = ActivationScales(recipe.calibration, recipe.activation_options, recipe.format)
+    added: dict[str, list[ActivationScale]] = {}
+    notes = []
+    if recipe.kv_cache:
+        roles = {tensor.spec.name: tensor.role for tensor in tensors}
+        added |= scales.of_kv_cache(roles, method.kv_scale)
+    if recipe.activations == "static":
+        weights = [(tensor.spec.name, method.input_scale(tensor.spec.name)) for tensor in tensors if tensor.packing]
+        inputs = scales.of_inputs(weights)
+        for name, (scale, _) in inputs.items():
+            added[name] = [scale, *added.get(name, [])]
+        notes = _calibration_notes({name: observed for name, (_, observed) in inputs.items()}, recipe)
+    return tuple(replace(tensor, activations=tuple(added.get(tensor.spec.name, ()))) for tensor in tensors), notes
+
+
+def _calibration_notes(inputs: dict[str, Observed], recipe: Recipe) -> list[str]:
+    notes = []
+    if recipe.activation_options.percentile is not None:
+        notes.append("--percentile clips what lies above it, which mostly costs FP8 accuracy: amax is the default")
+    spikes = [name for name, observed in inputs.items() if observed.has_spike]
+    if spikes:
+        notes.append(
+            f"what enters {len(spikes)} weights has an amax over ten times what 99.9 % stay below, such as "
+            f"{', '.join(spikes[:3])}: --ignore keeps them in BF16, --scheme FP8_DYNAMIC scales each token"
+        )
+    borrowed = [name for name, observed in inputs.items() if observed.is_borrowed]
+    if borrowed:
+        notes.append(
+            f"{len(borrowed)} weights of experts saw too few tokens and borrow a scale, such as "
+            f"{', '.join(borrowed[:3])}: calibrate with more prompts or --all-experts"
+        )
+    return notes
+
+
 def _band_shape(spec: TensorSpec, granularity: Granularity) -> tuple[int, int]:
     """Whole regions, about 8 MiB of source: all columns of as many rows as fit, or a part of one row of regions."""
     (n, k), rows, cols = spec.shape, granularity.rows or 1, granularity.cols or 1
@@ -311,16 +370,23 @@ def _band_shape(spec: TensorSpec, granularity: Granularity) -> tuple[int, int]:
 def _check_scale_names(tensors: Sequence[TensorPlan]) -> None:
     names = {tensor.spec.name for tensor in tensors}
     for tensor in tensors:
-        if tensor.packing and tensor.packing.scale.name in names:
-            name = tensor.spec.name
-            raise InputError(f"{tensor.packing.scale.name} is in the source already: --ignore {name} keeps its weight")
+        for stored in _scales_of(tensor):
+            if stored.name in names:
+                raise InputError(
+                    f"{stored.name} is in the source already: --ignore {tensor.spec.name} keeps its weight"
+                )
 
 
 def _output(tensor: TensorPlan) -> Output:
     if tensor.packing is None:
-        return Output(tensor.spec, Stored(tensor.spec.name, tensor.spec.dtype, tensor.spec.shape))
+        return Output(tensor.spec, Stored(tensor.spec.name, tensor.spec.dtype, tensor.spec.shape), _scales_of(tensor))
     payload = Stored(tensor.spec.name, tensor.packing.format.dtype, tensor.spec.shape)
-    return Output(tensor.spec, payload, tensor.packing.scale)
+    return Output(tensor.spec, payload, _scales_of(tensor))
+
+
+def _scales_of(tensor: TensorPlan) -> tuple[Stored, ...]:
+    weight = (tensor.packing.scale,) if tensor.packing else ()
+    return (*weight, *(activation.stored for activation in tensor.activations))
 
 
 def _kept_linears(tensors: Sequence[TensorPlan], facts: ModelFacts) -> tuple[str, ...]:

@@ -1,13 +1,16 @@
 """The recipe: what to do with a checkpoint, as data."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
+from pathlib import Path
 from typing import Any
 
 from fp8pack.errors import RecipeError
 from fp8pack.numerics.formats import E4M3, Float8Format
 from fp8pack.numerics.granularity import BLOCK_128, CHANNEL, MX, TENSOR, Granularity
 from fp8pack.numerics.scaling import ScaleRounding
+from fp8pack.planning.activation_scales import ActivationOptions
+from fp8pack.planning.calibration import Calibration
 from fp8pack.planning.patterns import Pattern
 
 
@@ -38,6 +41,11 @@ class Request:
     quant_method: str | None = None
     scale_rounding: ScaleRounding | None = None
     activations: str | None = None
+    calibration: Path | None = None
+    kv_cache: bool = False
+    percentile: float | None = None
+    margin: int = 0
+    warmup: int = 0
     ignore: tuple[Pattern, ...] = ()
     only: tuple[Pattern, ...] = ()
     pack: tuple[Pattern, ...] = ()
@@ -61,11 +69,12 @@ class Scheme:
     suffix: str
 
 
+FP8 = Scheme("FP8", E4M3, TENSOR, ScaleRounding.NONE, "static", "modelopt", "FP8")
 FP8_BLOCK = Scheme("FP8_BLOCK", E4M3, BLOCK_128, ScaleRounding.NONE, "dynamic", "fp8", "FP8-block")
 FP8_DYNAMIC = Scheme("FP8_DYNAMIC", E4M3, CHANNEL, ScaleRounding.NONE, "dynamic", "compressed-tensors", "FP8-dynamic")
 MXFP8 = Scheme("MXFP8", E4M3, MX, ScaleRounding.UP, "dynamic", "compressed-tensors", "MXFP8")
 W8A16 = Scheme("W8A16", E4M3, CHANNEL, ScaleRounding.NONE, "none", "compressed-tensors", "FP8-W8A16")
-SCHEMES = (FP8_BLOCK, FP8_DYNAMIC, MXFP8, W8A16)
+SCHEMES = (FP8_BLOCK, FP8_DYNAMIC, FP8, MXFP8, W8A16)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +89,9 @@ class Recipe:
     activations: str
     quant_method: str
     suffix: str
+    kv_cache: bool = False
+    calibration: Calibration | None = None  # if scales of activations are stored
+    activation_options: ActivationOptions = field(default_factory=ActivationOptions)
 
     def as_data(self, request: Request) -> dict[str, Any]:
         """Return the recipe as it stands in the manifest, with what the request selected."""
@@ -92,6 +104,19 @@ class Recipe:
             "scale_rounding": self.scale_rounding.value,
             "activations": self.activations,
             "quant_method": self.quant_method,
+            **self._calibrated(),
+        }
+
+    def _calibrated(self) -> dict[str, Any]:
+        if self.calibration is None:
+            return {}
+        options = self.activation_options
+        return {
+            "calibration": self.calibration.digest,
+            "kv_cache": self.kv_cache,
+            "percentile": options.percentile,
+            "margin": options.margin,
+            "warmup": options.warmup,
         }
 
 
@@ -119,17 +144,13 @@ def parse_scheme(text: str) -> Scheme | None:
     name = text.upper().replace("-", "_")
     if name == "AUTO":
         return None
-    if name == "FP8":
-        raise RecipeError(
-            "scheme FP8 needs calibrated activation scales, which this version does not read: use FP8_DYNAMIC"
-        )
     for scheme in SCHEMES:
         if scheme.name == name:
             return scheme
     raise RecipeError(f"scheme {text!r} is not known: choose auto, {', '.join(scheme.name for scheme in SCHEMES)}")
 
 
-def resolve(request: Request, scheme: Scheme, reason: str) -> Recipe:
+def resolve(request: Request, scheme: Scheme, reason: str, calibration: Calibration | None = None) -> Recipe:
     """Return the scheme with the parts that the request overrides; a changed part makes it a scheme of its own."""
     granularity = request.granularity or scheme.granularity
     format = request.format or scheme.format
@@ -139,12 +160,31 @@ def resolve(request: Request, scheme: Scheme, reason: str) -> Recipe:
     parts = (format, granularity, rounding, activations, method)
     asked = (request.format, request.granularity, request.scale_rounding, request.activations, request.quant_method)
     reason = "asked for" if any(asked) else reason
+    kv = "-KV" if request.kv_cache else ""
+    _check_calibration(request, activations, calibration)
+    options = ActivationOptions(request.percentile, request.margin, request.warmup)
+    calibrated = (request.kv_cache, calibration, options)
     for known in SCHEMES:
         if parts == (known.format, known.granularity, known.scale_rounding, known.activations, known.quant_method):
-            return Recipe(known.name, reason, *parts, known.suffix)
-    detail = granularity.name.replace(":", "-")
+            return Recipe(known.name, reason, *parts, known.suffix + kv, *calibrated)
+    detail = granularity.name.replace(":", "-") + ("-static" if activations == "static" else "")
     suffix = f"FP8-{detail}" if format == E4M3 else f"FP8-{format.name}-{detail}"
-    return Recipe("custom", reason, *parts, suffix)
+    return Recipe("custom", reason, *parts, suffix + kv, *calibrated)
+
+
+def _check_calibration(request: Request, activations: str, calibration: Calibration | None) -> None:
+    what = "static activations" if activations == "static" else "KV-cache scales" if request.kv_cache else ""
+    if what and calibration is None:
+        raise RecipeError(f"{what} need a calibration: run `fp8pack calibrate`, then --calibration FILE")
+    options = request.percentile is not None or request.margin or request.warmup
+    if not what and (calibration is not None or options):
+        raise RecipeError(
+            "a calibration serves static activations (--scheme FP8) and KV-cache scales (--kv-cache): ask for either"
+        )
+    if request.percentile is not None and request.warmup:
+        raise RecipeError(
+            "--warmup leaves prompts out, which the histogram behind --percentile cannot: take one of them"
+        )
 
 
 def _method_of(format: Float8Format, granularity: Granularity, rounding: ScaleRounding, activations: str) -> str:
@@ -152,6 +192,8 @@ def _method_of(format: Float8Format, granularity: Granularity, rounding: ScaleRo
         return "fp8pack"
     if granularity in (BLOCK_128, TENSOR) and activations == "dynamic":
         return "fp8"
+    if activations == "static":
+        return "modelopt" if granularity == TENSOR else "fp8pack"
     if granularity == CHANNEL or (granularity == MX and rounding == ScaleRounding.UP):
         return "compressed-tensors"
     return "fp8pack"

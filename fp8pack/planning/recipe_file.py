@@ -35,6 +35,10 @@ class RecipeFile(BaseModel):
     quant_method: str | None = None
     scale_rounding: ScaleRounding | None = None
     activations: str | None = None
+    kv_cache: bool = False
+    percentile: Annotated[float, Field(gt=0, le=100)] | None = None
+    margin: Annotated[int, Field(ge=-8, le=8)] = 0
+    warmup: Annotated[int, Field(ge=0)] = 0
     ignore: list[str] = []
     only: list[str] = []
     pack: list[str] = []
@@ -61,6 +65,10 @@ def parse_recipe(text: str, name: str) -> Request:
         quant_method=entries.quant_method,
         scale_rounding=entries.scale_rounding,
         activations=entries.activations,
+        kv_cache=entries.kv_cache,
+        percentile=entries.percentile,
+        margin=entries.margin,
+        warmup=entries.warmup,
         ignore=tuple(map(Pattern, entries.ignore)),
         only=tuple(map(Pattern, entries.only)),
         pack=tuple(map(Pattern, entries.pack)),

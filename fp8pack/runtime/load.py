@@ -75,8 +75,8 @@ class PackedCheckpoint(Mapping[str, PackedTensor | Tensor]):
     """A packed checkpoint on a device: packed weights are PackedTensors, everything else plain tensors.
 
     Scale tensors belong to their weight and have no entry of their own. `manifest` and `config` are what the files
-    `fp8pack.json` and `config.json` say; `quant_method` is the convention of the checkpoint; `kv_scales` is empty
-    unless it holds some.
+    `fp8pack.json` and `config.json` say; `quant_method` is the convention of the checkpoint; `kv_scales` are the
+    multipliers of K and V by point (`….self_attn.k`), empty unless it holds some.
     """
 
     def __init__(
@@ -85,8 +85,13 @@ class PackedCheckpoint(Mapping[str, PackedTensor | Tensor]):
         self.manifest = manifest
         self.config = config
         self.quant_method = str(manifest.recipe.get("quant_method", "fp8pack"))
-        self.kv_scales: dict[str, Tensor] = {}
         self._specs, self._buffers = specs, buffers
+        self.kv_scales = {
+            activation.point: self._view(activation.tensor)
+            for entry in manifest.tensors.values()
+            for activation in entry.activation_scales
+            if activation.kind != "input"
+        }
 
     def __getitem__(self, name: str) -> PackedTensor | Tensor:
         entry = self.manifest.tensors[name]
@@ -94,7 +99,17 @@ class PackedCheckpoint(Mapping[str, PackedTensor | Tensor]):
             return self._view(name)
         scale = self._view(entry.scale_inv.tensor)
         block, source_dtype = entry.block, _DTYPES[entry.source_dtype]
-        return PackedTensor(name, self._view(name), scale, entry.format, entry.granularity, block, source_dtype)
+        inputs = [self._view(a.tensor) for a in entry.activation_scales if a.kind == "input"]
+        return PackedTensor(
+            name,
+            self._view(name),
+            scale,
+            entry.format,
+            entry.granularity,
+            block,
+            source_dtype,
+            inputs[0] if inputs else None,
+        )
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.manifest.tensors)
@@ -127,8 +142,14 @@ class PackedCheckpoint(Mapping[str, PackedTensor | Tensor]):
             if any(part.shape[0] % first.block[0] for part in parts[:-1]):
                 raise InputError(f"a part of {module} ends within a block, so its scales do not fit the whole")
             scale, rows = _join([part.scale for part in parts]), first.block[0]
+        inputs = [part.input_scale for part in parts if part.input_scale is not None]
         return replace(
-            first, name=module, data=_join([part.data for part in parts]), scale=scale, block=(rows, first.block[1])
+            first,
+            name=module,
+            data=_join([part.data for part in parts]),
+            scale=scale,
+            block=(rows, first.block[1]),
+            input_scale=torch.stack(inputs).amax(0) if len(inputs) == len(parts) else None,
         )
 
     def _view(self, name: str) -> Tensor:

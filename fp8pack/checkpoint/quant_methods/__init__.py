@@ -1,10 +1,11 @@
-"""The on-disk conventions, one file each behind the same four functions."""
+"""The on-disk conventions, one file each behind the same functions."""
 
 from typing import Any, Protocol
 
 from fp8pack.checkpoint.quant_methods.compressed_tensors import CompressedTensors
 from fp8pack.checkpoint.quant_methods.fp8 import Fp8
 from fp8pack.checkpoint.quant_methods.fp8pack import Fp8Pack
+from fp8pack.checkpoint.quant_methods.modelopt import ModelOpt
 from fp8pack.errors import RecipeError
 from fp8pack.planning.plan import PackPlan, QuantMethod
 
@@ -16,8 +17,12 @@ class WrittenMethod(QuantMethod, Protocol):
         """Return the `quantization_config` of a packed checkpoint."""
         ...
 
+    def files(self, plan: PackPlan) -> dict[str, dict[str, Any]]:
+        """Return the JSON files that stand beside config.json, by name."""
+        ...
 
-METHODS: tuple[WrittenMethod, ...] = (Fp8(), CompressedTensors(), Fp8Pack())
+
+METHODS: tuple[WrittenMethod, ...] = (Fp8(), CompressedTensors(), ModelOpt(), Fp8Pack())
 
 
 def find_method(text: str) -> WrittenMethod:

@@ -12,6 +12,7 @@ from fp8pack.errors import RecipeError
 from fp8pack.numerics.formats import E4M3
 from fp8pack.numerics.granularity import BLOCK_128, TENSOR, Granularity
 from fp8pack.numerics.scaling import ScaleRounding
+from fp8pack.planning.activation_scales import Kind
 from fp8pack.planning.layout import Stored
 from fp8pack.planning.plan import PackPlan
 from fp8pack.planning.recipe import Recipe, Rule
@@ -44,10 +45,20 @@ class Fp8:
             return Stored(f"{spec.name}_scale", "F32", ())
         return Stored(f"{spec.name}_scale_inv", "F32", granularity.scale_shape(spec.shape))
 
+    def input_scale(self, name: str) -> Stored:
+        """Return `input_scale` []."""
+        return Stored(f"{name.removesuffix('.weight')}.input_scale", "F32", ())
+
+    def kv_scale(self, attention: str, kind: Kind, owner: str) -> Stored:
+        """Return `k_scale` or `v_scale` [] of the attention."""
+        return Stored(f"{attention}.{kind}_scale", "F32", ())
+
     def config(self, plan: PackPlan) -> dict[str, Any]:
         """Return the keys that vLLM, SGLang, TensorRT-LLM and transformers read."""
+        kv_cache = {"kv_cache_scheme": "static"} if plan.recipe.kv_cache else {}
         if plan.recipe.granularity == TENSOR:
-            return {"quant_method": "fp8", "activation_scheme": "dynamic", "ignored_layers": list(plan.kept_linears)}
+            ignored = list(plan.kept_linears)
+            return {"quant_method": "fp8", "activation_scheme": "dynamic", "ignored_layers": ignored, **kv_cache}
         powers_of_two = plan.recipe.scale_rounding != ScaleRounding.NONE
         return {
             "quant_method": "fp8",
@@ -56,7 +67,12 @@ class Fp8:
             **({"scale_fmt": "ue8m0"} if powers_of_two else {}),
             "weight_block_size": [128, 128],
             "modules_to_not_convert": list(plan.kept_linears),
+            **kv_cache,
         }
+
+    def files(self, plan: PackPlan) -> dict[str, dict[str, Any]]:
+        """Return none: config.json says everything."""
+        return {}
 
 
 def gemm_problem(shape: tuple[int, ...]) -> str | None:

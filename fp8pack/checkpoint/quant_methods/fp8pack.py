@@ -9,6 +9,7 @@ from typing import Any
 from fp8pack.errors import RecipeError
 from fp8pack.numerics.granularity import MX, TENSOR, Granularity
 from fp8pack.numerics.scaling import ScaleRounding
+from fp8pack.planning.activation_scales import Kind
 from fp8pack.planning.layout import Stored
 from fp8pack.planning.plan import PackPlan
 from fp8pack.planning.recipe import Recipe, Rule
@@ -34,6 +35,14 @@ class Fp8Pack:
         shape = () if granularity == TENSOR else granularity.scale_shape(spec.shape)
         return Stored(f"{spec.name}_scale_inv", "U8" if granularity == MX else "F32", shape)
 
+    def input_scale(self, name: str) -> Stored:
+        """Return `input_scale` []."""
+        return Stored(f"{name.removesuffix('.weight')}.input_scale", "F32", ())
+
+    def kv_scale(self, attention: str, kind: Kind, owner: str) -> Stored:
+        """Return `k_scale` or `v_scale` [] of the attention."""
+        return Stored(f"{attention}.{kind}_scale", "F32", ())
+
     def config(self, plan: PackPlan) -> dict[str, Any]:
         """Return what a reader needs besides the manifest."""
         return {
@@ -42,4 +51,9 @@ class Fp8Pack:
             "granularity": plan.recipe.granularity.name,
             "activation_scheme": plan.recipe.activations,
             "modules_to_not_convert": list(plan.kept_linears),
+            **({"kv_cache_scheme": "static"} if plan.recipe.kv_cache else {}),
         }
+
+    def files(self, plan: PackPlan) -> dict[str, dict[str, Any]]:
+        """Return none: config.json says everything."""
+        return {}

@@ -1,0 +1,161 @@
+"""From a calibration to the scales that are stored: of what enters each packed weight, and of the KV cache."""
+
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from fp8pack.errors import InputError
+from fp8pack.numerics.formats import Float8Format
+from fp8pack.numerics.scaling import ScaleRounding, scale_of
+from fp8pack.planning.calibration import Calibration, Site, values_of
+from fp8pack.planning.calibration_facts import MIN_EXPERT_TOKENS, expert_of
+from fp8pack.planning.layout import Stored
+from fp8pack.planning.policy import fused_module
+
+_OWNERS = {"k": ("attn.k", "attn.kv", "attn.qkv"), "v": ("attn.v", "attn.kv", "attn.qkv")}
+
+Kind = Literal["input", "k", "v"]
+
+
+@dataclass(frozen=True, slots=True)
+class ActivationOptions:
+    """How statistics become an amax.
+
+    percentile: of all magnitudes, in place of the largest. margin: the scale is multiplied by 2^margin, as in
+    Transformer Engine. warmup: prompts at the start that are left out of amax and history.
+    """
+
+    percentile: float | None = None
+    margin: int = 0
+    warmup: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ActivationScale:
+    """A calibrated scale that is stored beside a weight: the multiplier that dequantizes, in float32.
+
+    history: the amax of each prompt in order, the seed of a delayed-scaling history.
+    """
+
+    kind: Kind
+    point: str
+    stored: Stored
+    scale: float
+    amax: float
+    history: tuple[float, ...]
+
+    @property
+    def data(self) -> bytes:
+        """The bytes of the stored tensor."""
+        return struct.pack("<f", self.scale)
+
+
+@dataclass(frozen=True, slots=True)
+class Observed:
+    """What is known of a point: its amax by the options, and of each prompt; whether peers lent it, and a spike."""
+
+    amax: float
+    history: tuple[float, ...]
+    is_borrowed: bool = False
+    has_spike: bool = False
+
+
+class ActivationScales:
+    """Scales out of a calibration, under a convention's names."""
+
+    def __init__(self, calibration: Calibration, options: ActivationOptions, format: Float8Format) -> None:
+        self._calibration, self._options, self._format = calibration, options, format
+        self._peers: dict[tuple[str, str], list[Site]] = {}
+        for site in calibration.sites:
+            for point in site.points:
+                if key := expert_of(point):
+                    self._peers.setdefault(key, []).append(site)
+
+    def of_inputs(self, weights: Sequence[tuple[str, Stored]]) -> dict[str, tuple[ActivationScale, Observed]]:
+        """Return the scale of what enters each weight; weights that engines fuse share the largest.
+
+        weights: the name of each, and what its scale is stored as.
+
+        Raises:
+            InputError: nothing was observed there.
+        """
+        found = {name: self.observed(f"{name.removesuffix('.weight')}.input", name) for name, _ in weights}
+        groups: dict[str, list[Observed]] = {}
+        for name, observed in found.items():
+            groups.setdefault(fused_module(name) or name, []).append(observed)
+        scales = {}
+        for name, stored in weights:
+            members = groups[fused_module(name) or name]
+            amax = max(member.amax for member in members)
+            history = tuple(map(max, zip(*(member.history for member in members), strict=True)))
+            point = f"{name.removesuffix('.weight')}.input"
+            scales[name] = (ActivationScale("input", point, stored, self._scale(amax), amax, history), found[name])
+        return scales
+
+    def of_kv_cache(
+        self, roles: dict[str, str], stored_as: Callable[[str, Kind, str], Stored]
+    ) -> dict[str, list[ActivationScale]]:
+        """Return the scales of K and V of each attention, by the tensor that they are stored beside.
+
+        roles: of every tensor of the checkpoint. stored_as: from attention, kind and owner to the stored tensor.
+
+        Raises:
+            InputError: the calibration holds no K and V.
+        """
+        scales: dict[str, list[ActivationScale]] = {}
+        kinds: tuple[Kind, ...] = ("k", "v")
+        for site in self._calibration.sites:
+            for kind in kinds:
+                point = site.points[0]
+                attention = point.removesuffix(f".{kind}")
+                owner = _owner(attention, kind, roles) if attention != point else None
+                if owner is None:
+                    continue
+                observed = self.observed(point, owner)
+                stored = stored_as(attention, kind, owner)
+                scale = ActivationScale(
+                    kind, point, stored, self._scale(observed.amax), observed.amax, observed.history
+                )
+                scales.setdefault(owner, []).append(scale)
+        if not scales:
+            raise InputError("the calibration holds no K and V of this model, so there are no KV-cache scales")
+        return scales
+
+    def observed(self, point: str, weight: str) -> Observed:
+        """Return what is known of a point; experts that too few tokens reached borrow."""
+        site = self._calibration.by_point.get(point)
+        expert = expert_of(point)
+        if expert and (site is None or site.tokens < MIN_EXPERT_TOKENS):
+            full = self._calibration.all_experts_by_point.get(point)
+            return self._lend([full] if full else self._peers.get(expert, []), point, weight)
+        if site is None:
+            raise InputError(f"the calibration saw nothing enter {weight}: --ignore {weight} keeps it as it is")
+        return self._of_sites([site], is_borrowed=False)
+
+    def _lend(self, sites: list[Site], point: str, weight: str) -> Observed:
+        if not sites:
+            raise InputError(f"the calibration saw nothing enter {weight}, nor any of its peers: take more prompts")
+        return self._of_sites(sites, is_borrowed=True)
+
+    def _of_sites(self, sites: list[Site], *, is_borrowed: bool) -> Observed:
+        options = self._options
+        history = np.maximum.reduce([values_of(site.prompt_amax) for site in sites])[options.warmup :]
+        if not history.size:
+            raise InputError(f"--warmup {options.warmup} leaves no prompt of {len(self._calibration.prompts)}")
+        if options.percentile is not None:
+            amax = max(site.percentile(options.percentile) for site in sites)
+        else:
+            amax = float(history.max())
+        return Observed(amax, tuple(history.tolist()), is_borrowed, any(site.has_spike for site in sites))
+
+    def _scale(self, amax: float) -> float:
+        return float(scale_of(amax, self._format, ScaleRounding.NONE) * np.float32(2.0**self._options.margin))
+
+
+def _owner(attention: str, kind: Kind, roles: dict[str, str]) -> str | None:
+    """The tensor beside which a scale of K or V is stored: the projection that makes it."""
+    inside = [name for name in roles if name.startswith(f"{attention}.") and name.endswith(".weight")]
+    return next((name for role in _OWNERS[kind] for name in inside if roles[name] == role), None)
