@@ -18,8 +18,9 @@ $(VENV)/installed: pyproject.toml constraints.txt
 
 install: $(VENV)/installed ## make a virtual environment and install fp8pack and its tools into it
 
-demo: install ## pack the demo model, inspect the result, and compare the two models' perplexity
-	$(BIN)/fp8pack pack examples/demo-qwen3 -o demo-output --overwrite
+demo: install ## calibrate and pack the demo model, inspect the result, and compare the two models' perplexity
+	$(BIN)/fp8pack calibrate examples/demo-qwen3 -o demo-calibration.safetensors --overwrite
+	$(BIN)/fp8pack pack examples/demo-qwen3 --scheme FP8 --kv-cache --calibration demo-calibration.safetensors -o demo-output --overwrite
 	$(BIN)/fp8pack inspect demo-output --against examples/demo-qwen3 --fail-if 'sqnr_min<28'
 	$(BIN)/python examples/compare_demo.py demo-output
 
@@ -52,5 +53,5 @@ test-gpu: install ## run the tests that need a CUDA device
 	$(BIN)/python -m pytest -q -m gpu
 
 clean: ## remove what is built
-	rm -rf $(VENV) build dist demo-output .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) build dist demo-output demo-calibration.safetensors .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

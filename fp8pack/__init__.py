@@ -9,17 +9,17 @@ from typing import Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "CalibrateOptions": "fp8pack.calibrate.prepare",
+    "CalibrateOptions": "fp8pack.calibration.prepare",
     "Fp8PackError": "fp8pack.errors",
     "PackedCheckpoint": "fp8pack.runtime.load",
     "PackedTensor": "fp8pack.runtime.packed_tensor",
     "Request": "fp8pack.planning.recipe",
     "WriteOptions": "fp8pack.packing.prepare",
-    "calibrate": "fp8pack.calibrate.calibrate",
+    "calibrate": "fp8pack.calibration.calibrate",
     "inspect": "fp8pack.packing.inspect",
     "load_packed": "fp8pack.runtime.load",
-    "merge": "fp8pack.calibrate.merge",
-    "observe": "fp8pack.calibrate.observers",
+    "merge": "fp8pack.calibration.merge",
+    "observe": "fp8pack.calibration.observers",
     "pack": "fp8pack.packing.pack",
 }
 __all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604

@@ -12,7 +12,7 @@ FLOORS = {
     "checkpoint": 3,
     "packing": 4,
     "runtime": 4,
-    "calibrate": 4,
+    "calibration": 4,
     "report": 5,
     "cli": 6,
     "__init__": 7,
@@ -72,10 +72,16 @@ def test_no_room_imports_itself_in_a_circle() -> None:
 
 def test_nothing_but_the_edge_imports_heavy_packages_at_its_top() -> None:
     """`pack` and `inspect` on a CPU never load torch, transformers or datasets."""
-    allowed = {"numerics.torch_codec", "numerics.simulate", "runtime.load", "runtime.packed_tensor"}
-    allowed |= {module for module in modules() if room(module) == "calibrate"} - {
-        "calibrate.merge",
-        "calibrate.prompts",
+    allowed = {
+        "numerics.torch_codec",
+        "numerics.simulate",
+        "numerics.replaced_forwards",
+        "runtime.load",
+        "runtime.packed_tensor",
+    }
+    allowed |= {module for module in modules() if room(module) == "calibration"} - {
+        "calibration.merge",
+        "calibration.prompts",
     }
     wrong = []
     for module, path in modules().items():

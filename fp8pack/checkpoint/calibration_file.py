@@ -10,7 +10,6 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,7 +22,7 @@ from fp8pack.checkpoint.header import build_header, read_header
 from fp8pack.checkpoint.shard_writer import ShardWriter, sync_directory
 from fp8pack.checkpoint.source import ShardReader, open_regular
 from fp8pack.errors import InputError
-from fp8pack.planning.calibration import Calibration, Site
+from fp8pack.planning.calibration import NUM_MAGNITUDES, Calibration, Site
 from fp8pack.planning.layout import Stored
 from fp8pack.planning.spec import TensorSpec
 
@@ -31,6 +30,7 @@ SCHEMA_VERSION = 1
 METADATA_KEY = "fp8pack_calibration"
 _ALL_EXPERTS = "all_experts/"
 _INFINITY = 0x7F80
+_MAX_CHANNELS = 1 << 24
 _DTYPES: dict[str, tuple[str, np.dtype[Any]]] = {
     "bins": ("U16", np.dtype("<u2")),
     "counts": ("I64", np.dtype("<i8")),
@@ -75,7 +75,7 @@ def write_calibration(path: Path, calibration: Calibration) -> str:
         begins.append(size)
         size += stored.nbytes
     header = build_header(tensors, begins, {METADATA_KEY: json.dumps(_metadata(calibration), ensure_ascii=False)})
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.partial")
     hasher = blake3(header)
     try:
         with closing(ShardWriter(temporary, create=True)) as writer:
@@ -105,24 +105,31 @@ def read_calibration(path: Path) -> Calibration:
     finally:
         os.close(fd)
     entry = _parse_metadata(header.metadata, path.name)
+    specs = {spec.name: spec for spec in header.tensors}
+    _check_tensors(entry, specs, path.name)  # before a byte of them is read: sizes are bounded from here on
     data = bytearray(size)
     with closing(ShardReader(path)) as reader:
         reader.readinto(memoryview(data), 0)
-    reading = _Reading(path.name, {spec.name: spec for spec in header.tensors}, data, len(entry.prompts))
-    calibration = Calibration(
+
+    def site(prefix: str, found: SiteEntry) -> Site:
+        arrays = []
+        for kind, (_, dtype) in _DTYPES.items():
+            spec = specs[f"{prefix}{found.points[0]}.{kind}"]
+            arrays.append(np.frombuffer(data, dtype, spec.shape[0], spec.begin))
+        read = Site(found.points, found.tokens, *arrays)
+        if not _is_sound(read):
+            name = f"{prefix}{found.points[0]}"
+            raise InputError(f"{path.name}: the statistics of {name[:200]!r} contradict each other: calibrate again")
+        return read
+
+    return Calibration(
         entry.fingerprint,
         entry.prompts,
         entry.options,
-        tuple(reading.site("", site) for site in entry.sites),
-        tuple(reading.site(_ALL_EXPERTS, site) for site in entry.all_experts),
+        tuple(site("", found) for found in entry.sites),
+        tuple(site(_ALL_EXPERTS, found) for found in entry.all_experts),
         f"blake3:{blake3(data).hexdigest()}",
     )
-    if reading.specs:
-        raise InputError(f"{path.name}: tensor {min(reading.specs)!r} belongs to no site")
-    points = [point for site in entry.sites for point in site.points]
-    if len(set(points)) != len(points) or len(set(entry.prompts)) != len(entry.prompts):
-        raise InputError(f"{path.name}: a point or a prompt appears twice")
-    return calibration
 
 
 def is_calibration(path: Path) -> bool:
@@ -134,40 +141,47 @@ def is_calibration(path: Path) -> bool:
         os.close(fd)
 
 
-@dataclass
-class _Reading:
-    """The tensors of a file that no site has taken yet."""
+def _check_tensors(entry: CalibrationEntry, specs: Mapping[str, TensorSpec], file: str) -> None:
+    """Each site has its tensors, of sizes that can be, and there are no others."""
+    expected = {f"{prefix}{site.points[0]}.{kind}" for prefix, site in _sites(entry) for kind in _DTYPES}
+    for name in sorted(expected.symmetric_difference(specs)):
+        problem = "is missing" if name in expected else "belongs to no site"
+        raise InputError(f"{file}: tensor {name[:200]!r} {problem}")
+    for prefix, site in _sites(entry):
+        shapes = []
+        for kind, (dtype, _) in _DTYPES.items():
+            spec = specs[f"{prefix}{site.points[0]}.{kind}"]
+            if spec.dtype != dtype or len(spec.shape) != 1:
+                raise InputError(f"{file}: tensor {spec.name[:200]!r} is no {dtype} of one dimension")
+            shapes.append(spec.shape[0])
+        bins, counts, amax, squares, prompts = shapes
+        if bins != counts or bins > NUM_MAGNITUDES or amax != squares or amax > _MAX_CHANNELS:
+            raise InputError(f"{file}: the tensors of {site.points[0][:200]!r} have shapes that do not belong together")
+        if prompts != len(entry.prompts):
+            raise InputError(f"{file}: {site.points[0][:200]!r} is of {prompts} prompts, not of {len(entry.prompts)}")
+    for sites in (entry.sites, entry.all_experts):
+        points = [point for site in sites for point in site.points]
+        if len(set(points)) != len(points) or len(set(entry.prompts)) != len(entry.prompts):
+            raise InputError(f"{file}: a point or a prompt appears twice")
 
-    file: str
-    specs: dict[str, TensorSpec]
-    data: bytearray
-    num_prompts: int
 
-    def site(self, prefix: str, entry: SiteEntry) -> Site:
-        name = prefix + entry.points[0]
-        bins, counts, amax, squares, prompts = (self._array(f"{name}.{kind}") for kind in _DTYPES)
-        largest = int(bins[-1]) if bins.size else 0
-        sound = (
-            bins.shape == counts.shape
-            and bool((np.diff(bins.astype(np.int64)) > 0).all() and (counts > 0).all())
-            and amax.size == squares.size > 0
-            and int(counts.sum()) == entry.tokens * amax.size
-            and largest == int(amax.max())
-            and largest == int(prompts.max(initial=0))
-            and largest < _INFINITY
-            and prompts.size == self.num_prompts
-            and bool((np.isfinite(squares) & (squares >= 0)).all())
-        )
-        if not sound:
-            raise InputError(f"{self.file}: the statistics of {name!r} contradict each other: calibrate again")
-        return Site(entry.points, entry.tokens, bins, counts, amax, squares, prompts)
+def _sites(entry: CalibrationEntry) -> Iterator[tuple[str, SiteEntry]]:
+    yield from (("", site) for site in entry.sites)
+    yield from ((_ALL_EXPERTS, site) for site in entry.all_experts)
 
-    def _array(self, name: str) -> NDArray[Any]:
-        spec = self.specs.pop(name, None)
-        dtype, kind = _DTYPES[name.rpartition(".")[2]]
-        if spec is None or spec.dtype != dtype or len(spec.shape) != 1:
-            raise InputError(f"{self.file}: tensor {name!r} is missing, or no {dtype} of one dimension")
-        return np.frombuffer(self.data, kind, spec.shape[0], spec.begin)
+
+def _is_sound(site: Site) -> bool:
+    """Whether the numbers of a site agree with each other."""
+    largest = int(site.bins[-1]) if site.bins.size else 0
+    return (
+        bool((np.diff(site.bins.astype(np.int64)) > 0).all() and (site.counts > 0).all())
+        and site.channel_amax.size > 0
+        and sum(site.counts.tolist()) == site.tokens * site.channel_amax.size
+        and largest == int(site.channel_amax.max())
+        and largest == int(site.prompt_amax.max(initial=0))
+        and largest < _INFINITY
+        and bool((np.isfinite(site.channel_squares) & (site.channel_squares >= 0)).all())
+    )
 
 
 def _arrays(calibration: Calibration) -> Iterator[tuple[str, NDArray[Any]]]:
@@ -199,12 +213,16 @@ def _parse_metadata(metadata: Mapping[str, str], file: str) -> CalibrationEntry:
     try:
         document = json.loads(metadata[METADATA_KEY])
         schema = document["schema"]
+        json.dumps(document, ensure_ascii=False).encode()  # half of a surrogate pair could not be written again
     except (KeyError, ValueError, TypeError, RecursionError):
         raise InputError(f"{file} is no calibration file of fp8pack") from None
     if schema != SCHEMA_VERSION:
-        raise InputError(f"{file} has schema {schema}, this version reads {SCHEMA_VERSION}: use a newer one")
+        raise InputError(
+            f"{file} has schema {str(schema)[:40]!r}, this version reads {SCHEMA_VERSION}: use a newer one"
+        )
     try:
         return CalibrationEntry.model_validate(document)
     except ValidationError as error:
         first = error.errors()[0]
-        raise InputError(f"{file} is malformed: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        place = ".".join(map(str, first["loc"]))
+        raise InputError(f"{file} is malformed: {place[:200]!r}: {first['msg'][:200]}") from None

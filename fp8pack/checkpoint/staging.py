@@ -191,6 +191,13 @@ def check_output(output: Path, source: Path, *, overwrite: bool) -> None:
         raise SpaceError(f"{output.parent} is not writable: choose another -o")
 
 
+def check_output_file(output: Path, source: Path, *, overwrite: bool) -> None:
+    """Raise as `check_output` does, and if a file is asked for where a directory is."""
+    if output.is_dir():
+        raise OutputError(f"{output} is a directory: choose another -o")
+    check_output(output, source, overwrite=overwrite)
+
+
 def _is_replaceable(output: Path) -> bool:
     """Whether it is a weights file, or a directory that is empty or holds one: nothing else is meant."""
     if not output.is_dir():

@@ -96,10 +96,10 @@ def calibrate(
     deadline_seconds = parse_duration(deadline) if deadline else None
     if stream_layers not in ("auto", "on", "off"):
         raise RecipeError(f"--stream-layers {stream_layers!r} is not known: choose auto, on or off")
-    from fp8pack.calibrate.calibrate import calibrate as run  # imports torch and transformers, which take seconds
-    from fp8pack.calibrate.prepare import CalibrateOptions
+    from fp8pack.calibration.calibrate import calibrate as run  # imports torch and transformers, which take seconds
+    from fp8pack.calibration.prepare import CalibrateOptions
     from fp8pack.report.calibration import summary_lines
-    from fp8pack.report.progress import CALIBRATING, showing_progress
+    from fp8pack.report.progress import CALIBRATING, print_above, showing_progress
 
     options = CalibrateOptions(
         output=output,
@@ -117,7 +117,7 @@ def calibrate(
         deadline_seconds=deadline_seconds,
     )
     with showing_progress(CALIBRATING, quiet) as on_progress:
-        facts = run(model, options, on_progress=on_progress, on_note=(lambda note: None) if quiet else say)
+        facts = run(model, options, on_progress=on_progress, on_note=(lambda note: None) if quiet else print_above)
     if not quiet:
         say(*summary_lines(facts))
     emit(json.dumps(facts, indent=2, ensure_ascii=False) if as_json else facts["output"])

@@ -19,7 +19,7 @@ def merge(
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Nothing but errors on stderr.")] = False,
 ) -> None:
     """Join calibrations that were made from different prompts, on different machines say."""
-    from fp8pack.calibrate.merge import merge as join  # imports NumPy and pydantic, which --help must not wait for
+    from fp8pack.calibration.merge import merge as join  # imports NumPy and pydantic, which --help must not wait for
     from fp8pack.report.calibration import summary_lines
 
     facts = join(calibrations, output, overwrite=overwrite)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fp8pack.numerics import torch_codec
 from fp8pack.numerics.formats import E4M3, Float8Format
+from fp8pack.numerics.replaced_forwards import replaced_forwards
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,15 +63,9 @@ def simulated(model: nn.Module, linears: Mapping[str, tuple[Tensor, Activation]]
     linears: from the path of an nn.Linear to its dequantized weight [N, K], float32, and how its input is rounded.
     The result of each is rounded to the dtype of its input, as the epilogue of a GEMM does.
     """
-    modules = {path: model.get_submodule(path) for path in linears}
-    for path, module in modules.items():
-        weight, activation = linears[path]
-        module.forward = _forward(module, weight, activation)
-    try:
+    modules = [(model.get_submodule(path), simulation) for path, simulation in linears.items()]
+    with replaced_forwards((module, _forward(module, *simulation)) for module, simulation in modules):
         yield
-    finally:
-        for module in modules.values():
-            del module.forward
 
 
 def _forward(module: nn.Module, weight: Tensor, activation: Activation) -> Callable[[Tensor], Tensor]:

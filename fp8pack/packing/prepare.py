@@ -9,7 +9,7 @@ from fp8pack.checkpoint.calibration_file import read_calibration
 from fp8pack.checkpoint.quant_methods import WrittenMethod, find_method
 from fp8pack.checkpoint.side_files import SideFile, list_side_files
 from fp8pack.checkpoint.source import Source, beside, open_source
-from fp8pack.checkpoint.staging import check_output
+from fp8pack.checkpoint.staging import check_output, check_output_file
 from fp8pack.errors import InputError, RecipeError
 from fp8pack.planning.calibration import Calibration
 from fp8pack.planning.plan import PackPlan, choose_recipe, decide, make_plan
@@ -68,7 +68,8 @@ def prepare(model: Path, request: Request, options: WriteOptions) -> Prepared:
         raise RecipeError(
             f"{source.path.name} is a single file, so -o must name a .safetensors file, not {output.name}"
         )
-    check_output(output, source.path, overwrite=options.overwrite)
+    check = check_output_file if source.is_single_file else check_output
+    check(output, source.path, overwrite=options.overwrite)
     if source.is_single_file:
         plan = replace(plan, shards=(replace(plan.shards[0], file=output.name),))
     return Prepared(source, side_files, request, plan, method, output, options)
@@ -79,7 +80,11 @@ def _calibration(source: Source, request: Request) -> Calibration | None:
     activations = request.activations or (scheme.activations if scheme else None)
     if request.calibration is None:
         if request.kv_cache or activations == "static":
-            raise RecipeError(f"scales of activations need a calibration: {_calibrate_commands(source, request)}")
+            file = beside(source, f"{source.name}-calibration.safetensors")
+            raise RecipeError(
+                f"scales of activations need a calibration: run `fp8pack calibrate {shlex.quote(str(source.path))}`, "
+                f"then the same command with `--calibration {shlex.quote(str(file))}`"
+            )
         return None
     calibration = read_calibration(request.calibration)
     if calibration.fingerprint and calibration.fingerprint != source.fingerprint:
@@ -87,14 +92,6 @@ def _calibration(source: Source, request: Request) -> Calibration | None:
             f"{request.calibration} is a calibration of another model: run fp8pack calibrate {source.path}"
         )
     return calibration
-
-
-def _calibrate_commands(source: Source, request: Request) -> str:
-    """The two commands that end in what was asked for."""
-    model = shlex.quote(str(source.path))
-    file = shlex.quote(str(beside(source, f"{source.name}-calibration.safetensors")))
-    asked = f"--scheme {request.scheme}" + (" --kv-cache" if request.kv_cache else "")
-    return f"`fp8pack calibrate {model}`, then `fp8pack pack {model} {asked} --calibration {file}`"
 
 
 def _default_output(source: Source, plan: PackPlan) -> Path:

@@ -8,16 +8,22 @@ from typing import Literal
 import numpy as np
 
 from fp8pack.errors import InputError
-from fp8pack.numerics.formats import Float8Format
-from fp8pack.numerics.scaling import ScaleRounding, scale_of
+from fp8pack.numerics.formats import E4M3, Float8Format
+from fp8pack.numerics.scaling import MIN_SCALE, ScaleRounding, scale_of
 from fp8pack.planning.calibration import Calibration, Site, values_of
 from fp8pack.planning.calibration_facts import MIN_EXPERT_TOKENS, expert_of
 from fp8pack.planning.layout import Stored
 from fp8pack.planning.policy import fused_module
 
-_OWNERS = {"k": ("attn.k", "attn.kv", "attn.qkv"), "v": ("attn.v", "attn.kv", "attn.qkv")}
-
 Kind = Literal["input", "k", "v"]
+
+_MAKES: dict[str, tuple[Kind, ...]] = {
+    "attn.k": ("k",),
+    "attn.v": ("v",),
+    "attn.kv": ("k", "v"),
+    "attn.qkv": ("k", "v"),
+}
+_LATENT = ("kv_a_proj_with_mqa", "kv_b_proj", "wkv_a", "wkv_b")  # of multi-head latent attention
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +98,10 @@ class ActivationScales:
             amax = max(member.amax for member in members)
             history = tuple(map(max, zip(*(member.history for member in members), strict=True)))
             point = f"{name.removesuffix('.weight')}.input"
-            scales[name] = (ActivationScale("input", point, stored, self._scale(amax), amax, history), found[name])
+            scales[name] = (
+                ActivationScale("input", point, stored, self._scale(amax, self._format), amax, history),
+                found[name],
+            )
         return scales
 
     def of_kv_cache(
@@ -103,25 +112,21 @@ class ActivationScales:
         roles: of every tensor of the checkpoint. stored_as: from attention, kind and owner to the stored tensor.
 
         Raises:
-            InputError: the calibration holds no K and V.
+            InputError: the calibration lacks K or V of an attention, or its cache holds something else.
         """
         scales: dict[str, list[ActivationScale]] = {}
-        kinds: tuple[Kind, ...] = ("k", "v")
-        for site in self._calibration.sites:
-            for kind in kinds:
-                point = site.points[0]
-                attention = point.removesuffix(f".{kind}")
-                owner = _owner(attention, kind, roles) if attention != point else None
-                if owner is None:
-                    continue
-                observed = self.observed(point, owner)
-                stored = stored_as(attention, kind, owner)
-                scale = ActivationScale(
-                    kind, point, stored, self._scale(observed.amax), observed.amax, observed.history
-                )
-                scales.setdefault(owner, []).append(scale)
+        for attention, owners in _attentions(roles).items():
+            for kind, owner in owners.items():
+                point = f"{attention}.{kind}"
+                site = self._calibration.by_point.get(point)
+                if site is None:
+                    raise InputError(f"the calibration saw no {kind.upper()} of {attention}: pack without --kv-cache")
+                seen = self._of_sites([site], is_borrowed=False)
+                stored, scale = stored_as(attention, kind, owner), self._scale(seen.amax, E4M3)
+                entry = ActivationScale(kind, point, stored, scale, seen.amax, seen.history)
+                scales.setdefault(owner, []).append(entry)
         if not scales:
-            raise InputError("the calibration holds no K and V of this model, so there are no KV-cache scales")
+            raise InputError("no attention of this model has a K and V that fp8pack knows: pack without --kv-cache")
         return scales
 
     def observed(self, point: str, weight: str) -> Observed:
@@ -130,32 +135,42 @@ class ActivationScales:
         expert = expert_of(point)
         if expert and (site is None or site.tokens < MIN_EXPERT_TOKENS):
             full = self._calibration.all_experts_by_point.get(point)
-            return self._lend([full] if full else self._peers.get(expert, []), point, weight)
+            return self._of_sites([full], is_borrowed=False) if full else self._lend(expert, weight)
         if site is None:
             raise InputError(f"the calibration saw nothing enter {weight}: --ignore {weight} keeps it as it is")
         return self._of_sites([site], is_borrowed=False)
 
-    def _lend(self, sites: list[Site], point: str, weight: str) -> Observed:
-        if not sites:
+    def _lend(self, expert: tuple[str, str], weight: str) -> Observed:
+        if expert not in self._peers:
             raise InputError(f"the calibration saw nothing enter {weight}, nor any of its peers: take more prompts")
-        return self._of_sites(sites, is_borrowed=True)
+        return self._of_sites(self._peers[expert], is_borrowed=True)
 
     def _of_sites(self, sites: list[Site], *, is_borrowed: bool) -> Observed:
         options = self._options
         history = np.maximum.reduce([values_of(site.prompt_amax) for site in sites])[options.warmup :]
         if not history.size:
             raise InputError(f"--warmup {options.warmup} leaves no prompt of {len(self._calibration.prompts)}")
-        if options.percentile is not None:
-            amax = max(site.percentile(options.percentile) for site in sites)
-        else:
-            amax = float(history.max())
+        amax = float(history.max())
+        if options.percentile is not None:  # unless it is zero, as after a ReLU: then nothing is clipped
+            amax = max(site.percentile(options.percentile) for site in sites) or amax
         return Observed(amax, tuple(history.tolist()), is_borrowed, any(site.has_spike for site in sites))
 
-    def _scale(self, amax: float) -> float:
-        return float(scale_of(amax, self._format, ScaleRounding.NONE) * np.float32(2.0**self._options.margin))
+    def _scale(self, amax: float, format: Float8Format) -> float:
+        if amax == 0:
+            return 1.0
+        scale = scale_of(amax, format, ScaleRounding.NONE) * np.float32(2.0**self._options.margin)
+        return float(max(scale, np.float32(MIN_SCALE)))
 
 
-def _owner(attention: str, kind: Kind, roles: dict[str, str]) -> str | None:
-    """The tensor beside which a scale of K or V is stored: the projection that makes it."""
-    inside = [name for name in roles if name.startswith(f"{attention}.") and name.endswith(".weight")]
-    return next((name for role in _OWNERS[kind] for name in inside if roles[name] == role), None)
+def _attentions(roles: dict[str, str]) -> dict[str, dict[Kind, str]]:
+    """The attentions of a language model whose K and V are cached, and the weights that make them."""
+    found: dict[str, dict[Kind, str]] = {}
+    for name, role in roles.items():
+        attention, _, leaf = name.removesuffix(".weight").rpartition(".")
+        if role not in _MAKES or not name.endswith(".weight") or leaf.startswith("in_proj"):  # of linear attention
+            continue
+        if leaf in _LATENT:
+            raise InputError(f"{attention} caches a latent, whose scale fp8pack does not know: pack without --kv-cache")
+        for kind in _MAKES[role]:
+            found.setdefault(attention, {})[kind] = name
+    return found

@@ -12,6 +12,7 @@ Magnitudes are kept as BF16 bit patterns without the sign (0 to 0x7F7F): of two,
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cached_property
 from typing import Any
 
@@ -70,7 +71,7 @@ class Site:
         if not self.bins.size:
             return 0.0
         cumulative = np.cumsum(self.counts)
-        rank = max(1, math.ceil(percent / 100 * int(cumulative[-1])))
+        rank = max(1, math.ceil(Fraction(str(percent)) * int(cumulative[-1]) / 100))
         return value_of(int(self.bins[np.searchsorted(cumulative, rank)]))
 
     def group_amax(self, size: int) -> NDArray[np.float32]:

@@ -26,7 +26,7 @@ def calibration_facts(calibration: Calibration, *, every_site: bool = False) -> 
         "num_sites": len(sites),
         "growth_last_quarter": growth if math.isfinite(growth) else None,
         "num_growing": sum(site.growth > _GREW for site in calibration.sites),
-        "widest": sorted(inputs, key=lambda site: -(site["width"] or 0))[:NUM_WIDEST],
+        "widest": sorted(inputs, key=_width, reverse=True)[:NUM_WIDEST],
         "spikes": [site["points"][0] for site in sites if site["spike"]],
         "rare_experts": [
             {"point": site.points[0], "tokens": site.tokens}
@@ -51,6 +51,11 @@ def site_facts(site: Site) -> dict[str, Any]:
         "width": site.amax / usual if usual else None,
         "spike": site.has_spike,
     }
+
+
+def _width(site: dict[str, Any]) -> float:
+    """Width for sorting: without bound where 99.9 % are zero and the rest is not."""
+    return float(site["width"] or (math.inf if site["amax"] else 0.0))
 
 
 def is_expert(site: Site) -> bool:

@@ -1,8 +1,9 @@
 """Where each byte of the output goes.
 
 Order inside a shard: payloads and copies whose size is a multiple of 16 first, so that every FP8 payload lies
-16-byte aligned; then F32, then 16-bit tensors, then the odd rest. Within each, members of a fused module lie next to
-each other in the order of the engines, payloads and scales alike, so that a fused weight is one view.
+16-byte aligned; then 64- and 32-bit tensors, scales of activations last; then 16-bit tensors, then the odd rest. Within
+each, members of a fused module lie next to each other in the order of the engines, payloads and scales alike, so that a
+fused weight is one view.
 """
 
 from collections.abc import Iterable
@@ -44,16 +45,17 @@ class ShardPlan:
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """What a source tensor becomes: a payload or copy, and the scale tensors that go with it."""
+    """What a source tensor becomes: a payload or copy, its scale if it is packed, and scales of activations."""
 
     source: TensorSpec
     data: Stored
-    scales: tuple[Stored, ...] = ()
+    scale: Stored | None = None
+    activations: tuple[Stored, ...] = ()
 
     @property
     def stored(self) -> tuple[Stored, ...]:
         """The output tensors."""
-        return (self.data, *self.scales)
+        return (self.data, *([self.scale] if self.scale else []), *self.activations)
 
 
 def arrange(outputs: Iterable[Output], max_shard_nbytes: int | None = None) -> tuple[ShardPlan, ...]:
@@ -90,7 +92,7 @@ def _deal_out(outputs: list[Output], limit: int) -> list[list[Output]]:
 
 
 def _arrange_shard(file: str, outputs: list[Output]) -> ShardPlan:
-    pairs = [(output.source, stored) for output in outputs for stored in output.stored]
+    pairs = [(output, stored) for output in outputs for stored in output.stored]
     ordered = [stored for _, stored in sorted(pairs, key=lambda pair: _sort_key(*pair))]
     begins = []
     position = 0
@@ -100,9 +102,10 @@ def _arrange_shard(file: str, outputs: list[Output]) -> ShardPlan:
     return ShardPlan(file, tuple(ordered), tuple(begins))
 
 
-def _sort_key(source: TensorSpec, stored: Stored) -> tuple[object, ...]:
+def _sort_key(output: Output, stored: Stored) -> tuple[object, ...]:
+    source = output.source
     if stored.nbytes % ALIGNMENT == 0 and stored.name == source.name:
         phase = 0 if stored.dtype.startswith("F8") else 1
     else:
         phase = {64: 2, 32: 2, 16: 3}.get(DTYPE_BITS[stored.dtype], 4)
-    return phase, storage_key(source.name), stored.name
+    return phase, stored in output.activations, storage_key(source.name), stored.name

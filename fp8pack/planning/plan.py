@@ -327,6 +327,8 @@ def _calibrate(
     scales = ActivationScales(recipe.calibration, recipe.activation_options, recipe.format)
     added: dict[str, list[ActivationScale]] = {}
     notes = []
+    if recipe.activation_options.percentile is not None:
+        notes.append("--percentile clips what lies above it, which mostly costs FP8 accuracy: amax is the default")
     if recipe.kv_cache:
         roles = {tensor.spec.name: tensor.role for tensor in tensors}
         added |= scales.of_kv_cache(roles, method.kv_scale)
@@ -335,14 +337,12 @@ def _calibrate(
         inputs = scales.of_inputs(weights)
         for name, (scale, _) in inputs.items():
             added[name] = [scale, *added.get(name, [])]
-        notes = _calibration_notes({name: observed for name, (_, observed) in inputs.items()}, recipe)
+        notes += _calibration_notes({name: observed for name, (_, observed) in inputs.items()})
     return tuple(replace(tensor, activations=tuple(added.get(tensor.spec.name, ()))) for tensor in tensors), notes
 
 
-def _calibration_notes(inputs: dict[str, Observed], recipe: Recipe) -> list[str]:
+def _calibration_notes(inputs: dict[str, Observed]) -> list[str]:
     notes = []
-    if recipe.activation_options.percentile is not None:
-        notes.append("--percentile clips what lies above it, which mostly costs FP8 accuracy: amax is the default")
     spikes = [name for name, observed in inputs.items() if observed.has_spike]
     if spikes:
         notes.append(
@@ -370,23 +370,25 @@ def _band_shape(spec: TensorSpec, granularity: Granularity) -> tuple[int, int]:
 def _check_scale_names(tensors: Sequence[TensorPlan]) -> None:
     names = {tensor.spec.name for tensor in tensors}
     for tensor in tensors:
-        for stored in _scales_of(tensor):
-            if stored.name in names:
-                raise InputError(
-                    f"{stored.name} is in the source already: --ignore {tensor.spec.name} keeps its weight"
-                )
+        if tensor.packing and tensor.packing.scale.name in names:
+            raise InputError(f"{tensor.packing.scale.name} is in the source already: {_keeps(tensor)}")
+        for activation in tensor.activations:
+            if activation.stored.name in names:
+                remedy = _keeps(tensor) if activation.kind == "input" else "pack without --kv-cache"
+                raise InputError(f"{activation.stored.name} is in the source already: {remedy}")
+
+
+def _keeps(tensor: TensorPlan) -> str:
+    return f"--ignore {tensor.spec.name} keeps its weight"
 
 
 def _output(tensor: TensorPlan) -> Output:
+    activations = tuple(activation.stored for activation in tensor.activations)
     if tensor.packing is None:
-        return Output(tensor.spec, Stored(tensor.spec.name, tensor.spec.dtype, tensor.spec.shape), _scales_of(tensor))
+        copy = Stored(tensor.spec.name, tensor.spec.dtype, tensor.spec.shape)
+        return Output(tensor.spec, copy, None, activations)
     payload = Stored(tensor.spec.name, tensor.packing.format.dtype, tensor.spec.shape)
-    return Output(tensor.spec, payload, _scales_of(tensor))
-
-
-def _scales_of(tensor: TensorPlan) -> tuple[Stored, ...]:
-    weight = (tensor.packing.scale,) if tensor.packing else ()
-    return (*weight, *(activation.stored for activation in tensor.activations))
+    return Output(tensor.spec, payload, tensor.packing.scale, activations)
 
 
 def _kept_linears(tensors: Sequence[TensorPlan], facts: ModelFacts) -> tuple[str, ...]:

@@ -240,4 +240,4 @@ def storage_key(name: str) -> tuple[tuple[tuple[int, int, str], ...], int, int, 
 
 def _natural(name: str) -> tuple[tuple[int, int, str], ...]:
     parts = re.split(r"(\d+)", name)
-    return tuple((1, int(part), "") if part.isdigit() and len(part) < 19 else (0, 0, part) for part in parts)
+    return tuple((1, int(part), "") if part.isdecimal() and len(part) < 19 else (0, 0, part) for part in parts)

@@ -77,6 +77,9 @@ W8A16 = Scheme("W8A16", E4M3, CHANNEL, ScaleRounding.NONE, "none", "compressed-t
 SCHEMES = (FP8_BLOCK, FP8_DYNAMIC, FP8, MXFP8, W8A16)
 
 
+MAX_MARGIN = 8
+
+
 @dataclass(frozen=True, slots=True)
 class Recipe:
     """Everything that decides the bytes of the output, resolved; `reason` says why the scheme was chosen."""
@@ -181,6 +184,10 @@ def _check_calibration(request: Request, activations: str, calibration: Calibrat
         raise RecipeError(
             "a calibration serves static activations (--scheme FP8) and KV-cache scales (--kv-cache): ask for either"
         )
+    if request.percentile is not None and not 0 < request.percentile <= 100:
+        raise RecipeError(f"--percentile {request.percentile:g} is not above 0 and at most 100")
+    if not -MAX_MARGIN <= request.margin <= MAX_MARGIN or request.warmup < 0:
+        raise RecipeError(f"--margin is from -{MAX_MARGIN} to {MAX_MARGIN}, and --warmup a number of prompts")
     if request.percentile is not None and request.warmup:
         raise RecipeError(
             "--warmup leaves prompts out, which the histogram behind --percentile cannot: take one of them"

@@ -37,7 +37,7 @@ def print_calibration(facts: dict[str, Any]) -> None:
     """Print a line for each site, and the summary, to stdout."""
     console = Console(highlight=False, soft_wrap=False)
     if not console.is_terminal:
-        longest = max(len(point) for site in facts["sites"] for point in site["points"])
+        longest = max((len(point) for site in facts["sites"] for point in site["points"]), default=0)
         console = Console(highlight=False, width=max(_WIDTH, longest + 100))
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("site", overflow="fold")

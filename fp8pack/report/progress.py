@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from fp8pack.report.text import printable
 from fp8pack.units import format_seconds, format_size
 
 _LINE_SECONDS = 30.0
@@ -34,6 +35,13 @@ def showing_progress(work: Work, quiet: bool) -> Iterator[Callable[[int, int], N
             yield on_progress
     else:
         yield _plain_lines(work)
+
+
+def print_above(line: str) -> None:
+    """Print a line on stderr, above the bar if there is one."""
+    from tqdm import tqdm
+
+    tqdm.write(printable(line), file=sys.stderr)
 
 
 @contextmanager

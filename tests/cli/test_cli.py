@@ -13,10 +13,17 @@ from fp8pack.cli.app import app
 
 PACK_OPTIONS = {
     *("--output", "--scheme", "--format", "--granularity", "--quant-method", "--scale-rounding", "--activations"),
+    *("--calibration", "--kv-cache", "--percentile", "--margin", "--warmup"),
     *("--recipe", "--ignore", "--exclude", "--only", "--pack", "--target", "--tp", "--copy", "--max-shard-size"),
     *("--workers", "--max-memory", "--device", "--resume", "--no-resume", "--deadline", "--overwrite", "--dry-run"),
     *("--json", "--quiet", "--verbose", "--help"),
 }
+CALIBRATE_OPTIONS = {
+    *("--output", "--prompts", "--num-prompts", "--max-length", "--batch-size", "--all-experts", "--until-converged"),
+    *("--stream-layers", "--device", "--trust-remote-code", "--resume", "--no-resume", "--deadline", "--overwrite"),
+    *("--json", "--quiet", "--help"),
+}
+MERGE_OPTIONS = {"--output", "--overwrite", "--json", "--quiet", "--help"}
 INSPECT_OPTIONS = {"--against", "--fail-if", "--json", "--help"}
 
 
@@ -71,8 +78,10 @@ def test_a_dry_run_lists_every_tensor_with_its_reason_and_writes_nothing(
         (["pack", "org/absent"], 3, "hf download org/absent"),
         (["pack", str(DEMO), "--ignore", "absent"], 2, "--ignore 'absent' matches no tensor"),
         (["pack", str(DEMO), "--scheme", "FP9"], 2, "FP8_BLOCK"),
-        (["pack", str(DEMO), "--scheme", "fp8"], 2, "calibrated"),
-        (["pack", str(DEMO), "--activations", "static"], 2, "calibrated"),
+        (["pack", str(DEMO), "--scheme", "fp8"], 2, "`fp8pack calibrate"),
+        (["pack", str(DEMO), "--activations", "static"], 2, "`fp8pack calibrate"),
+        (["pack", str(DEMO), "--kv-cache"], 2, "`fp8pack calibrate"),
+        (["pack", str(DEMO), "--margin", "1"], 2, "--kv-cache"),
         (["pack", str(DEMO), "--max-memory", "much"], 2, "256MiB"),
         (["pack", str(DEMO), "--target", "lmdeploy", "--scheme", "fp8-dynamic"], 2, "LMDeploy"),
         (["pack", str(DEMO), "-o", str(DEMO / "inside")], 4, "lies in the source"),
@@ -147,8 +156,9 @@ def test_packing_and_inspecting_never_import_torch(make_checkpoint: MakeCheckpoi
 
 def test_the_options_are_these_and_a_new_one_needs_a_reason() -> None:
     runner = CliRunner(env={"COLUMNS": "300", "TERM": "dumb"})
-    assert options_in(runner.invoke(app, ["pack", "--help"]).stdout) == PACK_OPTIONS
-    assert options_in(runner.invoke(app, ["inspect", "--help"]).stdout) == INSPECT_OPTIONS
+    frozen = {"calibrate": CALIBRATE_OPTIONS, "merge": MERGE_OPTIONS, "pack": PACK_OPTIONS, "inspect": INSPECT_OPTIONS}
+    for command, options in frozen.items():
+        assert options_in(runner.invoke(app, [command, "--help"]).stdout) == options, command
 
 
 def test_version_is_that_of_the_package() -> None:

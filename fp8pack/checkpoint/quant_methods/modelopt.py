@@ -48,9 +48,9 @@ class ModelOpt:
         return Stored(f"{name.removesuffix('.weight')}.input_scale", "F32", ())
 
     def kv_scale(self, attention: str, kind: Kind, owner: str) -> Stored:
-        """Return `k_proj.k_scale` [], or `k_scale` of the attention where one weight makes q, k and v."""
+        """Return `k_proj.k_scale` [], or `k_scale` of the attention where the projections have other names."""
         module = owner.removesuffix(".weight")
-        own = module.rpartition(".")[2].startswith(kind)
+        own = module.endswith(f".{kind}_proj")
         return Stored(f"{module if own else attention}.{kind}_scale", "F32", ())
 
     def config(self, plan: PackPlan) -> dict[str, Any]:

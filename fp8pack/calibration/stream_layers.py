@@ -6,7 +6,8 @@ else a layer is told come from the model itself, computed anew each time. A last
 runs what comes after them.
 """
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from io import BufferedReader, BufferedWriter
@@ -16,7 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fp8pack.checkpoint.shard_writer import writing
 from fp8pack.errors import InputError
+from fp8pack.numerics.replaced_forwards import replaced_forwards
 
 _STACK_SHARE = 0.5  # of the parameters; with less, streaming would not be worth much
 
@@ -52,8 +55,8 @@ def find_stack(model: nn.Module) -> tuple[str, tuple[nn.Module, ...]] | str:
 def probe(path: str, layers: tuple[nn.Module, ...], call: Callable[[], object]) -> Stack | str:
     """Run the model once without its layers; return how they are driven, or why they cannot be.
 
-    They can if each is called once, in order, with exactly what the one before it returned, and with nothing that
-    layers could share.
+    They can if each is called once, in order, with exactly what the one before it returned, with nothing that layers
+    could share, and if nothing but the last one's hidden states is taken further.
     """
     problem = ""
     for returns_tuple in (False, True):
@@ -82,7 +85,9 @@ class Rounds:
         """
         last = index == len(self._stack.layers)
         entering = self.hidden_path(index).open("rb") if index else None
-        leaving = None if last else self.hidden_path(index + 1).open("wb")
+        target = self.hidden_path(min(index + 1, len(self._stack.layers)))
+        with writing(target):
+            leaving = None if last else target.open("wb")
         state = _Round(entering, leaving)
         stand_ins = [self._stand_in(layer, i, index, state) for i, layer in enumerate(self._stack.layers)]
 
@@ -91,13 +96,14 @@ class Rounds:
                 call()
 
         try:
-            with _replaced(self._stack.layers, stand_ins):
+            with replaced_forwards(zip(self._stack.layers, stand_ins, strict=True)):
                 yield take
         finally:
             if entering is not None:
                 entering.close()
             if leaving is not None:
-                leaving.close()
+                with writing(target):
+                    leaving.close()
 
     def _stand_in(self, layer: nn.Module, i: int, index: int, state: "_Round") -> Callable[..., Any]:
         compute = layer.forward
@@ -139,36 +145,56 @@ class _Round:
 
     def write(self, hidden: Tensor) -> None:
         assert self.leaving is not None
-        self.leaving.write(hidden.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        with writing(Path(self.leaving.name)):
+            self.leaving.write(hidden.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
 def _probe(layers: tuple[nn.Module, ...], call: Callable[[], object], returns_tuple: bool) -> str:
+    """Why a model cannot be driven, empty if it can.
+
+    What all stand-ins but the last return is NaN, so that it shows wherever else the model takes it.
+    """
     order: list[int] = []
     returned: list[Tensor] = []
     problems: list[str] = []
 
     def stand_in(i: int) -> Callable[..., Any]:
         def pass_on(*args: Any, **kwargs: Any) -> Any:
-            hidden, _ = _hidden_of(args, kwargs)
+            hidden, replace = _hidden_of(args, kwargs)
+            told, named = replace(None)
             if returned and hidden is not returned[-1]:
                 problems.append(f"something happens between its layers {order[-1]} and {i}")
-            shared = [name for name, value in kwargs.items() if not _is_plain(value)]
-            if shared:
+            elif shared := [name for name, value in named.items() if not _is_plain(value)]:
                 problems.append(f"its layers share {shared[0]}")
+            elif not _is_plain(told):
+                problems.append("its layers share an argument")
+            elif order and _has_nan((*told, *named.values())):
+                problems.append("its layers are given more than one layer's hidden states")
             order.append(i)
-            returned.append(hidden)
-            return (hidden,) if returns_tuple else hidden
+            returned.append(torch.full_like(hidden, 0.5 if i == len(layers) - 1 else math.nan))
+            return (returned[-1],) if returns_tuple else returned[-1]
 
         return pass_on
 
-    with _replaced(layers, [stand_in(i) for i in range(len(layers))]):
+    with replaced_forwards((layer, stand_in(i)) for i, layer in enumerate(layers)):
         try:
-            call()
-        except (IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            result = call()
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             problems.append(f"it needs more from its layers than hidden states ({' '.join(str(error).split())[:100]})")
+            result = None
     if not problems and order != list(range(len(layers))):
         problems.append("its layers are not called one after the other")
+    if not problems and _has_nan(result):
+        problems.append("it takes the hidden states of more than its last layer")
     return problems[0] if problems else ""
+
+
+def _has_nan(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return any(map(_has_nan, value.values()))
+    if isinstance(value, list | tuple):
+        return any(map(_has_nan, value))
+    return isinstance(value, Tensor) and value.is_floating_point() and bool(value.isnan().any())
 
 
 def _is_plain(value: Any) -> bool:
@@ -183,14 +209,3 @@ def _hidden_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, C
     if args:
         return args[0], lambda hidden: ((hidden, *args[1:]), kwargs)
     return kwargs["hidden_states"], lambda hidden: ((), {**kwargs, "hidden_states": hidden})
-
-
-@contextmanager
-def _replaced(layers: tuple[nn.Module, ...], forwards: list[Callable[..., Any]]) -> Iterator[None]:
-    for layer, forward in zip(layers, forwards, strict=True):
-        layer.forward = forward
-    try:
-        yield
-    finally:
-        for layer in layers:
-            del layer.forward

@@ -9,6 +9,12 @@ from fp8pack.checkpoint.shard_writer import writing
 from fp8pack.errors import OutputError
 
 _VERSION = 1
+_HEAD = {
+    "fingerprint": "of another model",
+    "prompts": "with other prompts",
+    "options": "with other options",
+    "streamed": "made with another --stream-layers, which continues it",
+}
 
 
 class Journal:
@@ -16,6 +22,7 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self.done = 0
 
     def resume(self, head: dict[str, Any], *, throw_away: bool) -> int:
         """Return how many units are finished, after making sure that they belong to this calibration; 0 starts anew.
@@ -23,41 +30,43 @@ class Journal:
         Raises:
             OutputError: they belong to another model, or were made with other prompts or options.
         """
+        self.done = 0
         lines = [] if throw_away else self._lines()
         if not lines:
             with writing(self._path):
                 self._path.unlink(missing_ok=True)
             self._append({"version": _VERSION} | head)
             return 0
-        for key, what in (("fingerprint", "of another model"), ("prompts", "with other prompts"), ("options", "")):
+        for key, what in _HEAD.items():
             if lines[0].get(key) != head[key]:
-                changed = what or f"with other options ({_difference(lines[0].get(key), head[key])})"
+                changed = what if key != "options" else f"{what} ({_difference(lines[0].get(key), head[key])})"
                 raise OutputError(
                     f"{self._path.parent} holds an unfinished calibration {changed}: --no-resume throws it away"
                 )
-        return max((line["done"] for line in lines[1:]), default=0)
+        self.done = max((line["done"] for line in lines[1:]), default=0)
+        return self.done
 
     def add(self, done: int) -> None:
         """Note that so many units are finished."""
         self._append({"done": done})
+        self.done = done
 
     def _lines(self) -> list[dict[str, Any]]:
-        """The lines that are whole: a torn last one was never finished, and is cut off."""
+        """The lines up to the first that is torn or malformed; the file is cut there, so that more can follow."""
         try:
             text = self._path.read_bytes()
         except FileNotFoundError:
             return []
-        if not text.endswith(b"\n"):
-            os.truncate(self._path, text.rfind(b"\n") + 1)
         lines: list[dict[str, Any]] = []
-        for raw in text.split(b"\n")[:-1]:
-            try:
-                line = json.loads(raw)
-            except ValueError:
-                return lines
-            if not isinstance(line, dict) or (lines and type(line.get("done")) is not int):
-                return lines
+        whole = 0
+        for raw in text.splitlines(keepends=True):
+            line = _parse(raw)
+            if line is None or (lines and type(line.get("done")) is not int):
+                break
             lines.append(line)
+            whole += len(raw)
+        with writing(self._path):
+            os.truncate(self._path, whole)
         return lines if lines and lines[0].get("version") == _VERSION else []
 
     def _append(self, line: dict[str, Any]) -> None:
@@ -68,6 +77,14 @@ class Journal:
                 os.fsync(fd)
             finally:
                 os.close(fd)
+
+
+def _parse(raw: bytes) -> dict[str, Any] | None:
+    try:
+        line = json.loads(raw) if raw.endswith(b"\n") else None
+    except (ValueError, RecursionError):
+        return None
+    return line if isinstance(line, dict) else None
 
 
 def _difference(before: Any, now: Any) -> str:

@@ -7,19 +7,20 @@ in its eager implementation, attention through the function that the model had b
 
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import cache
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import GeneralInterface
 
-from fp8pack.calibrate.names import Names
+from fp8pack.calibration.names import Names
 
 
 class Recording(Protocol):
@@ -31,8 +32,8 @@ class Recording(Protocol):
         ...
 
     @property
-    def has_past(self) -> bool:
-        """Whether the running call continues a sequence whose K and V are cached."""
+    def past(self) -> int | None:
+        """Tokens of a cache that the running call continues, None without a cache."""
         ...
 
     def wants(self, path: str) -> bool:
@@ -48,43 +49,47 @@ class Recording(Protocol):
         """Add a tensor [B, T, K]."""
         ...
 
+    def expect(self, points: Sequence[str], channels: int) -> None:
+        """Have a site of these points, even if nothing comes."""
+        ...
+
     def record_rows(self, points: Sequence[str], value: Tensor, rows: NDArray[np.int32], *, routed: bool) -> None:
         """Add a tensor [R, K] whose rows belong to these prompts."""
         ...
 
 
-def open_doors(model: PreTrainedModel, recording: Recording, names: Names) -> list[Callable[[], object]]:
-    """Have attention and experts of a model recorded; return what closes the doors again."""
-    paths = {module: path for path, module in model.named_modules()}
-    undo: list[Callable[[], object]] = []
+def open_doors(model: Any, recording: Recording, names: Names, paths: dict[nn.Module, str], undo: ExitStack) -> None:
+    """Have attention and experts of a transformers model recorded until `undo` closes the doors again.
+
+    paths: of every module, as `names` knows them.
+    """
     before = _implementations(model, "_attn_implementation")
     ours: dict[str, str] = {}
     for original in set(before.values()):
         base = "eager" if original == "eager" else "sdpa"
         ours[original] = f"fp8pack_{base}_{id(recording):x}"
-        undo.append(_register(ALL_ATTENTION_FUNCTIONS, ours[original], _attention(base, recording, names, paths)))
-        undo.append(_register(ALL_MASK_ATTENTION_FUNCTIONS, ours[original], ALL_MASK_ATTENTION_FUNCTIONS[base]))
+        _register(ALL_ATTENTION_FUNCTIONS, ours[original], _attention(base, recording, names, paths), undo)
+        _register(ALL_MASK_ATTENTION_FUNCTIONS, ours[original], ALL_MASK_ATTENTION_FUNCTIONS[base], undo)
     if model._can_set_attn_implementation():
+        undo.callback(model.set_attn_implementation, before)
         model.set_attn_implementation({key: ours[original] for key, original in before.items()})
-        undo.append(lambda: model.set_attn_implementation(before))
     if any(_is_experts(module) for module in model.modules()):
         experts_before = _implementations(model, "_experts_implementation")
         name = f"fp8pack_{id(recording):x}"
-        undo.append(_register(ALL_EXPERTS_FUNCTIONS, name, _experts(recording, names, paths)))
+        _register(ALL_EXPERTS_FUNCTIONS, name, _experts(recording, names, paths), undo)
+        undo.callback(model.set_experts_implementation, experts_before)
         model.set_experts_implementation(dict.fromkeys(experts_before, name))
-        undo.append(lambda: model.set_experts_implementation(experts_before))
-    return undo
 
 
-def _implementations(model: PreTrainedModel, attribute: str) -> dict[str, str]:
+def _implementations(model: Any, attribute: str) -> dict[str, str]:
     """What a model and its parts run with, under the keys that its setter takes."""
     parts = {"": model.config} | {key: getattr(model.config, key) for key in model.config.sub_configs}
     return {key: getattr(config, attribute) for key, config in parts.items() if config is not None}
 
 
-def _register(registry: GeneralInterface, name: str, function: Callable[..., Any]) -> Callable[[], object]:
+def _register(registry: GeneralInterface, name: str, function: Callable[..., Any], undo: ExitStack) -> None:
+    undo.callback(type(registry)._global_mapping.pop, name, None)
     registry.register(name, function)
-    return lambda: type(registry)._global_mapping.pop(name, None)
 
 
 def _attention(
@@ -95,8 +100,9 @@ def _attention(
     ) -> tuple[Tensor, Tensor | None]:
         place = names.of_place(paths[module])
         observed = (("k", key), ("v", value)) if recording.wants(paths[module]) else ()
-        for kind, states in observed:  # [B, heads, S, D]
-            new = states[:, :, -query.shape[2] :] if recording.has_past else states
+        for kind, states in observed:  # [B, heads, S, D], with a cache the new ones after those of the past
+            first, length = recording.past, query.shape[2]
+            new = states if first is None else states[:, :, min(first, states.shape[2] - length) :][:, :, :length]
             recording.record([f"{place}.{kind}"], new.transpose(1, 2).flatten(2))
         function = ALL_ATTENTION_FUNCTIONS[base] if base != "eager" else _eager(module)
         result: tuple[Tensor, Tensor | None] = function(module, query, key, value, *args, **kwargs)
@@ -117,13 +123,23 @@ def _is_experts(module: nn.Module) -> bool:
 
 
 def _experts(recording: Recording, names: Names, paths: dict[nn.Module, str]) -> Callable[..., Tensor]:
+    @cache
+    def points(module: Any) -> tuple[list[list[str]], list[list[str]]]:
+        """What the points of each expert are: entering it, and entering its down projection."""
+
+        def inputs(parameter: str) -> list[list[str]]:
+            modules = names.of_experts(f"{paths[module]}.{parameter}", module.num_experts)
+            return [[f"{name}.input" for name in found] for found in modules]
+
+        sides = inputs(_up_name(module)), inputs("down_proj")
+        if recording.wants(paths[module]):
+            for name, found in zip((_up_name(module), "down_proj"), sides, strict=True):
+                for each in found:  # also those that no token will ever reach
+                    recording.expect(each, getattr(module, name).shape[-2 if module.is_transposed else -1])
+        return sides
+
     def experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        up = "gate_up_proj" if module.has_gate else "up_proj"
-
-        def points(parameter: str, expert: int) -> list[str]:
-            found = names.of_expert(f"{paths[module]}.{parameter}", expert)
-            return [f"{name}.input" for name in found]
-
+        up, down = points(module)
         result = torch.zeros_like(hidden_states)
         mask = nn.functional.one_hot(top_k_index, num_classes=module.num_experts + 1).permute(2, 1, 0)
         for expert in range(module.num_experts):
@@ -134,24 +150,28 @@ def _experts(recording: Recording, names: Names, paths: dict[nn.Module, str]) ->
             inner = _up(module, entering, expert)
             if recording.wants(paths[module]):
                 rows = recording.rows[tokens.cpu().numpy()]
-                recording.record_rows(points(up, expert), entering, rows, routed=True)
-                recording.record_rows(points("down_proj", expert), inner, rows, routed=True)
+                recording.record_rows(up[expert], entering, rows, routed=True)
+                recording.record_rows(down[expert], inner, rows, routed=True)
             leaving = _down(module, inner, expert) * top_k_weights[tokens, slots, None]
             result.index_add_(0, tokens, leaving.to(result.dtype))
         if recording.wants_all_experts and recording.wants(paths[module]):
-            everything = [point for expert in range(module.num_experts) for point in points(up, expert)]
-            recording.record_rows(everything, hidden_states, recording.rows, routed=False)
+            recording.record_rows(
+                [point for found in up for point in found], hidden_states, recording.rows, routed=False
+            )
             for expert in range(module.num_experts):
                 inner = _up(module, hidden_states, expert)
-                recording.record_rows(points("down_proj", expert), inner, recording.rows, routed=False)
+                recording.record_rows(down[expert], inner, recording.rows, routed=False)
         return result
 
     return experts
 
 
+def _up_name(module: Any) -> str:
+    return "gate_up_proj" if module.has_gate else "up_proj"
+
+
 def _up(module: Any, value: Tensor, expert: int) -> Tensor:
-    name = "gate_up_proj" if module.has_gate else "up_proj"
-    product = _linear(module, name, value, expert)
+    product = _linear(module, _up_name(module), value, expert)
     activated: Tensor = module._apply_gate(product) if module.has_gate else module.act_fn(product)
     return activated
 
@@ -164,5 +184,5 @@ def _down(module: Any, value: Tensor, expert: int) -> Tensor:
 
 def _linear(module: Any, name: str, value: Tensor, expert: int) -> Tensor:
     weight = getattr(module, name)[expert]
-    bias = getattr(module, f"{name}_bias")[expert] if module.has_bias else None
-    return nn.functional.linear(value, weight.T if module.is_transposed else weight, bias)
+    product = nn.functional.linear(value, weight.T if module.is_transposed else weight)
+    return product + getattr(module, f"{name}_bias")[expert] if module.has_bias else product

@@ -1,7 +1,9 @@
 """Where prompts come from, and how a row of a data set becomes token ids."""
 
+import glob
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -42,20 +44,20 @@ def parse_row(row: Any, name: str) -> Prompt:
     """Return the prompt of a row in one of the shapes in use; InputError names the row and the shapes."""
     if isinstance(row, Mapping):
         for key in ("messages", "conversations"):
-            if isinstance(row.get(key), Sequence) and row[key]:
+            if isinstance(row.get(key), list) and row[key]:
                 return Prompt(name, [_parse_message(message, name) for message in row[key]])
         for keys in (("text",), ("article",), ("prompt", "completion"), ("instruction", "input", "output")):
             if isinstance(row.get(keys[0]), str) and row[keys[0]].strip():
                 parts = (row.get(key) for key in keys)
                 return Prompt(name, "\n\n".join(part for part in parts if isinstance(part, str) and part))
-            if keys[0] == "prompt" and isinstance(row.get("prompt"), Sequence) and row["prompt"]:
+            if keys[0] == "prompt" and isinstance(row.get("prompt"), list) and row["prompt"]:
                 return Prompt(name, [_parse_message(message, name) for message in row["prompt"]])
-    keys_found = ", ".join(map(str, row)) if isinstance(row, Mapping) else type(row).__name__
-    raise InputError(f"{name} is no prompt: it has {keys_found[:200] or 'nothing'}, and needs {_SHAPES}")
+    found = ", ".join(map(repr, row)) if isinstance(row, Mapping) else type(row).__name__
+    raise InputError(f"{name} is no prompt: it has {found[:200] or 'nothing'}, and needs text in one of {_SHAPES}")
 
 
-def tokenize(prompts: Iterable[Prompt], tokenizer: Any, max_length: int) -> list[list[int]]:
-    """Return the token ids of each prompt, cut to `max_length`.
+def tokenize(prompts: Iterable[Prompt], tokenizer: Any, max_length: int) -> list[tuple[list[int], bool]]:
+    """Return the token ids of each prompt, cut to `max_length`, and whether it was cut.
 
     A conversation goes through the tokenizer's chat template, which transformers renders in its sandbox; without one,
     its contents follow each other.
@@ -66,7 +68,7 @@ def tokenize(prompts: Iterable[Prompt], tokenizer: Any, max_length: int) -> list
     return [_tokenize(prompt, tokenizer, max_length) for prompt in prompts]
 
 
-def _tokenize(prompt: Prompt, tokenizer: Any, max_length: int) -> list[int]:
+def _tokenize(prompt: Prompt, tokenizer: Any, max_length: int) -> tuple[list[int], bool]:
     templated = isinstance(prompt.content, list) and bool(tokenizer.chat_template)
     if isinstance(prompt.content, str):
         text = prompt.content
@@ -74,22 +76,25 @@ def _tokenize(prompt: Prompt, tokenizer: Any, max_length: int) -> list[int]:
         text = _render(prompt.content, tokenizer, prompt.name)
     else:
         text = "\n\n".join(message["content"] for message in prompt.content)
-    ids = tokenizer(text, add_special_tokens=not templated, truncation=True, max_length=max_length)["input_ids"]
+    try:
+        ids = tokenizer(text, add_special_tokens=not templated, truncation=True, max_length=max_length)["input_ids"]
+        cut = len(ids) >= max_length and len(tokenizer(text, add_special_tokens=not templated)["input_ids"]) > len(ids)
+    except (TypeError, UnicodeError):  # of half a surrogate pair
+        raise InputError(f"{prompt.name} is no text that can be tokenized") from None
     if not ids:
         raise InputError(f"{prompt.name} has no tokens")
-    return [int(token) for token in ids]
+    return [int(token) for token in ids], cut
 
 
 def _render(messages: Messages, tokenizer: Any, name: str) -> str:
-    from jinja2 import TemplateError  # with transformers, which is loaded by now
-
     asking = messages[-1]["role"] == "user"
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asking))
-    except TemplateError as error:
+    except Exception as error:  # whatever a template raises; it is a program that came with the model
         folded = _fold_system(messages)
         if folded == messages:
-            raise InputError(f"{name}: the tokenizer's chat template refuses it: {error}") from None
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            raise InputError(f"{name}: the tokenizer's chat template fails on it: {reason}") from None
         return _render(folded, tokenizer, name)
 
 
@@ -125,7 +130,7 @@ def _rows(place: str) -> Iterator[tuple[str, Any]]:
 
 def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
     try:
-        with path.open(encoding="utf-8") as lines:
+        with path.open(encoding="utf-8-sig") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
                     name = f"{path.name}, line {number}"
@@ -147,17 +152,17 @@ def _data_set(path: Path) -> Iterator[tuple[str, Any]]:
         if path.suffix not in _LOADERS:
             raise InputError(f"{path} is no prompt file: .jsonl, {', '.join(_LOADERS)}")
         options: dict[str, Any] = {"delimiter": "\t"} if path.suffix == ".tsv" else {}
-        options["data_files"] = str(path)
+        options["data_files"] = glob.escape(os.path.abspath(path))
         kind = _LOADERS[path.suffix]
     else:
-        kind, options = str(path if path.is_dir() else _cached_data_set(path.as_posix())), {}
+        kind, options = os.path.abspath(path) if path.is_dir() else _cached_data_set(path.as_posix()), {}
     try:
         splits = datasets.load_dataset(kind, streaming=True, **options)
         split = splits.get("train") or next(iter(splits.values()))
         for number, row in enumerate(split, 1):
-            if not (kind == "text" and not row["text"].strip()):
+            if not all(value is None or (isinstance(value, str) and not value.strip()) for value in row.values()):
                 yield f"{name}, row {number}", row
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise InputError(f"{path} cannot be read as a data set: {' '.join(str(error).split())[:300]}") from None
 
 

@@ -6,15 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from calibrate.tiny_models import LAYERS, TEXTS, make_model, save_model, write_prompts
+from calibration.tiny_models import LAYERS, TEXTS, make_model, save_model, write_prompts
 from torch import Tensor, nn
 
-from fp8pack.calibrate.calibrate import calibrate
-from fp8pack.calibrate.model import ModelLoader
-from fp8pack.calibrate.prepare import CalibrateOptions
-from fp8pack.calibrate.stream_layers import Rounds, Stack, find_stack, probe
+from fp8pack.calibration.calibrate import calibrate
+from fp8pack.calibration.model import ModelLoader
+from fp8pack.calibration.prepare import CalibrateOptions
+from fp8pack.calibration.stream_layers import Rounds, Stack, find_stack, probe
 from fp8pack.checkpoint.calibration_file import read_calibration
-from fp8pack.errors import DeadlineError, RecipeError
+from fp8pack.errors import DeadlineError, InputError, RecipeError
 
 FAMILIES = ("qwen3", "gpt_neox", "bert", "qwen3_moe", "mixtral", "gemma2", "gemma3", "gpt_oss")
 
@@ -126,25 +126,25 @@ def test_a_run_that_was_stopped_goes_on_and_writes_the_same_bytes(tmp_path: Path
         run(folder, tmp_path / "late.safetensors", "on", 3, deadline_seconds=0.0)
 
 
-def test_an_encoder_decoder_runs_resident_and_says_why(tmp_path: Path) -> None:
+def test_what_cannot_be_driven_runs_resident_and_says_why(tmp_path: Path) -> None:
+    """ALBERT has one layer, which it calls several times."""
+    folder = save_model(make_model("albert"), tmp_path / "model")
+    facts = run(folder, tmp_path / "on.safetensors", "on")
+    assert facts["streamed"] is False
+    assert [note for note in facts["notes"] if "no single stack of layers holds most of its weights" in note]
+    run(folder, tmp_path / "off.safetensors", "off")
+    assert (tmp_path / "on.safetensors").read_bytes() == (tmp_path / "off.safetensors").read_bytes()
+    site = read_calibration(tmp_path / "on.safetensors")
+    name = "albert.encoder.albert_layer_groups.0.albert_layers.0.ffn.input"
+    assert site.by_point[name].tokens == LAYERS * site.by_point["predictions.dense.input"].tokens
+
+
+def test_an_encoder_decoder_is_refused_with_the_way_out(tmp_path: Path) -> None:
     folder = save_model(make_model("t5"), tmp_path / "model")
+    with pytest.raises(InputError, match=r"fp8pack\.observe\(\)"):
+        run(folder, tmp_path / "c.safetensors", "on")
     with pytest.raises(RecipeError, match="stream-layers"):
-        run(folder, tmp_path / "c.safetensors", "sideways")
-    loader_notes = run_or_sentence(folder, tmp_path / "c.safetensors")
-    assert "no single stack of layers holds most of its weights" in loader_notes
-
-
-def run_or_sentence(folder: Path, output: Path) -> str:
-    """The notes of a run, or what was said when it was refused."""
-    from fp8pack.errors import Fp8PackError
-
-    notes: list[str] = []
-    prompts = write_prompts(output.with_suffix(".jsonl"))
-    try:
-        calibrate(folder, CalibrateOptions(output, str(prompts), stream_layers="on"), on_note=notes.append)
-    except Fp8PackError as error:
-        notes.append(str(error))
-    return "\n".join(notes)
+        run(save_model(make_model("qwen3"), tmp_path / "other"), tmp_path / "c.safetensors", "sideways")
 
 
 class Block(nn.Module):
@@ -160,6 +160,7 @@ class Block(nn.Module):
                 hidden = hidden + notes[-1]
             if isinstance(notes, list):
                 notes.append(hidden)
+        hidden = hidden if extra is None else hidden + extra
         return hidden + torch.tanh(self.linear(hidden))
 
 

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fp8pack.checkpoint.calibration_file import read_calibration, write_calibration
+from fp8pack.checkpoint.staging import check_output_file
 from fp8pack.errors import InputError, OutputError
 from fp8pack.planning.calibration import Calibration, Site, site_order
 from fp8pack.planning.calibration_facts import calibration_facts
@@ -25,6 +26,8 @@ def merge(calibrations: Sequence[str | Path], output: str | Path, *, overwrite: 
         OutputError: the output exists.
     """
     target = Path(output)
+    for path in calibrations:
+        check_output_file(target, Path(path), overwrite=overwrite)
     if target.exists() and not overwrite:
         raise OutputError(f"{target} exists: choose another -o, or --overwrite replaces it")
     joined = join([(Path(path).name, read_calibration(Path(path))) for path in calibrations])
@@ -42,7 +45,10 @@ def join(calibrations: Sequence[tuple[str, Calibration]]) -> Calibration:
         if other.fingerprint != first.fingerprint:
             raise InputError(f"{other_name} is of another model than {name}")
         if other.options != first.options:
-            raise InputError(f"{other_name} was made with other options than {name}: {other.options}, {first.options}")
+            keys = sorted(
+                key for key in {**first.options, **other.options} if first.options.get(key) != other.options.get(key)
+            )
+            raise InputError(f"{other_name} was made with other options than {name}: {', '.join(keys)[:200]!r} differ")
         for digest in other.prompts:
             if digest in seen:
                 raise InputError(f"{other_name} and {seen[digest]} share prompt {digest[:19]}…: merge each prompt once")

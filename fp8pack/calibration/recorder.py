@@ -10,7 +10,6 @@ from fp8pack.numerics.native import observe_rows
 from fp8pack.planning.calibration import NUM_MAGNITUDES, Site, histogram_of
 
 _SPLIT_ELEMENTS = 1 << 18  # below, a second thread costs more than it saves
-_MAGNITUDE = np.uint16(0x7FFF)
 
 
 class Threads:
@@ -55,9 +54,10 @@ class Threads:
 class Recorder:
     """The growing statistics of one site; `points` are the names it has gone by so far."""
 
-    def __init__(self, point: str, channels: int) -> None:
-        self.points = [point]
+    def __init__(self, points: Sequence[str], channels: int) -> None:
+        self.points = list(points)
         self.tokens = 0
+        self.num_tensors = 0
         self._histogram = np.zeros(NUM_MAGNITUDES, np.int64)  # pages that no magnitude falls on are never touched
         self._channels = (np.zeros(channels, np.uint16), np.zeros(channels, np.float64))
         self._prompt_amax = np.zeros(64, np.uint16)
@@ -65,8 +65,8 @@ class Recorder:
     @classmethod
     def of_site(cls, site: Site) -> "Recorder":
         """Go on where a site stands."""
-        recorder = cls(site.points[0], site.channel_amax.size)
-        recorder.points, recorder.tokens = list(site.points), site.tokens
+        recorder = cls(site.points, site.channel_amax.size)
+        recorder.tokens = recorder.num_tensors = site.tokens
         recorder._histogram[site.bins] = site.counts
         recorder._channels = (site.channel_amax.copy(), site.channel_squares.copy())
         recorder._reserve(site.prompt_amax.size)
@@ -84,7 +84,24 @@ class Recorder:
     def spread(self, prompts: Sequence[int]) -> None:
         """Let each of these prompts have the largest amax among them: their rows could not be told apart."""
         self._reserve(max(prompts) + 1)
-        self._prompt_amax[prompts] = self._prompt_amax[prompts].max()
+        chosen = np.array(prompts)
+        self._prompt_amax[chosen] = self._prompt_amax[chosen].max()
+
+    def join(self, points: Sequence[str]) -> "Recorder":
+        """Go by these names, too."""
+        self.points.extend(points)
+        return self
+
+    def copy_to(self, other: "Recorder | None") -> "Recorder":
+        """Return a copy; `other`, if it has as many channels, is made one instead of a new one."""
+        if other is None or other._channels[0].size != self._channels[0].size:
+            other = Recorder(self.points, self._channels[0].size)
+        other.points, other.tokens, other.num_tensors = list(self.points), self.tokens, self.num_tensors
+        np.copyto(other._histogram, self._histogram)
+        np.copyto(other._channels[0], self._channels[0])
+        np.copyto(other._channels[1], self._channels[1])
+        other._prompt_amax = self._prompt_amax.copy()
+        return other
 
     @property
     def amax(self) -> int:

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from blake3 import blake3
 
-from fp8pack.calibrate.model import ModelLoader, read_tokenizer
-from fp8pack.calibrate.observers import prompt_digest
-from fp8pack.calibrate.prompts import BUILT_IN, load_prompts, tokenize
-from fp8pack.calibrate.stream_layers import Stack, find_stack, probe
+from fp8pack.calibration.model import ModelLoader, read_tokenizer
+from fp8pack.calibration.observers import prompt_digest
+from fp8pack.calibration.prompts import BUILT_IN, load_prompts, tokenize
+from fp8pack.calibration.stream_layers import Stack, find_stack, probe
 from fp8pack.checkpoint.source import Source, beside, open_checkpoint
-from fp8pack.checkpoint.staging import check_output
+from fp8pack.checkpoint.staging import check_output_file
 from fp8pack.errors import InputError, RecipeError
 
 FEWEST_PROMPTS, DEFAULT_PROMPTS, MOST_PROMPTS = 128, 256, 512
@@ -60,7 +60,13 @@ class Run:
     def head(self) -> dict[str, Any]:
         """What makes an unfinished calibration the same as this one."""
         prompts = blake3("".join(self.digests).encode()).hexdigest()
-        return {"fingerprint": self.source.fingerprint, "prompts": prompts, "options": self.decisive}
+        streamed = self.stack is not None
+        return {
+            "fingerprint": self.source.fingerprint,
+            "prompts": prompts,
+            "options": self.decisive,
+            "streamed": streamed,
+        }
 
     @property
     def num_tokens(self) -> int:
@@ -86,7 +92,7 @@ def prepare(model: Path, options: CalibrateOptions) -> Run:
     output = Path(os.path.abspath(options.output or beside(source, f"{source.name}-calibration.safetensors")))
     if output.suffix != ".safetensors":
         raise RecipeError(f"-o must name a .safetensors file, not {output.name}")
-    check_output(output, source.path, overwrite=options.overwrite)
+    check_output_file(output, source.path, overwrite=options.overwrite)
     prompts = load_prompts(options.prompts, options.num_prompts)
     if not prompts:
         raise InputError(f"{options.prompts} holds no prompt")
@@ -95,9 +101,10 @@ def prepare(model: Path, options: CalibrateOptions) -> Run:
     tokenizer = read_tokenizer(source, trust_remote_code=options.trust_remote_code)
     longest = min(_DEFAULT_LENGTH, loader.max_positions or _DEFAULT_LENGTH)
     max_length = options.max_length or longest
-    by_digest = {prompt_digest(ids): tuple(ids) for ids in tokenize(prompts, tokenizer, max_length)}
+    tokenized = tokenize(prompts, tokenizer, max_length)
+    by_digest = {prompt_digest(ids): tuple(ids) for ids, _ in tokenized}
     notes = _count_notes(len(by_digest), len(prompts), options)
-    cut = sum(len(ids) == max_length for ids in by_digest.values())
+    cut = sum(is_cut for _, is_cut in tokenized)
     notes += [f"{cut} prompts are cut to {max_length} tokens"] if cut else []
     stack, why = _choose_stack(loader, options)
     if why:
@@ -129,7 +136,10 @@ def _device(text: str) -> torch.device:
         raise RecipeError(f"--device {text!r} is not known: choose auto, cpu or cuda")
     if text.startswith("cuda") and not torch.cuda.is_available():
         raise RecipeError("--device cuda: torch sees no CUDA device here")
-    return torch.device(text)
+    try:
+        return torch.device(text)
+    except RuntimeError:
+        raise RecipeError(f"--device {text!r} is not known: choose auto, cpu or cuda") from None
 
 
 def _count_notes(count: int, loaded: int, options: CalibrateOptions) -> list[str]:
@@ -150,7 +160,7 @@ def _choose_stack(loader: ModelLoader, options: CalibrateOptions) -> tuple[Stack
         raise RecipeError(f"--stream-layers {options.stream_layers!r} is not known: choose {', '.join(STREAM_LAYERS)}")
     if options.stream_layers == "off":
         return None, ""
-    if options.stream_layers == "auto" and 2 * loader.weight_nbytes <= free_memory():
+    if options.stream_layers == "auto" and 2 * loader.weight_nbytes <= _free_memory(loader.device):
         return None, ""
     if options.until_converged:
         if options.stream_layers == "on":
@@ -166,8 +176,10 @@ def _choose_stack(loader: ModelLoader, options: CalibrateOptions) -> tuple[Stack
     return (None, stack) if isinstance(stack, str) else (stack, "")
 
 
-def free_memory() -> int:
-    """Return the bytes that a process can still take, by the kernel's estimate."""
+def _free_memory(device: torch.device) -> int:
+    """The bytes that a process can still take, of the device's memory or by the kernel's estimate of this machine's."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
     for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024

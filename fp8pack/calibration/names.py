@@ -45,14 +45,17 @@ class Names:
         parent, _, leaf = module.rpartition(".")
         return f"{self.of_place(parent)}.{leaf}" if parent else module
 
-    def of_expert(self, parameter: str, index: int) -> tuple[str, ...]:
-        """Return the modules of one expert behind a 3-D parameter that holds all of them."""
+    def of_experts(self, parameter: str, count: int) -> list[list[str]]:
+        """Return the modules of each of `count` experts behind a 3-D parameter that holds all of them."""
         names = [name.removesuffix(".weight") for name in self.of_parameter(parameter)]
-        matches = [match for match in map(_EXPERT.fullmatch, names) if match]
-        if matches:
-            return tuple(match[0] for match in matches if int(match["index"]) == index)
-        parent, _, leaf = names[0].rpartition(".")
-        return tuple(f"{parent}.{index}.{part}" for part in _SPLIT_EXPERTS.get(leaf, (leaf,)))
+        found: list[list[str]] = [[] for _ in range(count)]
+        for match in filter(None, map(_EXPERT.fullmatch, names)):
+            found[int(match["index"])].append(match[0])
+        if not any(found):
+            parent, _, leaf = names[0].rpartition(".")
+            parts = _SPLIT_EXPERTS.get(leaf, (leaf,))
+            found = [[f"{parent}.{index}.{part}" for part in parts] for index in range(count)]
+        return found
 
 
 def names_of(model: Any, checkpoint: Iterable[str] | None = None) -> Names:
@@ -91,5 +94,15 @@ def is_transformers_model(model: torch.nn.Module) -> bool:
     return any(base.__module__ == "transformers.modeling_utils" for base in type(model).__mro__)
 
 
+def transformers_parts(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
+    """Return paths and modules of the models of transformers in a model; not those within another."""
+    parts: list[tuple[str, torch.nn.Module]] = []
+    for path, module in model.named_modules():
+        within = any(not outer or path.startswith(f"{outer}.") for outer, _ in parts)
+        if not within and is_transformers_model(module):
+            parts.append((path, module))
+    return parts
+
+
 def _natural(name: str) -> list[tuple[int, str]]:
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]

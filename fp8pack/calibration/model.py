@@ -15,7 +15,7 @@ from transformers.initialization import no_init_weights
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 
-from fp8pack.calibrate.names import names_of
+from fp8pack.calibration.names import names_of
 from fp8pack.checkpoint.source import ShardReader, Source
 from fp8pack.errors import InputError
 from fp8pack.numerics import torch_codec
@@ -48,15 +48,18 @@ class ModelLoader:
         self._source, self.device = source, device
         config = _read_config(source, trust_remote_code)
         model_class = _find_class(source, config, trust_remote_code)
+        if config.is_encoder_decoder:
+            raise InputError(
+                f"{source.facts.architecture} wants more than a prompt: record with fp8pack.observe() in your own loop"
+            )
         text = config.get_text_config()
         self.max_positions = int(getattr(text, "max_position_embeddings", 0) or 0)
         self.hidden_nbytes = 4 * int(getattr(text, "hidden_size", 0) or 0)  # of a token, at most float32
         for part in (config, text):
             part.use_cache = False
         config.quantization_config = None
-        with no_init_weights(), _parameters_on_meta():
-            self.model: PreTrainedModel = model_class._from_config(config, dtype=torch.bfloat16)
-        self.model.eval()
+        self.model = _build(model_class, config)
+        self.model.eval()  # type: ignore[no-untyped-call]
         for module in self.model.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 module.register_buffer(
@@ -108,15 +111,27 @@ class ModelLoader:
         return type(self.model).__name__
 
 
+def _build(model_class: Any, config: Any) -> PreTrainedModel:
+    """The model of a configuration, its parameters on the meta device."""
+    try:
+        with no_init_weights(), _parameters_on_meta():
+            model: PreTrainedModel = model_class._from_config(config, dtype=torch.bfloat16)
+    except Exception as error:  # whatever a class makes of a configuration that is not for it
+        raise InputError(f"config.json makes no {model_class.__name__}: {_short(error)}") from error
+    return model
+
+
 def read_tokenizer(source: Source, *, trust_remote_code: bool) -> Any:
     """Return the tokenizer of a checkpoint; InputError if it has none that transformers reads."""
     try:
-        return AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(
             source.directory, trust_remote_code=trust_remote_code, local_files_only=True
         )
     except Exception as error:  # transformers raises whatever its tokenizers do
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{source.path} has no tokenizer that transformers reads: {reason}") from None
+        raise InputError(f"{source.path} has no tokenizer that transformers reads: {_short(error)}") from None
+    if not len(tokenizer):
+        raise InputError(f"{source.path} has no tokenizer: copy its files from where the model came")
+    return tokenizer
 
 
 def _read_config(source: Source, trust_remote_code: bool) -> Any:
@@ -124,7 +139,7 @@ def _read_config(source: Source, trust_remote_code: bool) -> Any:
         raise InputError(f"{source.path} has no config.json, so nothing says how to run it: see fp8pack.observe()")
     try:
         return AutoConfig.from_pretrained(source.directory, trust_remote_code=trust_remote_code, local_files_only=True)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # transformers raises whatever its configurations do
         if "trust_remote_code" in str(error):
             raise InputError(f"{source.path} needs code of its own: read it, then --trust-remote-code") from None
         raise InputError(f"{source.path} is no model that transformers knows: {_short(error)}") from None

@@ -13,14 +13,14 @@ import pytest
 from checkpoints import DEMO
 from numpy.typing import NDArray
 
-from fp8pack.calibrate.calibrate import calibrate
-from fp8pack.calibrate.merge import join, merge
-from fp8pack.calibrate.prepare import CalibrateOptions
+from fp8pack.calibration.calibrate import calibrate
+from fp8pack.calibration.merge import join, merge
+from fp8pack.calibration.prepare import CalibrateOptions
 from fp8pack.checkpoint.calibration_file import read_calibration, write_calibration
 from fp8pack.errors import Fp8PackError, InputError, OutputError, SpaceError
 from fp8pack.planning.calibration import Calibration, Site
 
-POINTS = (("a.norm.output", "a.q.input", "a.k.input"), ("a.k",), ("a.experts.0.up.input",), ("b.down.input",))
+POINTS = (("a.experts.0.up.input",), ("a.k",), ("a.norm.output", "a.q.input", "a.k.input"), ("b.down.input",))
 OPTIONS = {"max_length": 64, "batch_size": 1, "all_experts": False, "until_converged": False}
 
 Values = dict[tuple[str, ...], list[NDArray[Any]]]  # of each site, [T, K] of each prompt
@@ -120,8 +120,8 @@ def test_a_site_that_only_one_has_saw_nothing_in_the_prompts_of_the_others() -> 
         found = join([(str(i), calibration) for i, calibration in enumerate(order)])
         site = found.by_point["a.experts.0.up.input"]
         alone = with_expert.by_point["a.experts.0.up.input"]
-        history = [alone.prompt_amax.tolist(), [0] * 2]
-        assert site.prompt_amax.tolist() == sum(history if order[0] is with_expert else history[::-1], [])
+        seen, unseen = alone.prompt_amax.tolist(), [0] * 2
+        assert site.prompt_amax.tolist() == (seen + unseen if order[0] is with_expert else unseen + seen)
         assert (site.tokens, site.counts.tolist()) == (alone.tokens, alone.counts.tolist())
         assert [entry.points[0] for entry in found.sites] == [points[0] for points in POINTS]
     assert values
@@ -173,7 +173,7 @@ REFUSED: dict[str, tuple[Callable[[Calibration], Calibration], str]] = {
     "fewer-options": (lambda c: replace(c, options={}), "other options"),
     "a-shared-prompt": (lambda c: replace(c, prompts=(*c.prompts[:2], "blake3:0001-0")), "share prompt"),
     "other-points": (
-        lambda c: replace(c, sites=(replace(c.sites[0], points=c.sites[0].points[:2]), *c.sites[1:])),
+        lambda c: replace(c, sites=(*c.sites[:2], replace(c.sites[2], points=c.sites[2].points[:2]), c.sites[3])),
         "same site",
     ),
     "other-channels": (other_channels, "same site"),

@@ -1,28 +1,27 @@
 """One layer of the model in memory: all prompts through it, then the next."""
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from fp8pack.calibrate.observers import Observation
-from fp8pack.calibrate.prepare import Run
-from fp8pack.calibrate.state import Journal
-from fp8pack.calibrate.stream_layers import Rounds, Stack
+from fp8pack.calibration.observers import Observation
+from fp8pack.calibration.prepare import Run
+from fp8pack.calibration.progress import Progress
+from fp8pack.calibration.state import Journal
+from fp8pack.calibration.stream_layers import Rounds, Stack
 from fp8pack.checkpoint.calibration_file import read_calibration, write_calibration
 from fp8pack.checkpoint.shard_writer import sync_file
 from fp8pack.planning.calibration import Calibration, Site, site_order
 
 
-def run_streamed(
-    run: Run, stack: Stack, folder: Path, journal: Journal, done: int, *, tick: Callable[[int], bool]
-) -> Calibration | None:
-    """Run every layer from `done` on, and what lies outside the layers last; return None if `tick` said to stop.
+def run_streamed(run: Run, stack: Stack, folder: Path, journal: Journal, progress: Progress) -> Calibration | None:
+    """Run every layer that is not done, and what lies outside the layers last; return None if the deadline came.
 
     folder: keeps the hidden states that enter the next layer, and the statistics of each finished one.
     """
     loader, rounds = run.loader, Rounds(stack, folder)
     parameters = list(loader.model.state_dict())
-    for index in range(done, len(stack.layers) + 1):
+    progress.start(run.num_tokens * journal.done)
+    for index in range(journal.done, len(stack.layers) + 1):
         inside = f"{stack.path}.{index}."
         is_last = index == len(stack.layers)
 
@@ -35,7 +34,7 @@ def run_streamed(
         with rounds.round(index) as take, observation:
             for tokens, call in run.batches():
                 take(partial(loader.model, **call))
-                if tick(tokens):
+                if progress.tick(tokens):
                     return None
         if not is_last:
             stack.layers[index].to("meta")

@@ -1,0 +1,129 @@
+"""`calibrate`: a checkpoint and prompts in, a calibration file out."""
+
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fp8pack.calibration.model import quiet_transformers
+from fp8pack.calibration.prepare import CalibrateOptions, Run, prepare
+from fp8pack.calibration.progress import OnNote, OnProgress, Progress
+from fp8pack.calibration.resident import run_resident
+from fp8pack.calibration.state import Journal
+from fp8pack.calibration.streamed import run_streamed
+from fp8pack.checkpoint.calibration_file import read_calibration, write_calibration
+from fp8pack.checkpoint.shard_writer import check_space
+from fp8pack.checkpoint.staging import Staging
+from fp8pack.errors import DeadlineError, InputError, OutputError
+from fp8pack.planning.calibration import Calibration
+from fp8pack.planning.calibration_facts import calibration_facts
+
+
+def calibrate(
+    model: str | Path,
+    options: CalibrateOptions | None = None,
+    *,
+    on_progress: OnProgress = lambda done, total: None,
+    on_note: OnNote = lambda note: None,
+) -> dict[str, Any]:
+    """Run a checkpoint in BF16 over prompts and write the statistics; return what `fp8pack calibrate --json` prints.
+
+    model: a directory, or the id of a repository in the hub cache.
+
+    Raises:
+        RecipeError: an option cannot be carried out.
+        InputError: the checkpoint, its tokenizer or the prompts are refused.
+        OutputError: the output exists, is being written, or holds an unfinished calibration of something else.
+        SpaceError, DeadlineError: what is finished is kept, and the same call continues.
+    """
+    with quiet_transformers(), torch.no_grad():
+        return _calibrate(Path(model), options or CalibrateOptions(), on_progress, on_note)
+
+
+def _calibrate(model: Path, options: CalibrateOptions, on_progress: OnProgress, on_note: OnNote) -> dict[str, Any]:
+    started = time.monotonic()
+    run = prepare(model, options)
+    for note in run.notes:
+        on_note(f"note     {note}")
+    staging = Staging(run.output)
+    calibration = None if staging.leftovers else _finished(run)
+    already_complete = calibration is not None
+    if calibration is None:
+        with staging:
+            calibration = _finished(run)
+            if calibration is not None:
+                already_complete = True
+                staging.journal.unlink(missing_ok=True)  # left by a run that was cut off after its commit
+            else:
+
+                def on_tick(done: int, total: int) -> None:
+                    staging.beat()
+                    on_progress(done, total)
+
+                deadline = None if options.deadline_seconds is None else started + options.deadline_seconds
+                calibration = _carry_out(run, staging, Progress(run, deadline, on_tick, on_note))
+    return {
+        "schema": 1,
+        "model": run.source.name,
+        "architecture": run.source.facts.architecture,
+        **calibration_facts(calibration),
+        "output": str(run.output),
+        "streamed": run.stack is not None,
+        "already_complete": already_complete,
+        "seconds": time.monotonic() - started,
+        "peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "notes": list(run.notes),
+    }
+
+
+def _finished(run: Run) -> Calibration | None:
+    """The output, if it is there and is what this command would write."""
+    if run.options.overwrite or not run.output.exists():
+        return None
+    try:
+        found = read_calibration(run.output)
+    except InputError:
+        found = None
+    complete = found is not None and (
+        found.prompts == run.digests
+        or (run.options.until_converged and found.prompts == run.digests[: len(found.prompts)])
+    )
+    if found is None or not complete or (found.fingerprint, found.options) != (run.source.fingerprint, run.decisive):
+        raise OutputError(f"{run.output} exists: choose another -o, or --overwrite replaces it")
+    return found
+
+
+def _carry_out(run: Run, staging: Staging, progress: Progress) -> Calibration:
+    """Run what is not done yet, and make the file the output."""
+    journal, result = Journal(staging.journal), staging.content / run.output.name
+    if not journal.resume(run.head, throw_away=not run.options.resume):
+        staging.clear_content()
+    if result.exists():  # an earlier run came as far as its commit
+        calibration = read_calibration(result)
+    else:
+        calibration = _run(run, staging, journal, progress)
+        write_calibration(result, calibration)
+        journal.add(max(journal.done, 1))
+    staging.keep_only({result.name})
+    staging.commit_file(overwrite=run.options.overwrite)
+    return calibration
+
+
+def _run(run: Run, staging: Staging, journal: Journal, progress: Progress) -> Calibration:
+    done = journal.done
+    if run.stack is None:
+        calibration = run_resident(run, staging.content, journal, progress)
+    else:
+        check_space(staging.folder, 2 * run.num_tokens * run.loader.hidden_nbytes)
+        calibration = run_streamed(run, run.stack, staging.content, journal, progress)
+    if calibration is not None:
+        return calibration
+    if journal.done == done:
+        raise DeadlineError(
+            "the deadline came before a layer was finished, and a layer is begun anew: give it more time"
+        )
+    raise DeadlineError(
+        f"the deadline is reached with {progress.done} of {progress.total} tokens done; the same command continues"
+    )

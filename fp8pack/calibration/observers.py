@@ -1,0 +1,416 @@
+"""`observe`: statistics of what passes through a model, recorded by hooks while somebody runs it.
+
+What enters each linear and what leaves each norm is seen by module hooks. What enters the experts of a layer, and K
+after rotary and V, is not: transformers is given an experts implementation and an attention function that record and
+then do what the model's own would have done.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from blake3 import blake3
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fp8pack.calibration.names import Names, is_transformers_model, names_of, transformers_parts
+from fp8pack.calibration.recorder import Recorder, Threads
+from fp8pack.checkpoint.calibration_file import write_calibration
+from fp8pack.checkpoint.source import open_checkpoint
+from fp8pack.errors import InputError
+from fp8pack.planning.calibration import Calibration, Site, site_order
+from fp8pack.planning.policy import layer_of
+
+_MAX_OPEN = 4  # tensors that may still enter another module: a norm's output enters q, k and v
+_NOT_IDS = ("attention_mask", "position_ids", "token_type_ids", "cache_position")
+_INFINITY = 0x7F80
+
+
+def observe(model: nn.Module, names: Mapping[str, str | Sequence[str]] | None = None) -> "Observation":
+    """Record the activations of a model while it runs: `with observe(model) as calibration: model(batch)`.
+
+    Any nn.Module can be observed, in any dtype (values are rounded to BF16), on any device. Each sequence of each call
+    of the model itself is a prompt: a row of [B, T] token ids, or of [B, T, K] or [B, C, H, W] values; [T, K] is one.
+    Padding that an `attention_mask` announces is left out. Rows that are no tokens, as of images, belong to all prompts
+    of their call. A tensor that enters a module twice in a call counts once.
+
+    names: from parameters in memory to the checkpoint's tensors, where they differ; models of transformers need none.
+    """
+    if names is not None:
+        given = {name: [tensor] if isinstance(tensor, str) else tensor for name, tensor in names.items()}
+        return Observation(model, Names(given))
+    tensors: dict[str, tuple[str, ...]] = {name: (name,) for name in model.state_dict()}
+    for path, part in transformers_parts(model):
+        inside = f"{path}." if path else ""
+        found = names_of(part).tensors.items()
+        tensors |= {f"{inside}{name}": tuple(inside + tensor for tensor in origin) for name, origin in found}
+    return Observation(model, Names(tensors))
+
+
+@dataclass(slots=True)
+class _Batch:
+    """The sequences of one call: [B, T] tokens, or [B] of something else.
+
+    rows: the prompt of each row, -1 for padding. past: tokens of a cache that the call continues, None without one.
+    """
+
+    shape: tuple[int, ...]
+    prompts: list[int]
+    rows: NDArray[np.int32]
+    past: int | None
+
+
+@dataclass(slots=True, eq=False)
+class _Seen:
+    """A tensor that was just recorded, and the points that saw it; `before` is the recorder as it stood before that."""
+
+    value: Tensor
+    version: int
+    recorder: Recorder
+    before: Recorder | None
+    points: set[str] = field(default_factory=set)
+
+
+class Observation:
+    """Statistics of a model while it is observed; a context manager.
+
+    What enters several modules is recorded once: points whose tensors were the same ones ever since share a recorder. A
+    point that sees something else, or misses something, goes its own way from there.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        names: Names,
+        *,
+        all_experts: bool = False,
+        wants: Callable[[str], bool] = lambda path: True,
+    ) -> None:
+        """Observe the modules whose path in memory `wants` says yes to."""
+        self.prompts: list[str] = []
+        self._known: set[str] = set()
+        self._model, self._names, self._all_experts, self.wants = model, names, all_experts, wants
+        self._recorders: tuple[dict[str, Recorder], dict[str, Recorder]] = ({}, {})  # routed, and all experts
+        self._open: list[_Seen] = []
+        self._spare: list[Recorder] = []
+        self._batch: _Batch | None = None
+        self._depth = 0
+        self._undo = ExitStack()
+        self._threads = Threads(1)
+
+    def __enter__(self) -> "Observation":
+        self._threads = Threads(torch.get_num_threads())
+        try:
+            self._attach()
+        except BaseException:
+            self._undo.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._undo.close()
+        self._close_all()
+        self._batch = None
+        self._threads.close()
+
+    def calibration(self, fingerprint: str = "", options: Mapping[str, Any] | None = None) -> Calibration:
+        """Return what was recorded so far.
+
+        Raises:
+            InputError: a site saw a NaN or infinity.
+        """
+        self._close_all()
+        routed, all_experts = (self._sites(recorders) for recorders in self._recorders)
+        return Calibration(fingerprint, tuple(self.prompts), dict(options or {}), routed, all_experts)
+
+    def save(self, path: str | Path, model: str | Path | None = None) -> None:
+        """Write what was recorded as a calibration file; `model` is the checkpoint that ran, if it is one."""
+        fingerprint = open_checkpoint(Path(model)).fingerprint if model is not None else ""
+        write_calibration(Path(path), self.calibration(fingerprint))
+
+    def restore(self, calibration: Calibration) -> None:
+        """Go on where a calibration of the same model stands."""
+        self.prompts, self._known = list(calibration.prompts), set(calibration.prompts)
+        for recorders, sites in zip(self._recorders, (calibration.sites, calibration.all_experts), strict=True):
+            recorders.clear()
+            for site in sites:
+                recorders.update(dict.fromkeys(site.points, Recorder.of_site(site)))
+
+    def prompt_amax(self) -> list[NDArray[np.uint16]]:
+        """Return the amax of every prompt [P], as magnitudes, for each site."""
+        return [recorder.prompt_amax(len(self.prompts)) for recorder in _distinct(self._recorders[0])]
+
+    def record(self, points: Sequence[str], value: Tensor) -> None:
+        """Add a tensor [..., K] to the site of these points."""
+        recorders = self._recorders[0]
+        seen = self._find(points, value)
+        recorder = recorders.get(points[0])
+        if seen is not None:
+            if recorder is None and seen.recorder.num_tensors == 1:
+                recorder = seen.recorder.join(points)
+                recorders.update(dict.fromkeys(points, recorder))
+            if recorder is seen.recorder:
+                seen.points.update(points)
+                return
+        if recorder is not None:
+            for other in [other for other in self._open if other.recorder is recorder]:
+                self._close(other)
+            recorder = recorders[points[0]]  # of its own, if closing split it off
+        recorder = recorder or self._new_recorder(recorders, points, value.shape[-1])
+        shared = len(recorder.points) > len(points)
+        before = recorder.copy_to(self._spare.pop() if self._spare else None) if shared else None
+        self._add(recorder, value)
+        version = -1 if value.is_inference() else value._version
+        self._open.append(_Seen(value, version, recorder, before, set(points)))
+        if len(self._open) > _MAX_OPEN:
+            self._close(self._open[0])
+
+    def record_rows(self, points: Sequence[str], value: Tensor, rows: NDArray[np.int32], *, routed: bool) -> None:
+        """Add a tensor [R, K] whose rows belong to these prompts; it enters nothing else."""
+        recorders = self._recorders[0 if routed else 1]
+        recorder = recorders.get(points[0]) or self._new_recorder(recorders, points, value.shape[-1])
+        recorder.add(_bits(value), rows, self._threads)
+
+    def expect(self, points: Sequence[str], channels: int) -> None:
+        """Have a site of these points, even if nothing comes."""
+        if points[0] not in self._recorders[0]:
+            self._new_recorder(self._recorders[0], points, channels)
+
+    @property
+    def rows(self) -> NDArray[np.int32]:
+        """The prompt of each row of the running call, -1 for padding."""
+        return self._running.rows
+
+    @property
+    def past(self) -> int | None:
+        """Tokens of a cache that the running call continues, None without a cache."""
+        return self._running.past
+
+    @property
+    def wants_all_experts(self) -> bool:
+        """Whether every token is to go through every expert as well."""
+        return self._all_experts
+
+    @property
+    def _running(self) -> _Batch:
+        if self._batch is None:
+            raise RuntimeError("a part of the observed model was called by itself: call the model that is observed")
+        return self._batch
+
+    def _sites(self, recorders: dict[str, Recorder]) -> tuple[Site, ...]:
+        sites = sorted((recorder.site(len(self.prompts)) for recorder in _distinct(recorders)), key=site_order)
+        for site in sites:
+            if site.bins.size and site.bins[-1] >= _INFINITY:
+                first = int(np.flatnonzero(site.prompt_amax >= _INFINITY)[0])
+                raise InputError(
+                    f"{site.points[0]} saw a NaN or infinity in prompt {first + 1} ({self.prompts[first][:19]}…): "
+                    "the model does not run in BF16, or the prompt is not one for it"
+                )
+        return tuple(sites)
+
+    def _attach(self) -> None:
+        parts = transformers_parts(self._model)
+        callable_parts = filter(is_transformers_model, self._model.modules())  # as the encoder, to generate()
+        for module in dict.fromkeys((self._model, *callable_parts)):
+            self._hook(module.register_forward_pre_hook(self._begin, with_kwargs=True))
+            self._hook(module.register_forward_hook(self._end, always_call=True))
+        for path, module in self._model.named_modules():
+            if not self.wants(path):
+                continue
+            if "norm" in type(module).__name__.lower():
+                point = f"{self._names.of_linear(path)[0]}.output"
+                self._hook(module.register_forward_hook(self._after_norm(point)))
+            if _is_linear(module):
+                points = [f"{name}.input" for name in self._names.of_linear(path)]
+                self._hook(module.register_forward_pre_hook(self._before_linear(points), with_kwargs=True))
+        if parts:
+            from fp8pack.calibration.doors import open_doors  # transformers, which made these parts
+
+            paths = {module: path for path, module in self._model.named_modules()}
+            for _, part in parts:
+                open_doors(part, self, self._names, paths, self._undo)
+
+    def _hook(self, handle: Any) -> None:
+        self._undo.callback(handle.remove)
+
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if module is self._model:
+            self._depth = 0  # a call before this one may have been broken off
+        self._depth += 1
+        if self._depth > 1:
+            return
+        self._close_all()
+        tensors = {str(i): value for i, value in enumerate(args)} | kwargs
+        tensors = {name: value for name, value in tensors.items() if isinstance(value, Tensor) and value.ndim}
+        main = tensors.get("input_ids", next((value for name, value in tensors.items() if name not in _NOT_IDS), None))
+        if main is None:
+            raise ValueError("the observed model was called without a tensor: nothing can be told of its prompts")
+        main, shape = _sequences(main)
+        mask = tensors.get("attention_mask")
+        keep = np.ones(shape, bool)
+        if mask is not None and mask.shape == shape:
+            keep = mask.detach().cpu().numpy().astype(bool)
+        others = [value for name, value in tensors.items() if value is not main and name not in _NOT_IDS]
+        prompts = [self._add_prompt(digest) for digest in _digests(main, keep, others)]
+        rows = np.where(keep, np.array(prompts, np.int32).reshape(-1, *[1] * (len(shape) - 1)), -1)
+        length = getattr(kwargs.get("past_key_values"), "get_seq_length", None)  # of a cache; older models have tuples
+        past = None if length is None else int(length())
+        self._batch = _Batch(shape, prompts, rows.astype(np.int32).reshape(-1), past)
+
+    def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self._depth -= 1
+        if self._depth == 0:
+            self._close_all()
+            self._batch = None
+
+    def _add_prompt(self, digest: str) -> int:
+        """A prompt that comes again, as in a loop that generates, gets a digest of its own."""
+        again = digest
+        while again in self._known:
+            again = f"blake3:{blake3(again.encode()).hexdigest()}"
+        self._known.add(again)
+        self.prompts.append(again)
+        return len(self.prompts) - 1
+
+    def _before_linear(self, points: list[str]) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            value = args[0] if args else next(iter(kwargs.values()), None)
+            if isinstance(value, Tensor) and value.is_floating_point():
+                self.record(points, value)
+
+        return hook
+
+    def _after_norm(self, point: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            value = output[0] if isinstance(output, tuple) else output
+            if isinstance(value, Tensor) and value.is_floating_point():
+                self.record([point], value)
+
+        return hook
+
+    def _find(self, points: Sequence[str], value: Tensor) -> _Seen | None:
+        """The same tensor among those just recorded in this block: a streamed run sees one block at a time."""
+        block = layer_of(f"{points[0]}.")
+        for seen in self._open:
+            if _is_same(seen, value) and layer_of(f"{seen.recorder.points[0]}.") == block:
+                return seen
+        return None
+
+    def _new_recorder(self, recorders: dict[str, Recorder], points: Sequence[str], channels: int) -> Recorder:
+        recorder = Recorder(points, channels)
+        recorders.update(dict.fromkeys(points, recorder))
+        return recorder
+
+    def _close(self, seen: _Seen) -> None:
+        """Nothing sees this tensor any more: points that missed it keep what they had before."""
+        self._open.remove(seen)
+        missed = [point for point in seen.recorder.points if point not in seen.points]
+        if seen.before is None:
+            return
+        if missed:
+            apart = seen.before.copy_to(None)
+            apart.points = missed
+            seen.recorder.points = [point for point in seen.recorder.points if point in seen.points]
+            self._recorders[0].update(dict.fromkeys(missed, apart))
+        self._spare.append(seen.before)
+
+    def _close_all(self) -> None:
+        while self._open:
+            self._close(self._open[0])
+
+    def _add(self, recorder: Recorder, value: Tensor) -> None:
+        batch = self._running
+        if value.ndim == 4 and _has_heads_first(value, batch.shape):
+            value = value.transpose(1, 2)
+        lead, count = tuple(value.shape[:-1]), value.numel() // max(value.shape[-1], 1)
+        recorder.num_tensors += 1
+        if lead[: len(batch.shape)] == batch.shape or count == batch.rows.size:  # [B, T, …, K] or [B * T, K]
+            recorder.add(_bits(value), batch.rows.repeat(count // max(batch.rows.size, 1)), self._threads)
+        elif lead[:1] == (len(batch.prompts),):  # [B, …, K]
+            prompts = np.array(batch.prompts, np.int32)
+            recorder.add(_bits(value), prompts.repeat(count // len(prompts)), self._threads)
+        elif count:
+            recorder.add(_bits(value), np.full(count, batch.prompts[0], np.int32), self._threads)
+            recorder.spread(batch.prompts)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Whether a module multiplies by a matrix of its own: nn.Linear, and whatever looks like it."""
+    weight = module._parameters.get("weight")
+    return weight is not None and weight.ndim == 2 and not isinstance(module, nn.Embedding | nn.EmbeddingBag)
+
+
+def _sequences(main: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """What a call is given, a sequence a row, and their shape: [B, T], or [B] where there are no tokens."""
+    for _ in range((3 if main.is_floating_point() else 2) - main.ndim):
+        main = main[None]
+    image = main.is_floating_point() and main.ndim > 3
+    return main, tuple(main.shape[: 1 if image else 2])
+
+
+def _has_heads_first(value: Tensor, batch: tuple[int, ...]) -> bool:
+    """Whether a tensor is [B, heads, T, K]; with as many heads as tokens, the order in memory tells."""
+    sequences, first, second = value.shape[:3]
+    if (sequences, second) != batch:
+        return False
+    return first != second or value.stride(1) < value.stride(2)
+
+
+def _is_same(seen: _Seen, value: Tensor) -> bool:
+    """Whether a tensor is the one that was seen, unchanged, in another shape perhaps.
+
+    Inference tensors do not say whether they were changed, so they are never the same.
+    """
+    known = seen.value
+    if known.is_inference() or value.is_inference():
+        return False
+    return (
+        known.data_ptr() == value.data_ptr()
+        and seen.version == value._version
+        and (known.dtype, known.numel(), known.shape[-1]) == (value.dtype, value.numel(), value.shape[-1])
+        and known.is_contiguous()
+        and value.is_contiguous()
+    )
+
+
+def _bits(value: Tensor) -> NDArray[np.uint16]:
+    """The BF16 bits of a tensor as [T, K]."""
+    rounded = value.detach().to(device="cpu", dtype=torch.bfloat16).reshape(-1, value.shape[-1]).contiguous()
+    bits: NDArray[np.uint16] = rounded.view(torch.uint16).numpy()
+    return bits
+
+
+def _digests(main: Tensor, keep: NDArray[np.bool_], others: list[Tensor]) -> list[str]:
+    """The digest of each sequence: over its tokens, padding left out, and whatever else the call was given."""
+    common = blake3()
+    for tensor in others:
+        common.update(_raw(tensor))
+    values = main.detach().cpu()
+    values = values if main.ndim > 1 else values[None]
+    digests = []
+    for i, row in enumerate(values):
+        hasher = blake3(_raw(row[torch.from_numpy(keep[i])] if keep.ndim > 1 else row))
+        if others:
+            hasher.update(common.digest() + i.to_bytes(8, "little"))
+        digests.append(f"blake3:{hasher.hexdigest()}")
+    return digests
+
+
+def prompt_digest(ids: Sequence[int]) -> str:
+    """Return the digest under which a prompt of these token ids is known: that of its int64 bytes."""
+    return f"blake3:{blake3(np.array(ids, '<i8').tobytes()).hexdigest()}"
+
+
+def _raw(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def _distinct(recorders: dict[str, Recorder]) -> list[Recorder]:
+    return list(dict.fromkeys(recorders.values()))

@@ -1,0 +1,717 @@
+"""Whatever ends a calibration, the same command goes on, ends in the same bytes, and leaves nothing behind."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkpoints import DEMO
+
+from fp8pack.calibration.calibrate import calibrate
+from fp8pack.calibration.prepare import CalibrateOptions
+from fp8pack.calibration.state import Journal
+from fp8pack.checkpoint.calibration_file import read_calibration
+from fp8pack.checkpoint.staging import Staging
+from fp8pack.errors import Fp8PackError, OutputError
+
+PATIENCE_SECONDS = 60.0
+PROMPTS = 12
+MODES = ("off", "on")  # --stream-layers
+KILLS = [("off", lines) for lines in random.Random(7).sample(range(2, PROMPTS), 2)] + [("on", 2), ("on", 4)]
+
+# Imports once what takes seconds, then forks for each command: a line of JSON in, a line out.
+SERVER = """
+import atexit, json, os, sys, traceback
+import torch, transformers
+import fp8pack.calibration.calibrate
+from fp8pack.cli.app import main
+torch.set_num_threads(1)
+transformers.Qwen3ForCausalLM, transformers.PreTrainedTokenizerFast
+while line := sys.stdin.readline():
+    job = json.loads(line)
+    if "wait" in job:
+        pid, status = os.waitpid(job["wait"], 0 if job["block"] else os.WNOHANG)
+        print(os.waitstatus_to_exitcode(status) if pid else "running", flush=True)
+        continue
+    pid = os.fork()
+    if pid == 0:
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        for fd, name in ((1, "stdout"), (2, "stderr")):
+            os.dup2(os.open(job[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666), fd)
+        sys.argv = ["fp8pack", *job["arguments"]]
+        code = 1
+        try:
+            exec(job["prelude"])
+            main()
+        except SystemExit as ended:
+            code = ended.code
+        except BaseException:
+            traceback.print_exc()
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # the interpreter would take longer to end than the calibration took
+    print(pid, flush=True)
+"""
+# Saves after every prompt, in a time that can be hit, and leaves the disk alone.
+SLOW = """
+import os, time
+from fp8pack.calibration import resident
+resident._SAVE_SHARE = 0
+os.fdatasync = os.fsync = lambda fd: time.sleep(0.002)
+"""
+# Dies before the n-th call that changes the file system (the data itself aside); 0 says at its end how many there were.
+DIE_AT = """
+import atexit, itertools, os, signal, sys
+_counter, _last = itertools.count(1), {n}
+def _counted(name, call):
+    def counted(*arguments, **options):
+        if (name != "open" or arguments[1] & os.O_CREAT) and next(_counter) == _last:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return call(*arguments, **options)
+    return counted
+for _name in ("open", "write", "ftruncate", "fdatasync", "fsync", "mkdir", "rename", "replace", "unlink", "rmdir"):
+    setattr(os, _name, _counted(_name, getattr(os, _name)))
+if _last == 0:
+    atexit.register(lambda: print(next(_counter) - 1, file=sys.stderr))
+"""
+# Lets the deadline come with the n-th batch.
+STOP_AT = """
+import itertools
+from fp8pack.calibration.progress import Progress
+_counter, _tick = itertools.count(1), Progress.tick
+Progress.tick = lambda self, tokens: _tick(self, tokens) or next(_counter) >= {n}
+"""
+
+
+@dataclass
+class Ran:
+    """How a command ended."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+
+class Server:
+    """A process that has imported everything and forks for each command."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", SERVER],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+
+    def ask(self, **job: Any) -> str:
+        """Send a job, return the answer."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(json.dumps(job) + "\n")
+        self.process.stdin.flush()
+        return self.process.stdout.readline().strip()
+
+
+class Running:
+    """A command that runs in a process of its own."""
+
+    def __init__(self, server: Server, staging: Path, arguments: list[str], prelude: str) -> None:
+        self._server, self._journal = server, staging / "journal.jsonl"
+        self._out, self._err = server.folder / "stdout", server.folder / "stderr"
+        files = {"stdout": str(self._out), "stderr": str(self._err)}
+        self.pid = int(server.ask(arguments=arguments, prelude=prelude, **files))
+
+    def reach(self, lines: int) -> None:
+        """Return once the journal has this many lines."""
+        give_up = time.monotonic() + PATIENCE_SECONDS
+        while not (self._journal.exists() and self._journal.read_bytes().count(b"\n") >= lines):
+            assert self._server.ask(wait=self.pid, block=False) == "running", self._err.read_text()
+            assert time.monotonic() < give_up, "the journal does not grow"
+            time.sleep(0.001)
+
+    def end(self) -> Ran:
+        """Wait for the end."""
+        code = int(self._server.ask(wait=self.pid, block=True))
+        return Ran(code, self._out.read_text(), self._err.read_text())
+
+    def kill(self, signum: int = signal.SIGKILL) -> Ran:
+        """Send a signal and wait for the end."""
+        os.kill(self.pid, signum)
+        return self.end()
+
+
+@dataclass
+class Bench:
+    """A place where calibrations go, and the bytes that they must end in."""
+
+    server: Server
+    folder: Path
+    prompts: Path
+    reference: bytes
+
+    @property
+    def output(self) -> Path:
+        return self.folder / "out.safetensors"
+
+    @property
+    def staging(self) -> Path:
+        return self.folder / ".out.safetensors.fp8pack-partial"
+
+    def start(self, mode: str, *flags: str, prelude: str = SLOW) -> Running:
+        """Start `fp8pack calibrate`."""
+        arguments = ["calibrate", str(DEMO), "-o", str(self.output), "--prompts", str(self.prompts)]
+        arguments += ["--num-prompts", str(PROMPTS), "--max-length", "32", "--stream-layers", mode, *flags]
+        return Running(self.server, self.staging, arguments, prelude)
+
+    def run(self, mode: str, *flags: str, prelude: str = SLOW) -> Ran:
+        """Run `fp8pack calibrate` to its end."""
+        return self.start(mode, *flags, prelude=prelude).end()
+
+    def options(self, mode: str = "off", **changes: Any) -> CalibrateOptions:
+        options = CalibrateOptions(
+            self.output, str(self.prompts), num_prompts=PROMPTS, max_length=32, stream_layers=mode
+        )
+        return replace(options, **changes)
+
+    def finish_here(self, mode: str = "off", **changes: Any) -> dict[str, Any]:
+        """Do in this process what `run` does in another, and check what it leaves."""
+        facts = calibrate(DEMO, self.options(mode, **changes))
+        self.check_output()
+        return facts
+
+    def check_complete(self, ran: Ran) -> None:
+        """A command ended well, in the bytes of an undisturbed run."""
+        assert ran.code == 0, ran.stderr
+        assert ran.stdout == f"{self.output}\n"
+        self.check_output()
+
+    def check_output(self) -> None:
+        """The output has its bytes, and nothing lies beside it."""
+        assert self.output.read_bytes() == self.reference
+        assert [path.name for path in self.folder.iterdir()] == [self.output.name]
+
+    def check_message(self, ran: Ran, *words: str) -> None:
+        """A command ended with one line that holds these words, and no data."""
+        lines = [line for line in ran.stderr.splitlines() if line.startswith("fp8pack: ")]
+        assert "Traceback" not in ran.stderr, ran.stderr
+        assert len(lines) == 1
+        assert ran.stderr.splitlines()[-1] == lines[0]
+        assert ran.stdout == ""
+        for word in words:
+            assert word in lines[0]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Multiply matrices here as in the other processes: their sums depend on the number of threads."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = Server(tmp_path_factory.mktemp("server"))
+    yield server
+    assert server.process.stdin is not None
+    assert server.process.stdout is not None
+    server.process.stdin.close()
+    server.process.wait(timeout=PATIENCE_SECONDS)
+    server.process.stdout.close()
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    words = (DEMO / "heldout.txt").read_text().split()
+    texts = [" ".join(words[30 * i : 30 * i + 8 + 2 * i]) for i in range(PROMPTS)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+@pytest.fixture(scope="module")
+def reference(server: Server, prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """The bytes of a run that nothing disturbed."""
+    bench = Bench(server, tmp_path_factory.mktemp("reference"), prompts, b"")
+    ran = bench.run("off", prelude="")
+    assert ran.code == 0, ran.stderr
+    return bench.output.read_bytes()
+
+
+@pytest.fixture
+def bench(server: Server, prompts: Path, reference: bytes, tmp_path: Path) -> Bench:
+    (tmp_path / "place").mkdir()
+    return Bench(server, tmp_path / "place", prompts, reference)
+
+
+@pytest.fixture(scope="module")
+def unfinished(
+    server: Server, prompts: Path, reference: bytes, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    """A staging directory of each mode that a deadline left in the middle."""
+    found = {}
+    for mode in MODES:
+        bench = Bench(server, tmp_path_factory.mktemp(f"unfinished-{mode}"), prompts, reference)
+        ran = bench.run(mode, prelude=STOP_AT.format(n=5 if mode == "off" else 2 * PROMPTS + 5))
+        assert ran.code == 7, ran.stderr
+        bench.check_message(ran, "deadline", "the same command continues")
+        found[mode] = bench.staging
+    return found
+
+
+@pytest.fixture
+def leave(bench: Bench, unfinished: dict[str, Path]) -> Callable[[str], None]:
+    """Return a function that puts an unfinished calibration beside the output of the bench."""
+    return lambda mode: shutil.copytree(unfinished[mode], bench.staging) and None
+
+
+# Killed.
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_run_that_nothing_disturbs_gives_the_same_bytes_with_and_without_saving(mode: str, bench: Bench) -> None:
+    bench.check_complete(bench.run(mode))
+
+
+@pytest.mark.parametrize(("mode", "lines"), KILLS)
+def test_a_calibration_killed_at_a_random_moment_continues_to_the_same_bytes(
+    mode: str, lines: int, bench: Bench
+) -> None:
+    running = bench.start(mode)
+    running.reach(lines)
+    assert running.kill().code == -signal.SIGKILL
+    assert bench.staging.exists()
+    assert not bench.output.exists()
+    bench.check_complete(bench.run(mode, prelude=""))
+
+
+def test_a_calibration_killed_again_and_again_continues_to_the_same_bytes(bench: Bench) -> None:
+    for lines in (4, 8):
+        running = bench.start("off")
+        running.reach(lines)
+        running.kill()
+    bench.check_complete(bench.run("off"))
+
+
+@pytest.fixture(scope="module")
+def num_changes(
+    server: Server, prompts: Path, reference: bytes, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, int]:
+    """How many calls of a run in each mode change the file system."""
+    found = {}
+    for mode in MODES:
+        bench = Bench(server, tmp_path_factory.mktemp(f"count-{mode}"), prompts, reference)
+        ran = bench.run(mode, prelude=SLOW + DIE_AT.format(n=0))
+        assert ran.code == 0, ran.stderr
+        found[mode] = int(ran.stderr.splitlines()[-1])
+    return found
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_calibration_killed_before_a_change_of_the_file_system_continues_to_the_same_bytes(
+    mode: str, num_changes: dict[str, int], bench: Bench
+) -> None:
+    """Early, before every third of those of one save in the middle, and before the last, where it is committed."""
+    total = num_changes[mode]
+    places = [2, *range(total // 2, total // 2 + 12, 3), *range(total - 6, total + 1)]
+    wrong = {}
+    for place in places:
+        ran = bench.run(mode, prelude=SLOW + DIE_AT.format(n=place))
+        assert ran.code == -signal.SIGKILL, (place, ran.stderr)
+        assert not bench.output.exists() or bench.output.read_bytes() == bench.reference
+        try:
+            calibrate(DEMO, bench.options(mode))
+        except Fp8PackError as error:
+            wrong[place - total] = str(error)
+        else:
+            if bench.output.read_bytes() != bench.reference:
+                wrong[place - total] = "other bytes"
+            elif left := [path.name for path in bench.folder.iterdir() if path != bench.output]:
+                wrong[place - total] = f"{left} is left behind"
+        shutil.rmtree(bench.folder)
+        bench.folder.mkdir()
+    assert not wrong, f"counted from the last change, which is 0: {wrong}"
+
+
+# Interrupted.
+
+
+@pytest.mark.parametrize(("mode", "lines", "signum"), [("off", 5, signal.SIGINT), ("on", 2, signal.SIGTERM)])
+def test_a_signal_ends_with_its_code_and_the_same_command_continues(
+    mode: str, lines: int, signum: int, bench: Bench
+) -> None:
+    running = bench.start(mode)
+    running.reach(lines)
+    ran = running.kill(signum)
+    assert ran.code == 128 + signum
+    bench.check_message(ran, "interrupted", "the same command continues")
+    assert bench.staging.exists()
+    bench.check_complete(bench.run(mode, prelude=""))
+
+
+def test_a_signal_before_anything_is_finished_leaves_nothing_behind(bench: Bench) -> None:
+    pause = "import signal\nfrom fp8pack.calibration.progress import Progress\n"
+    pause += "Progress.tick = lambda self, tokens: signal.pause()\n"
+    running = bench.start("off", prelude=pause)
+    running.reach(1)
+    ran = running.kill(signal.SIGTERM)
+    assert ran.code == 143
+    assert list(bench.folder.iterdir()) == []
+
+
+def test_the_module_itself_ends_with_130(tmp_path: Path) -> None:
+    """`python -m fp8pack calibrate`, as it saves by itself."""
+    staging = tmp_path / ".out.safetensors.fp8pack-partial"
+    command = [sys.executable, "-m", "fp8pack", "calibrate", str(DEMO), "-o", str(tmp_path / "out.safetensors")]
+    command += ["--num-prompts", "128"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    give_up = time.monotonic() + PATIENCE_SECONDS
+    journal = staging / "journal.jsonl"
+    while not (journal.exists() and journal.read_bytes().count(b"\n") >= 2):
+        assert process.poll() is None
+        assert time.monotonic() < give_up
+        time.sleep(0.002)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=PATIENCE_SECONDS)
+    assert (process.returncode, stdout) == (130, "")
+    assert "Traceback" not in stderr
+    assert stderr.splitlines()[-1].startswith("fp8pack: interrupted")
+
+
+def test_a_deadline_that_comes_with_every_prompt_still_ends_in_the_same_bytes(bench: Bench, prompts: Path) -> None:
+    codes = []
+    for n in (1, 3, 2):
+        ran = bench.run("off", "--deadline", "1h", prelude=STOP_AT.format(n=n))
+        codes.append(ran.code)
+        bench.check_message(ran, "deadline", "the same command continues")
+    assert codes == [7] * 3
+    state = read_calibration(bench.staging / "output" / "state.safetensors")
+    assert len(state.prompts) == 6
+    bench.finish_here()
+
+
+def test_a_deadline_of_nothing_does_one_prompt(bench: Bench) -> None:
+    ran = bench.run("off", "--deadline", "0s", prelude="")
+    assert ran.code == 7
+    bench.check_message(ran, "deadline")
+    assert len(read_calibration(bench.staging / "output" / "state.safetensors").prompts) == 1
+
+
+@pytest.mark.parametrize("n", [1, PROMPTS, PROMPTS + 3])
+def test_a_streamed_run_continues_after_a_deadline_anywhere_in_a_layer(n: int, bench: Bench) -> None:
+    ran = bench.run("on", prelude=STOP_AT.format(n=n))
+    assert ran.code == 7
+    bench.check_message(ran, "deadline", "the same command continues")
+    bench.finish_here("on")
+
+
+def test_a_streamed_run_with_a_deadline_shorter_than_a_layer_gets_on(bench: Bench) -> None:
+    """The same command continues: so it must get on each time, as one that is not streamed does."""
+    told = []
+    for _ in range(3):
+        ran = bench.run("on", prelude=STOP_AT.format(n=2))
+        assert ran.code == 7
+        told.append(ran.stderr.splitlines()[-1])
+    assert len(set(told)) == 3, told
+
+
+# What an unfinished calibration left behind.
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_an_unfinished_calibration_is_continued_and_not_begun_again(
+    mode: str, bench: Bench, leave: Callable[[str], None]
+) -> None:
+    leave(mode)
+    seen: list[tuple[int, int]] = []
+    calibrate(DEMO, bench.options(mode), on_progress=lambda done, total: seen.append((done, total)))
+    bench.check_output()
+    assert len(seen) == (PROMPTS - 5 if mode == "off" else 3 * PROMPTS)
+    assert seen[-1][0] == seen[-1][1]
+
+
+TORN: dict[str, Callable[[bytes], bytes]] = {
+    "half-a-line": lambda text: text + b'{"done": 9',
+    "a-line-without-end": lambda text: text + b'{"done": 8}',
+    "zeros": lambda text: text + bytes(40),
+    "zeros-and-an-end": lambda text: text + bytes(40) + b"\n",
+    "an-empty-line": lambda text: text + b"\n",
+    "a-line-of-text": lambda text: text + b"done\n",
+    "a-list": lambda text: text + b"[9]\n",
+    "a-number-as-text": lambda text: text + b'{"done": "9"}\n',
+    "a-fraction": lambda text: text + b'{"done": 9.5}\n',
+    "nothing-left": lambda text: b"",
+    "half-of-the-head": lambda text: text[:20],
+    "only-the-head": lambda text: text[: text.index(b"\n") + 1],
+    "a-head-of-another-version": lambda text: text.replace(b'"version": 1', b'"version": 0'),
+    "bytes-that-are-no-text": lambda text: text + b"\xff\xfe\n",
+}
+
+
+@pytest.mark.parametrize(
+    ("mode", "name"),
+    [*(("off", name) for name in TORN), ("on", "half-a-line"), ("on", "zeros-and-an-end"), ("on", "only-the-head")],
+)
+def test_a_torn_journal_never_changes_the_bytes(
+    mode: str, name: str, bench: Bench, leave: Callable[[str], None]
+) -> None:
+    leave(mode)
+    journal = bench.staging / "journal.jsonl"
+    journal.write_bytes(TORN[name](journal.read_bytes()))
+    bench.finish_here(mode)
+
+
+@pytest.mark.parametrize("name", ["zeros-and-an-end", "a-line-of-text", "an-empty-line", "half-a-line"])
+def test_what_is_noted_after_a_torn_line_is_found_again(name: str, tmp_path: Path) -> None:
+    """A journal that goes on behind a line that nobody can read must not lose what comes after it."""
+    path, head = tmp_path / "journal.jsonl", {"fingerprint": "f", "prompts": "p", "options": {"a": 1}}
+    assert Journal(path).resume(head, throw_away=False) == 0
+    Journal(path).add(1)
+    path.write_bytes(TORN[name](path.read_bytes()))
+    assert Journal(path).resume(head, throw_away=False) == 1
+    Journal(path).add(2)
+    assert Journal(path).resume(head, throw_away=False) == 2
+
+
+@pytest.mark.parametrize(("before", "after"), [("off", "on"), ("on", "off")])
+def test_streaming_that_changed_meanwhile_is_refused_or_gives_the_same_bytes(
+    before: str, after: str, bench: Bench, leave: Callable[[str], None]
+) -> None:
+    """`auto` looks at the free memory, so the same command may stream today and not tomorrow."""
+    leave(before)
+    try:
+        calibrate(DEMO, bench.options(after))
+    except OutputError as error:
+        assert "--no-resume" in str(error)
+        bench.finish_here(after, resume=False)
+    bench.check_output()
+
+
+def other_model(folder: Path) -> Path:
+    """The demo model with one weight changed."""
+    model = folder / "other"
+    shutil.copytree(DEMO, model)
+    shard = sorted(model.glob("*.safetensors"))[0]
+    with shard.open("r+b") as file:
+        file.seek(-2, os.SEEK_END)
+        file.write(b"\0\0")
+    return model
+
+
+OTHERS: dict[str, dict[str, Any]] = {
+    "fewer-prompts": {"num_prompts": PROMPTS - 1},
+    "shorter": {"max_length": 31},
+    "batches": {"batch_size": 2},
+    "all-experts": {"all_experts": True},
+    "until-converged": {"until_converged": True},
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_an_unfinished_calibration_with_other_options_is_refused_and_kept(
+    name: str, bench: Bench, leave: Callable[[str], None]
+) -> None:
+    leave("off")
+    with pytest.raises(OutputError, match="unfinished calibration with other") as caught:
+        calibrate(DEMO, bench.options(**OTHERS[name]))
+    assert "--no-resume" in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+    seen: list[int] = []
+    calibrate(DEMO, bench.options(), on_progress=lambda done, total: seen.append(done))
+    assert len(seen) == PROMPTS - 5, "what was refused must leave the finished work as it is"
+    bench.check_output()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_an_unfinished_calibration_of_another_model_is_refused_and_no_resume_throws_it_away(
+    mode: str, bench: Bench, leave: Callable[[str], None], tmp_path: Path
+) -> None:
+    leave(mode)
+    model = other_model(tmp_path)
+    with pytest.raises(OutputError, match="another model"):
+        calibrate(model, bench.options(mode))
+    calibrate(model, bench.options(mode, resume=False))
+    assert [path.name for path in bench.folder.iterdir()] == [bench.output.name]
+    assert bench.output.read_bytes() != bench.reference
+    bench.finish_here(mode, overwrite=True)
+
+
+def test_no_resume_begins_again(bench: Bench, leave: Callable[[str], None]) -> None:
+    leave("off")
+    ran = bench.run("off", "--no-resume", prelude="")
+    bench.check_complete(ran)
+    seen: list[int] = []
+    bench.output.unlink()
+    leave("on")
+    calibrate(DEMO, bench.options("on", resume=False), on_progress=lambda done, total: seen.append(done))
+    assert len(seen) == 5 * PROMPTS
+    bench.check_output()
+
+
+def test_the_command_line_ends_with_4_where_an_unfinished_calibration_is_something_else(
+    bench: Bench, leave: Callable[[str], None]
+) -> None:
+    leave("off")
+    ran = bench.run("off", "--batch-size", "2", prelude="")
+    assert ran.code == 4
+    bench.check_message(ran, "batch_size 1, now 2", "--no-resume")
+
+
+# Other writers, and outputs that exist.
+
+
+def test_two_writers_at_once_are_refused_and_the_first_one_is_not_disturbed(bench: Bench) -> None:
+    running = bench.start("off")
+    running.reach(3)
+    with pytest.raises(OutputError, match="being written"):
+        calibrate(DEMO, bench.options())
+    bench.check_complete(running.end())
+
+
+def test_the_second_writer_ends_with_4(bench: Bench) -> None:
+    with Staging(bench.output):
+        ran = bench.run("off", prelude="")
+    assert ran.code == 4
+    bench.check_message(ran, "being written by another fp8pack")
+
+
+def test_an_output_that_is_complete_is_left_as_it_is(bench: Bench) -> None:
+    bench.output.write_bytes(bench.reference)
+    before = bench.output.stat()
+    ran = bench.run("off", prelude="")
+    bench.check_complete(ran)
+    assert "already complete" in ran.stderr
+    assert bench.finish_here("on")["already_complete"], "streamed or not, it is the same calibration"
+    after = bench.output.stat()
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+
+
+def test_what_an_earlier_run_left_beside_a_complete_output_goes(bench: Bench, leave: Callable[[str], None]) -> None:
+    """As after a kill between the rename that commits and the removal of the staging directory."""
+    leave("off")
+    bench.output.write_bytes(bench.reference)
+    shutil.rmtree(bench.staging / "output")
+    bench.finish_here()
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_an_output_of_other_options_is_refused_unless_it_is_to_be_replaced(name: str, bench: Bench) -> None:
+    bench.output.write_bytes(bench.reference)
+    with pytest.raises(OutputError, match="--overwrite"):
+        calibrate(DEMO, bench.options(**OTHERS[name]))
+    bench.check_output()
+
+
+def test_an_output_that_is_no_calibration_is_refused_unless_it_is_to_be_replaced(bench: Bench) -> None:
+    for content in (b"mine", next(DEMO.glob("*.safetensors")).read_bytes()):
+        bench.output.write_bytes(content)
+        with pytest.raises(OutputError, match="--overwrite"):
+            calibrate(DEMO, bench.options())
+        assert bench.output.read_bytes() == content
+    ran = bench.run("off", "--overwrite", prelude="")
+    bench.check_complete(ran)
+
+
+def test_overwrite_replaces_what_is_complete_too(bench: Bench) -> None:
+    bench.output.write_bytes(bench.reference)
+    before = bench.output.stat().st_ino
+    assert not bench.finish_here(overwrite=True)["already_complete"]
+    assert bench.output.stat().st_ino != before
+
+
+def test_a_directory_that_is_empty_is_not_replaced_by_a_file(bench: Bench) -> None:
+    bench.output.mkdir()
+    for overwrite in (False, True):
+        with pytest.raises(OutputError):
+            calibrate(DEMO, bench.options(overwrite=overwrite))
+    assert bench.output.is_dir()
+
+
+def test_an_output_that_appears_meanwhile_is_not_replaced(bench: Bench) -> None:
+    running = bench.start("off")
+    running.reach(3)
+    bench.output.write_text("mine")
+    ran = running.end()
+    assert ran.code == 4
+    bench.check_message(ran, "appeared")
+    assert bench.output.read_text() == "mine"
+    bench.output.unlink()
+    bench.finish_here()
+
+
+# No space.
+
+
+@pytest.mark.parametrize(("mode", "limit"), [("off", 20_000), ("off", 300_000), ("on", 20_000), ("on", 250_000)])
+def test_a_file_that_may_not_grow_further_ends_with_5_and_the_same_command_continues(
+    mode: str, limit: int, bench: Bench
+) -> None:
+    limited = f"import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
+    ran = bench.run(mode, prelude=SLOW + limited)
+    assert ran.code == 5, ran.stderr
+    bench.check_message(ran, "too large")
+    assert not bench.output.exists()
+    bench.finish_here(mode)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """Return a function that mounts a file system of this size, or changes the size of the one it mounted."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted: list[Path] = []
+
+    def mount(size: int) -> Path:
+        remount = ["remount"] if mounted else []
+        options = ",".join([*remount, f"size={size}"])
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(disk)]
+        if subprocess.run(command, capture_output=True, check=False).returncode:
+            pytest.skip("mounting is not allowed here")
+        mounted.append(disk)
+        return disk
+
+    if os.geteuid() != 0 or shutil.which("mount") is None:
+        pytest.skip("mounting needs root")
+    yield mount
+    if mounted:
+        subprocess.run(["umount", "-l", disk], check=True)
+
+
+@pytest.mark.parametrize(("mode", "size"), [("off", 60_000), ("off", 900_000), ("on", 60_000), ("on", 400_000)])
+def test_a_disk_that_gets_full_ends_with_5_and_the_same_command_continues_with_more_space(
+    mode: str, size: int, bench: Bench, small_disk: Callable[[int], Path]
+) -> None:
+    unchecked = "from fp8pack.calibration import calibrate as _m\n_m.check_space = lambda *_: None\n"
+    bench.folder = small_disk(size)
+    ran = bench.run(mode, prelude=SLOW + unchecked)
+    assert ran.code == 5, ran.stderr
+    bench.check_message(ran, "no space left")
+    assert not bench.output.exists()
+    small_disk(50 << 20)
+    bench.finish_here(mode)
+
+
+def test_a_disk_without_room_for_the_hidden_states_is_refused_before_any_work(
+    bench: Bench, small_disk: Callable[[int], Path]
+) -> None:
+    bench.folder = small_disk(400_000)
+    ran = bench.run("on", prelude="")
+    assert ran.code == 5
+    bench.check_message(ran, "free", "needed")
+    assert list(bench.folder.iterdir()) == []
