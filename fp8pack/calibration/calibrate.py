@@ -122,7 +122,7 @@ def _run(run: Run, staging: Staging, journal: Journal, progress: Progress) -> Ca
         return calibration
     if journal.done == done:
         raise DeadlineError(
-            "the deadline came before a layer was finished, and a layer is begun anew: give it more time"
+            "the deadline came before a layer was finished; the same command continues, but give it more time than this"
         )
     raise DeadlineError(
         f"the deadline is reached with {progress.done} of {progress.total} tokens done; the same command continues"

@@ -26,8 +26,7 @@ def merge(calibrations: Sequence[str | Path], output: str | Path, *, overwrite: 
         OutputError: the output exists.
     """
     target = Path(output)
-    for path in calibrations:
-        check_output_file(target, Path(path), overwrite=overwrite)
+    check_output_file(target, None, overwrite=overwrite)
     if target.exists() and not overwrite:
         raise OutputError(f"{target} exists: choose another -o, or --overwrite replaces it")
     joined = join([(Path(path).name, read_calibration(Path(path))) for path in calibrations])

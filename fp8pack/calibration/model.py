@@ -58,7 +58,7 @@ class ModelLoader:
         for part in (config, text):
             part.use_cache = False
         config.quantization_config = None
-        self.model = _build(model_class, config)
+        self.model = _build(source, model_class, config)
         self.model.eval()  # type: ignore[no-untyped-call]
         for module in self.model.modules():
             for name, buffer in module.named_buffers(recurse=False):
@@ -111,13 +111,13 @@ class ModelLoader:
         return type(self.model).__name__
 
 
-def _build(model_class: Any, config: Any) -> PreTrainedModel:
+def _build(source: Source, model_class: Any, config: Any) -> PreTrainedModel:
     """The model of a configuration, its parameters on the meta device."""
     try:
         with no_init_weights(), _parameters_on_meta():
             model: PreTrainedModel = model_class._from_config(config, dtype=torch.bfloat16)
     except Exception as error:  # whatever a class makes of a configuration that is not for it
-        raise InputError(f"config.json makes no {model_class.__name__}: {_short(error)}") from error
+        raise InputError(f"{source.path}: config.json makes no {model_class.__name__}: {_short(error)}") from error
     return model
 
 
@@ -129,7 +129,7 @@ def read_tokenizer(source: Source, *, trust_remote_code: bool) -> Any:
         )
     except Exception as error:  # transformers raises whatever its tokenizers do
         raise InputError(f"{source.path} has no tokenizer that transformers reads: {_short(error)}") from None
-    if not len(tokenizer):
+    if set(tokenizer.get_vocab().values()) <= set(tokenizer.all_special_ids):  # transformers made an empty one up
         raise InputError(f"{source.path} has no tokenizer: copy its files from where the model came")
     return tokenizer
 
@@ -152,7 +152,7 @@ def _find_class(source: Source, config: Any, trust_remote_code: bool) -> Any:
     if trust_remote_code and architecture in remote:
         return get_class_from_dynamic_module(remote[architecture], str(source.directory), local_files_only=True)
     found = vars(transformers).get(architecture) or getattr(transformers, architecture or "-", None)
-    if isinstance(found, type) and issubclass(found, PreTrainedModel):
+    if isinstance(found, type) and issubclass(found, PreTrainedModel) and found is not PreTrainedModel:
         return found
     if architecture in remote:
         raise InputError(f"{source.path} needs code of its own: read it, then --trust-remote-code")

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from fp8pack.checkpoint.header import build_header, read_header
 from fp8pack.checkpoint.shard_writer import ShardWriter, sync_directory
 from fp8pack.checkpoint.source import ShardReader, open_regular
-from fp8pack.errors import InputError
+from fp8pack.errors import InputError, SpaceError
 from fp8pack.planning.calibration import NUM_MAGNITUDES, Calibration, Site
 from fp8pack.planning.layout import Stored
 from fp8pack.planning.spec import TensorSpec
@@ -68,6 +68,8 @@ def write_calibration(path: Path, calibration: Calibration) -> str:
 
     The bytes follow from the calibration alone. Raises SpaceError when the place is not writable.
     """
+    if not path.parent.is_dir():
+        raise SpaceError(f"{path.parent} is no directory: make it first")
     arrays = sorted(_arrays(calibration), key=lambda item: -item[1].itemsize)  # so that each lies aligned
     tensors = [Stored(name, _DTYPES[name.rpartition(".")[2]][0], array.shape) for name, array in arrays]
     begins, size = [], 0

@@ -164,8 +164,8 @@ class Staging:
             self._old.rename(self.output)
 
 
-def check_output(output: Path, source: Path, *, overwrite: bool) -> None:
-    """Raise if the output cannot stand where it is asked for.
+def check_output(output: Path, source: Path | None, *, overwrite: bool) -> None:
+    """Raise if the output cannot stand where it is asked for; without a source it cannot be in the way of one.
 
     Raises:
         OutputError: it would lie in the source or hold it, is a link, has too long a name, or is to be replaced
@@ -176,10 +176,10 @@ def check_output(output: Path, source: Path, *, overwrite: bool) -> None:
         raise OutputError(f"the name {output.name[:40]}… is too long for a file system: choose another -o")
     if output.is_symlink():
         raise OutputError(f"{output} is a link: name what it leads to, or choose another -o")
-    place, origin = output.absolute().resolve(), source.resolve()
-    if place.is_relative_to(origin):
+    place, origin = output.absolute().resolve(), source.resolve() if source else None
+    if origin and place.is_relative_to(origin):
         raise OutputError(f"{output} lies in the source {source}: choose another -o")
-    if origin.is_relative_to(place):
+    if origin and origin.is_relative_to(place):
         raise OutputError(f"{output} holds the source {source}: choose another -o")
     if place == Path.cwd().resolve():
         raise OutputError("the output would be the current directory: choose another -o")
@@ -191,11 +191,11 @@ def check_output(output: Path, source: Path, *, overwrite: bool) -> None:
         raise SpaceError(f"{output.parent} is not writable: choose another -o")
 
 
-def check_output_file(output: Path, source: Path, *, overwrite: bool) -> None:
+def check_output_file(output: Path, source: Path | None, *, overwrite: bool) -> None:
     """Raise as `check_output` does, and if a file is asked for where a directory is."""
+    check_output(output, source, overwrite=overwrite)
     if output.is_dir():
         raise OutputError(f"{output} is a directory: choose another -o")
-    check_output(output, source, overwrite=overwrite)
 
 
 def _is_replaceable(output: Path) -> bool:

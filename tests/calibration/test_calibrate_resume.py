@@ -421,14 +421,13 @@ def test_a_streamed_run_continues_after_a_deadline_anywhere_in_a_layer(n: int, b
     bench.finish_here("on")
 
 
-def test_a_streamed_run_with_a_deadline_shorter_than_a_layer_gets_on(bench: Bench) -> None:
-    """The same command continues: so it must get on each time, as one that is not streamed does."""
-    told = []
-    for _ in range(3):
+def test_a_streamed_run_with_a_deadline_shorter_than_a_layer_says_so(bench: Bench) -> None:
+    """The unit of a streamed run is a layer, so such a run would begin the same one again and again."""
+    for _ in range(2):
         ran = bench.run("on", prelude=STOP_AT.format(n=2))
         assert ran.code == 7
-        told.append(ran.stderr.splitlines()[-1])
-    assert len(set(told)) == 3, told
+        assert "before a layer was finished" in ran.stderr.splitlines()[-1]
+        assert "more time" in ran.stderr.splitlines()[-1]
 
 
 # What an unfinished calibration left behind.
@@ -480,7 +479,7 @@ def test_a_torn_journal_never_changes_the_bytes(
 @pytest.mark.parametrize("name", ["zeros-and-an-end", "a-line-of-text", "an-empty-line", "half-a-line"])
 def test_what_is_noted_after_a_torn_line_is_found_again(name: str, tmp_path: Path) -> None:
     """A journal that goes on behind a line that nobody can read must not lose what comes after it."""
-    path, head = tmp_path / "journal.jsonl", {"fingerprint": "f", "prompts": "p", "options": {"a": 1}}
+    path, head = tmp_path / "journal.jsonl", {"fingerprint": "f", "prompts": "p", "options": {"a": 1}, "streamed": True}
     assert Journal(path).resume(head, throw_away=False) == 0
     Journal(path).add(1)
     path.write_bytes(TORN[name](path.read_bytes()))

@@ -21,6 +21,10 @@ USER, ASSISTANT, SYSTEM = (
 PARTS = [{"type": "image"}, {"type": "text", "text": "What is"}, {"type": "text", "text": "this?"}]
 
 
+def ids_of(prompts: list[Prompt], tokenizer: Any, max_length: int) -> list[list[int]]:
+    return [ids for ids, _ in tokenize(prompts, tokenizer, max_length)]
+
+
 @pytest.fixture(autouse=True)
 def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let any look at the network fail the test."""
@@ -430,10 +434,10 @@ def test_a_cached_data_set_without_a_main_revision_is_refused(hub: Path) -> None
 def test_text_becomes_tokens_and_is_cut(tokenizer: Any) -> None:
     ids = tokenizer("The sky is blue today.")["input_ids"]
     prompts = [Prompt("a", "The sky is blue today."), Prompt("b", "The")]
-    assert tokenize(prompts, tokenizer, 1000)[0] == ids
-    assert tokenize(prompts, tokenizer, 3)[0] == ids[:3]
-    assert [len(row) for row in tokenize(prompts, tokenizer, 1)] == [1, 1]
-    assert all(type(token) is int for row in tokenize(prompts, tokenizer, 5) for token in row)
+    assert ids_of(prompts, tokenizer, 1000)[0] == ids
+    assert ids_of(prompts, tokenizer, 3)[0] == ids[:3]
+    assert [len(row) for row in ids_of(prompts, tokenizer, 1)] == [1, 1]
+    assert all(type(token) is int for row in ids_of(prompts, tokenizer, 5) for token in row)
 
 
 def test_text_without_tokens_is_refused(tokenizer: Any) -> None:
@@ -445,14 +449,14 @@ def test_half_a_character_is_a_sentence_or_has_tokens(tokenizer: Any) -> None:
     """JSON can name a lone surrogate, as in text that was cut between the two halves of an emoji."""
     prompts = [Prompt("line 3", parse_row(json.loads('{"text": "so \\ud83d"}'), "line 3").content)]
     try:
-        assert tokenize(prompts, tokenizer, 10)[0]
+        assert ids_of(prompts, tokenizer, 10)[0]
     except InputError as error:
         assert "line 3" in str(error)
 
 
 def test_without_a_template_the_contents_of_a_conversation_follow_each_other(tokenizer: Any) -> None:
     tokenizer.chat_template = None
-    ids = tokenize([Prompt("a", [SYSTEM, USER, ASSISTANT])], tokenizer, 100)[0]
+    ids = ids_of([Prompt("a", [SYSTEM, USER, ASSISTANT])], tokenizer, 100)[0]
     assert ids == tokenizer("Be brief.\n\nWhy is the sky blue?\n\nScattering.")["input_ids"]
 
 
@@ -464,7 +468,7 @@ NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System 
 
 
 def rendered(tokenizer: Any, *messages: dict[str, str]) -> str:
-    return str(tokenizer.decode(tokenize([Prompt("line 3", list(messages))], tokenizer, 1000)[0]))
+    return str(tokenizer.decode(ids_of([Prompt("line 3", list(messages))], tokenizer, 1000)[0]))
 
 
 def test_a_conversation_goes_through_the_template(tokenizer: Any) -> None:
