@@ -582,7 +582,7 @@ def markdown(parts: Sequence[Part], folder: Path) -> str:
     texts = [
         "# Calibration benchmark results",
         "Written by `python benchmarks/bench_calibrate.py`. Other work may run on the machine: what is compared takes "
-        "turns, so ratios say more than seconds.",
+        "turns, so ratios say more than seconds. `model` and `prompts.jsonl` in the commands are what it makes.",
         "\n".join(f"- {name}: {value}" for name, value in facts.items()),
     ]
     for part in sorted(parts, key=lambda part: part.title[:2] if part.title[0].isdigit() else "1z"):

@@ -316,7 +316,11 @@ def test_a_plan_refuses_a_weight_that_nothing_entered_and_the_flag_it_names_mend
 MODELOPT_KV = {
     "llama": ("model.layers.0.self_attn", ("q_proj", "k_proj", "v_proj", "o_proj"), ("k_proj", "v_proj")),
     "gpt-neox": ("gpt_neox.layers.0.attention", ("query_key_value", "dense"), ("", "")),
-    "bert": ("bert.encoder.layer.0.attention.self", ("query", "key", "value"), ("key", "value")),
+    "bert": (
+        "bert.encoder.layer.0.attention.self",
+        ("query", "key", "value"),
+        ("key", "value"),
+    ),
     "phi3": ("model.layers.0.self_attn", ("qkv_proj", "o_proj"), ("", "")),
     "falcon": ("transformer.h.0.self_attention", ("query_key_value", "dense"), ("", "")),
     "gpt-j": ("transformer.h.0.attn", ("k_proj", "out_proj", "q_proj", "v_proj"), ("k_proj", "v_proj")),
@@ -337,25 +341,22 @@ def test_k_and_v_of_every_family_lie_beside_the_weight_that_makes_them(family: s
     assert stored.keys() == {"k", "v"}
     for i, kind in enumerate("kv"):
         scale, owner = stored[kind]
-        own = f".{modelopt[i]}" if modelopt[i] and method.name == "modelopt" else ""
+        own = f".{modelopt[i]}" if modelopt[i].endswith("_proj") and method.name == "modelopt" else ""
         assert scale.name == f"{attention}{own}.{kind}_scale"
         assert (scale.dtype, scale.shape) == ("F32", (1,) if method.name == "compressed-tensors" else ())
         assert owner.removesuffix(".weight") in {f"{attention}.{modelopt[i] or leaves[0]}"}
 
 
 @pytest.mark.parametrize("method", ["modelopt", "compressed-tensors", "fp8pack"])
-def test_k_and_v_of_latent_attention_are_both_stored_under_the_same_module(method: str) -> None:
-    """kv_b_proj makes K and V: a reader that finds k_scale in one module and v_scale in another takes neither."""
+def test_latent_attention_is_refused(method: str) -> None:
+    """Its cache holds a latent and the rotary part of K, of which no scale was taken."""
     attention = "model.layers.0.self_attn"
     shapes: Shapes = {f"{attention}.q_a_proj.weight": (256, 256), f"{attention}.kv_a_proj_with_mqa.weight": (256, 256)}
     shapes |= {f"{attention}.q_b_proj.weight": (256, 256), f"{attention}.kv_b_proj.weight": (256, 256)}
     shapes |= {f"{attention}.o_proj.weight": (256, 256)}
     asked = {"scheme": "FP8", "quant_method": method, "kv_cache": True}
-    found = stored_scales(plan_of(sites_of(shapes, attention), shapes, **asked))
-    assert {name for name in found if name.endswith(("k_scale", "v_scale"))} == {
-        f"{attention}.k_scale",
-        f"{attention}.v_scale",
-    }
+    with pytest.raises(InputError, match="caches a latent"):
+        plan_of(sites_of(shapes, attention), shapes, **asked)
 
 
 def test_scales_of_k_and_v_also_lie_beside_projections_that_are_not_packed() -> None:
@@ -395,7 +396,7 @@ def test_towers_of_other_modalities_get_no_scales() -> None:
 def test_a_calibration_of_towers_alone_gives_no_kv_cache_scales() -> None:
     tower = "vision_tower.encoder.layers.0.self_attn"
     shapes = llama() | {f"{tower}.{leaf}_proj.weight": (256, 256) for leaf in "qkv"}
-    with pytest.raises(InputError, match="no K and V"):
+    with pytest.raises(InputError, match=r"no K of model\.layers\.0"):
         plan_of(sites_of(shapes, tower), shapes, scheme="FP8_DYNAMIC", kv_cache=True)
 
 
