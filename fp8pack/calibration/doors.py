@@ -11,9 +11,7 @@ from contextlib import ExitStack
 from functools import cache
 from typing import Any, Protocol
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -21,14 +19,15 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import GeneralInterface
 
 from fp8pack.calibration.names import Names
+from fp8pack.calibration.recorder import Rows
 
 
 class Recording(Protocol):
     """What the doors need of an observation."""
 
     @property
-    def rows(self) -> NDArray[np.int32]:
-        """The prompt of each row of the running call, -1 for padding."""
+    def rows(self) -> Rows:
+        """Which prompt each row of the running call belongs to."""
         ...
 
     @property
@@ -53,8 +52,8 @@ class Recording(Protocol):
         """Have a site of these points, even if nothing comes."""
         ...
 
-    def record_rows(self, points: Sequence[str], value: Tensor, rows: NDArray[np.int32], *, routed: bool) -> None:
-        """Add a tensor [R, K] whose rows belong to these prompts."""
+    def record_rows(self, points: Sequence[str], value: Tensor, rows: Rows, *, routed: bool) -> None:
+        """Add a tensor [R, K] of these rows."""
         ...
 
 
@@ -149,7 +148,7 @@ def _experts(recording: Recording, names: Names, paths: dict[nn.Module, str]) ->
             entering = hidden_states[tokens]
             inner = _up(module, entering, expert)
             if recording.wants(paths[module]):
-                rows = recording.rows[tokens.cpu().numpy()]
+                rows = Rows.of(recording.rows.prompts[tokens.cpu().numpy()])
                 recording.record_rows(up[expert], entering, rows, routed=True)
                 recording.record_rows(down[expert], inner, rows, routed=True)
             leaving = _down(module, inner, expert) * top_k_weights[tokens, slots, None]

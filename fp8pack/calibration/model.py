@@ -19,6 +19,7 @@ from fp8pack.calibration.names import names_of
 from fp8pack.checkpoint.source import ShardReader, Source
 from fp8pack.errors import InputError
 from fp8pack.numerics import torch_codec
+from fp8pack.numerics.replaced_forwards import replaced_forwards
 from fp8pack.planning.spec import TensorSpec
 
 _DTYPES = {
@@ -101,6 +102,13 @@ class ModelLoader:
         missing = [name for name in wanted if self.model.get_parameter_or_buffer(name).is_meta]
         if missing:
             raise InputError(f"the checkpoint lacks {min(missing)}, which {self._architecture} needs")
+
+    @contextmanager
+    def without_logits(self) -> Iterator[None]:
+        """Spare the last linear its product while this lasts: what enters it is seen, what leaves it nobody wants."""
+        head = self.model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        with replaced_forwards([] if head is None else [(head, lambda hidden: hidden[..., :1])]):
+            yield
 
     def load_all(self) -> None:
         """Read every parameter; raises as `load` does."""

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fp8pack.calibration.names import Names, is_transformers_model, names_of, transformers_parts
-from fp8pack.calibration.recorder import Recorder, Threads
+from fp8pack.calibration.recorder import Recorder, Rows, Threads
 from fp8pack.checkpoint.calibration_file import write_calibration
 from fp8pack.checkpoint.source import open_checkpoint
 from fp8pack.errors import InputError
@@ -56,12 +56,12 @@ def observe(model: nn.Module, names: Mapping[str, str | Sequence[str]] | None = 
 class _Batch:
     """The sequences of one call: [B, T] tokens, or [B] of something else.
 
-    rows: the prompt of each row, -1 for padding. past: tokens of a cache that the call continues, None without one.
+    past: tokens of a cache that the call continues, None without one.
     """
 
     shape: tuple[int, ...]
     prompts: list[int]
-    rows: NDArray[np.int32]
+    rows: Rows
     past: int | None
 
 
@@ -71,6 +71,7 @@ class _Seen:
 
     value: Tensor
     version: int
+    block: int | None
     recorder: Recorder
     before: Recorder | None
     points: set[str] = field(default_factory=set)
@@ -98,13 +99,14 @@ class Observation:
         self._recorders: tuple[dict[str, Recorder], dict[str, Recorder]] = ({}, {})  # routed, and all experts
         self._open: list[_Seen] = []
         self._spare: list[Recorder] = []
+        self._blocks: dict[str, int | None] = {}
         self._batch: _Batch | None = None
         self._depth = 0
         self._undo = ExitStack()
         self._threads = Threads(1)
 
     def __enter__(self) -> "Observation":
-        self._threads = Threads(torch.get_num_threads())
+        self._threads = Threads(max(1, torch.get_num_threads() // 2))  # torch's own go on spinning for a while
         try:
             self._attach()
         except BaseException:
@@ -150,7 +152,8 @@ class Observation:
     def record(self, points: Sequence[str], value: Tensor) -> None:
         """Add a tensor [..., K] to the site of these points."""
         recorders = self._recorders[0]
-        seen = self._find(points, value)
+        block = self._block(points[0])
+        seen = next((seen for seen in self._open if seen.block == block and _is_same(seen, value)), None)
         recorder = recorders.get(points[0])
         if seen is not None:
             if recorder is None and seen.recorder.num_tensors == 1:
@@ -168,12 +171,12 @@ class Observation:
         before = recorder.copy_to(self._spare.pop() if self._spare else None) if shared else None
         self._add(recorder, value)
         version = -1 if value.is_inference() else value._version
-        self._open.append(_Seen(value, version, recorder, before, set(points)))
+        self._open.append(_Seen(value, version, block, recorder, before, set(points)))
         if len(self._open) > _MAX_OPEN:
             self._close(self._open[0])
 
-    def record_rows(self, points: Sequence[str], value: Tensor, rows: NDArray[np.int32], *, routed: bool) -> None:
-        """Add a tensor [R, K] whose rows belong to these prompts; it enters nothing else."""
+    def record_rows(self, points: Sequence[str], value: Tensor, rows: Rows, *, routed: bool) -> None:
+        """Add a tensor [R, K] of these rows; it enters nothing else."""
         recorders = self._recorders[0 if routed else 1]
         recorder = recorders.get(points[0]) or self._new_recorder(recorders, points, value.shape[-1])
         recorder.add(_bits(value), rows, self._threads)
@@ -184,8 +187,8 @@ class Observation:
             self._new_recorder(self._recorders[0], points, channels)
 
     @property
-    def rows(self) -> NDArray[np.int32]:
-        """The prompt of each row of the running call, -1 for padding."""
+    def rows(self) -> Rows:
+        """Which prompt each row of the running call belongs to."""
         return self._running.rows
 
     @property
@@ -262,7 +265,7 @@ class Observation:
         rows = np.where(keep, np.array(prompts, np.int32).reshape(-1, *[1] * (len(shape) - 1)), -1)
         length = getattr(kwargs.get("past_key_values"), "get_seq_length", None)  # of a cache; older models have tuples
         past = None if length is None else int(length())
-        self._batch = _Batch(shape, prompts, rows.astype(np.int32).reshape(-1), past)
+        self._batch = _Batch(shape, prompts, Rows.of(rows.astype(np.int32).reshape(-1)), past)
 
     def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self._depth -= 1
@@ -295,13 +298,11 @@ class Observation:
 
         return hook
 
-    def _find(self, points: Sequence[str], value: Tensor) -> _Seen | None:
-        """The same tensor among those just recorded in this block: a streamed run sees one block at a time."""
-        block = layer_of(f"{points[0]}.")
-        for seen in self._open:
-            if _is_same(seen, value) and layer_of(f"{seen.recorder.points[0]}.") == block:
-                return seen
-        return None
+    def _block(self, point: str) -> int | None:
+        """The block that a point lies in: sites are shared within one, since a streamed run sees one at a time."""
+        if point not in self._blocks:
+            self._blocks[point] = layer_of(f"{point}.")
+        return self._blocks[point]
 
     def _new_recorder(self, recorders: dict[str, Recorder], points: Sequence[str], channels: int) -> Recorder:
         recorder = Recorder(points, channels)
@@ -331,13 +332,14 @@ class Observation:
             value = value.transpose(1, 2)
         lead, count = tuple(value.shape[:-1]), value.numel() // max(value.shape[-1], 1)
         recorder.num_tensors += 1
-        if lead[: len(batch.shape)] == batch.shape or count == batch.rows.size:  # [B, T, …, K] or [B * T, K]
-            recorder.add(_bits(value), batch.rows.repeat(count // max(batch.rows.size, 1)), self._threads)
+        num_rows = batch.rows.prompts.size
+        if lead[: len(batch.shape)] == batch.shape or count == num_rows:  # [B, T, …, K] or [B * T, K]
+            recorder.add(_bits(value), batch.rows.repeat(count // max(num_rows, 1)), self._threads)
         elif lead[:1] == (len(batch.prompts),):  # [B, …, K]
-            prompts = np.array(batch.prompts, np.int32)
-            recorder.add(_bits(value), prompts.repeat(count // len(prompts)), self._threads)
+            prompts = np.array(batch.prompts, np.int32).repeat(count // lead[0])
+            recorder.add(_bits(value), Rows.of(prompts), self._threads)
         elif count:
-            recorder.add(_bits(value), np.full(count, batch.prompts[0], np.int32), self._threads)
+            recorder.add(_bits(value), Rows.of(np.full(count, batch.prompts[0], np.int32)), self._threads)
             recorder.spread(batch.prompts)
 
 
@@ -382,8 +384,9 @@ def _is_same(seen: _Seen, value: Tensor) -> bool:
 
 def _bits(value: Tensor) -> NDArray[np.uint16]:
     """The BF16 bits of a tensor as [T, K]."""
-    rounded = value.detach().to(device="cpu", dtype=torch.bfloat16).reshape(-1, value.shape[-1]).contiguous()
-    bits: NDArray[np.uint16] = rounded.view(torch.uint16).numpy()
+    if value.dtype != torch.bfloat16 or value.device.type != "cpu":
+        value = value.to(device="cpu", dtype=torch.bfloat16)
+    bits: NDArray[np.uint16] = value.detach().contiguous().view(torch.uint16).view(-1, value.shape[-1]).numpy()
     return bits
 
 

@@ -30,7 +30,7 @@ def run_resident(run: Run, folder: Path, journal: Journal, progress: Progress) -
     saved, cost = time.monotonic(), 0.0
     batches = list(run.batches())
     progress.start(sum(tokens for tokens, _ in batches[:done]))
-    with observation:
+    with run.loader.without_logits(), observation:
         for index, (tokens, call) in enumerate(batches[done:], done + 1):
             run.loader.model(**call)
             stopped = progress.tick(tokens)

@@ -1,5 +1,7 @@
 """One layer of the model in memory: all prompts through it, then the next."""
 
+import ctypes
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -12,12 +14,15 @@ from fp8pack.checkpoint.calibration_file import read_calibration, write_calibrat
 from fp8pack.checkpoint.shard_writer import sync_file
 from fp8pack.planning.calibration import Calibration, Site, site_order
 
+_M_MMAP_THRESHOLD = -3  # of mallopt(3)
+
 
 def run_streamed(run: Run, stack: Stack, folder: Path, journal: Journal, progress: Progress) -> Calibration | None:
     """Run every layer that is not done, and what lies outside the layers last; return None if the deadline came.
 
     folder: keeps the hidden states that enter the next layer, and the statistics of each finished one.
     """
+    _return_memory_at_once()
     loader, rounds = run.loader, Rounds(stack, folder)
     parameters = list(loader.model.state_dict())
     progress.start(run.num_tokens * journal.done)
@@ -31,7 +36,7 @@ def run_streamed(run: Run, stack: Stack, folder: Path, journal: Journal, progres
         if not is_last:
             loader.load(name for name in parameters if name.startswith(inside))
         observation = Observation(loader.model, loader.names, all_experts=run.options.all_experts, wants=wants)
-        with rounds.round(index) as take, observation:
+        with loader.without_logits(), rounds.round(index) as take, observation:
             for tokens, call in run.batches():
                 take(partial(loader.model, **call))
                 if progress.tick(tokens):
@@ -44,6 +49,16 @@ def run_streamed(run: Run, stack: Stack, folder: Path, journal: Journal, progres
         journal.add(index + 1)
         rounds.hidden_path(index).unlink(missing_ok=True)
     return _gather(run, folder, len(stack.layers) + 1)
+
+
+def _return_memory_at_once() -> None:
+    """Let glibc map every large tensor by itself, and unmap it when it goes.
+
+    Its threshold for that grows with what is freed, up to 32 MiB; then layers leave holes in the heap, and a process
+    that never held more than one of them grows to the size of ten.
+    """
+    with suppress(AttributeError):  # another C library, which has no such threshold
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
 
 
 def _gather(run: Run, folder: Path, units: int) -> Calibration:

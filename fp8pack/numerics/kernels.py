@@ -153,6 +153,7 @@ def _quantize(weight, payload, scales, scratch, rows, cols, kind, mask, infinity
 
 @_inline
 def _observe(values, prompts, channel_amax, channel_squares, histogram, prompt_amax, begin, end):
+    least = np.uint16(0xFFFF)
     for r in range(values.shape[0]):
         prompt = prompts[r]
         if prompt < 0:
@@ -163,12 +164,15 @@ def _observe(values, prompts, channel_amax, channel_squares, histogram, prompt_a
             magnitude = np.uint16(row[c] & np.uint16(0x7FFF))
             peaks[c] = magnitude if magnitude > peaks[c] else peaks[c]
             largest = magnitude if magnitude > largest else largest
+            below = np.uint16(magnitude - np.uint16(1))  # zero wraps round and is never the least
+            least = below if below < least else least
         for c in range(row.size):
             value = np.float64(_widen(row[c], BF16))
             squares[c] += value * value
         for c in range(row.size):
             histogram[row[c] & np.uint16(0x7FFF)] += 1
         prompt_amax[prompt] = largest if largest > prompt_amax[prompt] else prompt_amax[prompt]
+    return np.int64(least) + 1
 
 
 def compile_kernels(bits: Literal["uint16", "uint32"]) -> str:
@@ -208,17 +212,17 @@ def compile_observer() -> str:
     """Return LLVM IR of the kernel that records activations, optimised for this processor.
 
     It defines a C function, with pointers to contiguous arrays, for the columns from `begin` to `end`:
-        void fp8pack_observe(values, prompts, channel_amax, channel_squares, histogram, prompt_amax, n, k, num_prompts,
-                             begin, end)
+        int64_t fp8pack_observe(values, prompts, channel_amax, channel_squares, histogram, prompt_amax,
+                                n, k, num_prompts, begin, end)
     """
     u, d, i, p = types.uint16, types.float64, types.int64, types.CPointer
 
-    @cfunc(types.void(p(u), p(types.int32), p(u), p(d), p(i), p(u), i, i, i, i, i), error_model="numpy")
+    @cfunc(i(p(u), p(types.int32), p(u), p(d), p(i), p(u), i, i, i, i, i), error_model="numpy")
     def observe(values, prompts, channel_amax, channel_squares, histogram, prompt_amax, n, k, num_prompts, begin, end):
         channels = (carray(channel_amax, (k,)), carray(channel_squares, (k,)))
         counts = (carray(histogram, (32768,)), carray(prompt_amax, (num_prompts,)))
         rows = (carray(values, (n, k)), carray(prompts, (n,)))
-        _observe(rows[0], rows[1], channels[0], channels[1], counts[0], counts[1], begin, end)
+        return _observe(rows[0], rows[1], channels[0], channels[1], counts[0], counts[1], begin, end)
 
     return str(_self_contained(observe, "fp8pack_observe"))
 

@@ -37,7 +37,7 @@ _P, _F, _I, _U = ctypes.c_void_p, ctypes.c_float, ctypes.c_int64, ctypes.c_uint3
 _SIGNATURES: Final = {
     "quantize": (_F, *[_P] * 6, *[_I] * 5, _U, _U, _F, _I, _U, _U, _U, _I, _I),
     "amax": (_F, _P, _P, _I, _I, _I, _U, _U),
-    "observe": (None, *[_P] * 6, *[_I] * 5),
+    "observe": (_I, *[_P] * 6, *[_I] * 5),
 }
 
 
@@ -87,8 +87,10 @@ def amax_rows(weight: Array, *, dtype: str) -> float:
 
 def observe_rows(
     values: Array, prompts: Array, statistics: tuple[Array, Array, Array, Array], columns: tuple[int, int]
-) -> None:
+) -> int:
     """Add the columns from columns[0] to columns[1] of activations to statistics, in one pass.
+
+    Return the smallest magnitude above zero that came by, 65536 if none did.
 
     Shapes: values [T, K], raw BF16 bits, uint16; prompts [T] int32, which prompt a row belongs to, -1 for padding;
         statistics = channel_amax [K] uint16 (magnitude bits), channel_squares [K] float64, histogram [32768] int64,
@@ -98,7 +100,7 @@ def observe_rows(
     n, k = values.shape
     channel_amax, channel_squares, histogram, prompt_amax = statistics
     pointers = _pointers(values, prompts, channel_amax, channel_squares, histogram, prompt_amax)
-    _kernels("observe").call["observe"](*pointers, n, k, prompt_amax.size, *columns)
+    return int(_kernels("observe").call["observe"](*pointers, n, k, prompt_amax.size, *columns))
 
 
 class _Kernels:
