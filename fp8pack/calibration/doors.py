@@ -148,7 +148,7 @@ def _experts(recording: Recording, names: Names, paths: dict[nn.Module, str]) ->
             entering = hidden_states[tokens]
             inner = _up(module, entering, expert)
             if recording.wants(paths[module]):
-                rows = Rows.of(recording.rows.prompts[tokens.cpu().numpy()])
+                rows = recording.rows.take(tokens.cpu().numpy())
                 recording.record_rows(up[expert], entering, rows, routed=True)
                 recording.record_rows(down[expert], inner, rows, routed=True)
             leaving = _down(module, inner, expert) * top_k_weights[tokens, slots, None]

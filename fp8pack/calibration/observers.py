@@ -70,6 +70,7 @@ class _Seen:
     """A tensor that was just recorded, and the points that saw it; `before` is the recorder as it stood before that."""
 
     value: Tensor
+    address: int
     version: int
     block: int | None
     recorder: Recorder
@@ -171,7 +172,7 @@ class Observation:
         before = recorder.copy_to(self._spare.pop() if self._spare else None) if shared else None
         self._add(recorder, value)
         version = -1 if value.is_inference() else value._version
-        self._open.append(_Seen(value, version, block, recorder, before, set(points)))
+        self._open.append(_Seen(value, value.data_ptr(), version, block, recorder, before, set(points)))
         if len(self._open) > _MAX_OPEN:
             self._close(self._open[0])
 
@@ -179,7 +180,7 @@ class Observation:
         """Add a tensor [R, K] of these rows; it enters nothing else."""
         recorders = self._recorders[0 if routed else 1]
         recorder = recorders.get(points[0]) or self._new_recorder(recorders, points, value.shape[-1])
-        recorder.add(_bits(value), rows, self._threads)
+        self._add_rows(recorder, value, rows)
 
     def expect(self, points: Sequence[str], channels: int) -> None:
         """Have a site of these points, even if nothing comes."""
@@ -334,13 +335,17 @@ class Observation:
         recorder.num_tensors += 1
         num_rows = batch.rows.prompts.size
         if lead[: len(batch.shape)] == batch.shape or count == num_rows:  # [B, T, …, K] or [B * T, K]
-            recorder.add(_bits(value), batch.rows.repeat(count // max(num_rows, 1)), self._threads)
+            self._add_rows(recorder, value, batch.rows.repeat(count // max(num_rows, 1)))
         elif lead[:1] == (len(batch.prompts),):  # [B, …, K]
             prompts = np.array(batch.prompts, np.int32).repeat(count // lead[0])
-            recorder.add(_bits(value), Rows.of(prompts), self._threads)
+            self._add_rows(recorder, value, Rows.of(prompts))
         elif count:
-            recorder.add(_bits(value), Rows.of(np.full(count, batch.prompts[0], np.int32)), self._threads)
+            self._add_rows(recorder, value, Rows.of(np.full(count, batch.prompts[0], np.int32)))
             recorder.spread(batch.prompts)
+
+    def _add_rows(self, recorder: Recorder, value: Tensor, rows: Rows) -> None:
+        bits, channels = _bf16(value), value.shape[-1]
+        recorder.add(bits.data_ptr(), (bits.numel() // max(channels, 1), channels), rows, self._threads)
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -371,23 +376,21 @@ def _is_same(seen: _Seen, value: Tensor) -> bool:
     Inference tensors do not say whether they were changed, so they are never the same.
     """
     known = seen.value
-    if known.is_inference() or value.is_inference():
+    if seen.address != value.data_ptr() or value.is_inference():
         return False
     return (
-        known.data_ptr() == value.data_ptr()
-        and seen.version == value._version
+        seen.version == value._version
         and (known.dtype, known.numel(), known.shape[-1]) == (value.dtype, value.numel(), value.shape[-1])
         and known.is_contiguous()
         and value.is_contiguous()
     )
 
 
-def _bits(value: Tensor) -> NDArray[np.uint16]:
-    """The BF16 bits of a tensor as [T, K]."""
+def _bf16(value: Tensor) -> Tensor:
+    """A tensor as contiguous BF16 on the CPU; itself, if it is."""
     if value.dtype != torch.bfloat16 or value.device.type != "cpu":
-        value = value.to(device="cpu", dtype=torch.bfloat16)
-    bits: NDArray[np.uint16] = value.detach().contiguous().view(torch.uint16).view(-1, value.shape[-1]).numpy()
-    return bits
+        value = value.detach().to(device="cpu", dtype=torch.bfloat16)
+    return value.contiguous()
 
 
 def _digests(main: Tensor, keep: NDArray[np.bool_], others: list[Tensor]) -> list[str]:

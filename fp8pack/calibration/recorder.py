@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fp8pack.numerics.native import observe_rows
+from fp8pack.numerics.native import load_observer
 from fp8pack.planning.calibration import NUM_MAGNITUDES, Site, histogram_of
 
 _SPLIT_ELEMENTS = 1 << 18  # below, a second thread costs more than it saves
@@ -19,17 +19,27 @@ class Rows:
     """Which prompt each row belongs to: its index, int32, -1 for padding."""
 
     prompts: NDArray[np.int32]
+    address: int
     num_prompts: int  # those that rows belong to, and all before them
     num_tokens: int  # rows that are no padding
+    is_uniform: bool  # all of one prompt, none of them padding
 
     @classmethod
     def of(cls, prompts: NDArray[np.int32]) -> "Rows":
         """Return the rows of these prompts."""
-        return cls(prompts, int(prompts.max(initial=-1)) + 1, int(np.count_nonzero(prompts >= 0)))
+        last = int(prompts.max(initial=-1))
+        is_uniform = bool(prompts.size and last == int(prompts.min()))
+        return cls(prompts, prompts.ctypes.data, last + 1, int(np.count_nonzero(prompts >= 0)), is_uniform)
 
     def repeat(self, times: int) -> "Rows":
         """Return the rows of a tensor with several for each of these, as one for each head."""
-        return self if times == 1 else Rows(self.prompts.repeat(times), self.num_prompts, self.num_tokens * times)
+        return self if times == 1 else Rows.of(self.prompts.repeat(times))
+
+    def take(self, indices: NDArray[np.int64]) -> "Rows":
+        """Return the rows at these places."""
+        if self.is_uniform and indices.size <= self.prompts.size:
+            return replace(self, num_tokens=indices.size)
+        return Rows.of(self.prompts[indices])
 
 
 class Threads:
@@ -39,31 +49,27 @@ class Threads:
         self._pool = ThreadPoolExecutor(count - 1) if count > 1 else None
         self._count = count
         self._scratch = [np.zeros(NUM_MAGNITUDES, np.int64) for _ in range(count - 1)]
+        self._observe = load_observer()
 
-    def observe(
-        self,
-        values: NDArray[np.uint16],
-        prompts: NDArray[np.int32],
-        channels: tuple[NDArray[np.uint16], NDArray[np.float64]],
-        totals: tuple[NDArray[np.int64], NDArray[np.uint16]],
-    ) -> int:
-        """Add values [T, K] to channel_amax, channel_squares and histogram, prompt_amax, as `observe_rows` does."""
-        k = values.shape[1]
-        if self._pool is None or values.size < _SPLIT_ELEMENTS or k < self._count:
-            return observe_rows(values, prompts, (*channels, *totals), (0, k))
+    def observe(self, values: int, rows: Rows, shape: tuple[int, int], recorder: "Recorder") -> tuple[int, int]:
+        """Add values [T, K] at an address to a recorder; return the smallest magnitude above zero and the largest."""
+        (n, k), places = shape, recorder.addresses
+        if self._pool is None or n * k < _SPLIT_ELEMENTS or k < self._count:
+            found = self._observe(values, rows.address, *places, n, k, recorder.capacity, 0, k)
+            return found >> 32, found & 0xFFFFFFFF
         bounds = [k * i // self._count for i in range(self._count + 1)]
         jobs = []
         for histogram, begin, end in zip(self._scratch, bounds[1:], bounds[2:], strict=False):
             histogram[:] = 0
-            prompt_amax = np.zeros_like(totals[1])
-            future = self._pool.submit(observe_rows, values, prompts, (*channels, histogram, prompt_amax), (begin, end))
-            jobs.append((future, histogram, prompt_amax))
-        least = observe_rows(values, prompts, (*channels, *totals), (0, bounds[1]))
-        for future, histogram, prompt_amax in jobs:
-            least = min(least, future.result())
-            np.add(totals[0], histogram, out=totals[0])
-            np.maximum(totals[1], prompt_amax, out=totals[1])
-        return least
+            amax = np.zeros(recorder.capacity, np.uint16)
+            own = (*places[:2], histogram.ctypes.data, amax.ctypes.data)
+            future = self._pool.submit(self._observe, values, rows.address, *own, n, k, amax.size, begin, end)
+            jobs.append((future, histogram, amax))
+        ranges = [self._observe(values, rows.address, *places, n, k, recorder.capacity, 0, bounds[1])]
+        for future, histogram, amax in jobs:
+            ranges.append(future.result())
+            recorder.add_counts(histogram, amax)
+        return min(found >> 32 for found in ranges), max(found & 0xFFFFFFFF for found in ranges)
 
     def close(self) -> None:
         """End the threads."""
@@ -79,9 +85,10 @@ class Recorder:
         self.tokens = 0
         self.num_tensors = 0
         self._histogram = np.zeros(NUM_MAGNITUDES, np.int64)  # pages that no magnitude falls on are never touched
-        self._least = _NONE
+        self._least, self._most = _NONE, 0
         self._channels = (np.zeros(channels, np.uint16), np.zeros(channels, np.float64))
         self._prompt_amax = np.zeros(64, np.uint16)
+        self.addresses = self._find_addresses()
 
     @classmethod
     def of_site(cls, site: Site) -> "Recorder":
@@ -90,19 +97,31 @@ class Recorder:
         recorder.tokens = recorder.num_tensors = site.tokens
         recorder._histogram[site.bins] = site.counts
         recorder._least = int(site.bins[site.bins > 0].min(initial=_NONE - 1))
-        recorder._channels = (site.channel_amax.copy(), site.channel_squares.copy())
+        recorder._most = int(site.bins.max(initial=0))
+        recorder._channels[0][:] = site.channel_amax
+        recorder._channels[1][:] = site.channel_squares
         recorder._reserve(site.prompt_amax.size)
         recorder._prompt_amax[: site.prompt_amax.size] = site.prompt_amax
         return recorder
 
-    def add(self, values: NDArray[np.uint16], rows: Rows, threads: Threads) -> None:
-        """Add values [T, K], BF16 bits, of rows that belong to these prompts."""
-        if values.shape[1] != self._channels[0].size:
-            raise ValueError(f"{self.points[0]} had {self._channels[0].size} channels, now {values.shape[1]}")
+    @property
+    def capacity(self) -> int:
+        """Prompts that there is room for."""
+        return self._prompt_amax.size
+
+    def add(self, values: int, shape: tuple[int, int], rows: Rows, threads: Threads) -> None:
+        """Add values [T, K], contiguous BF16 bits at an address, of rows that belong to these prompts."""
+        if shape[1] != self._channels[0].size:
+            raise ValueError(f"{self.points[0]} had {self._channels[0].size} channels, now {shape[1]}")
         self._reserve(rows.num_prompts)
-        least = threads.observe(values, rows.prompts, self._channels, (self._histogram, self._prompt_amax))
-        self._least = min(self._least, least)
+        least, most = threads.observe(values, rows, shape, self)
+        self._least, self._most = min(self._least, least), max(self._most, most)
         self.tokens += rows.num_tokens
+
+    def add_counts(self, histogram: NDArray[np.int64], prompt_amax: NDArray[np.uint16]) -> None:
+        """Add what another thread counted."""
+        np.add(self._histogram, histogram, out=self._histogram)
+        np.maximum(self._prompt_amax, prompt_amax, out=self._prompt_amax)
 
     def spread(self, prompts: Sequence[int]) -> None:
         """Let each of these prompts have the largest amax among them: their rows could not be told apart."""
@@ -123,16 +142,17 @@ class Recorder:
         other._histogram[0] = self._histogram[0]
         other._histogram[self._used] = self._histogram[self._used]
         other.points, other.tokens, other.num_tensors = list(self.points), self.tokens, self.num_tensors
-        other._least = self._least
+        other._least, other._most = self._least, self._most
         np.copyto(other._channels[0], self._channels[0])
         np.copyto(other._channels[1], self._channels[1])
-        other._prompt_amax = self._prompt_amax.copy()
+        other._reserve(self._prompt_amax.size)
+        np.copyto(other._prompt_amax, self._prompt_amax)
         return other
 
     @property
     def _used(self) -> slice:
         """The bins that are not zero, but for that of zero itself."""
-        return slice(self._least, int(self._channels[0].max(initial=0)) + 1)
+        return slice(self._least, self._most + 1)
 
     def prompt_amax(self, num_prompts: int) -> NDArray[np.uint16]:
         """The amax of each prompt [P], as magnitudes; 0 where a prompt did not get here."""
@@ -152,3 +172,9 @@ class Recorder:
             grown = np.zeros(max(num_prompts, 2 * self._prompt_amax.size), np.uint16)
             grown[: self._prompt_amax.size] = self._prompt_amax
             self._prompt_amax = grown
+            self.addresses = self._find_addresses()
+
+    def _find_addresses(self) -> tuple[int, int, int, int]:
+        """Where the arrays lie, for the kernel: asking NumPy anew for each tensor costs as much as a small tensor."""
+        amax, squares = self._channels
+        return amax.ctypes.data, squares.ctypes.data, self._histogram.ctypes.data, self._prompt_amax.ctypes.data

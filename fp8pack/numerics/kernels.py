@@ -153,7 +153,7 @@ def _quantize(weight, payload, scales, scratch, rows, cols, kind, mask, infinity
 
 @_inline
 def _observe(values, prompts, channel_amax, channel_squares, histogram, prompt_amax, begin, end):
-    least = np.uint16(0xFFFF)
+    least, most = np.uint16(0xFFFF), np.uint16(0)
     for r in range(values.shape[0]):
         prompt = prompts[r]
         if prompt < 0:
@@ -172,7 +172,8 @@ def _observe(values, prompts, channel_amax, channel_squares, histogram, prompt_a
         for c in range(row.size):
             histogram[row[c] & np.uint16(0x7FFF)] += 1
         prompt_amax[prompt] = largest if largest > prompt_amax[prompt] else prompt_amax[prompt]
-    return np.int64(least) + 1
+        most = largest if largest > most else most
+    return ((np.int64(least) + 1) << 32) | np.int64(most)
 
 
 def compile_kernels(bits: Literal["uint16", "uint32"]) -> str:

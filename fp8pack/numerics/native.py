@@ -85,22 +85,16 @@ def amax_rows(weight: Array, *, dtype: str) -> float:
     return float(_kernels(_BITS[dtype]).call["amax"](*_pointers(weight, scratch), n, k, *limits))
 
 
-def observe_rows(
-    values: Array, prompts: Array, statistics: tuple[Array, Array, Array, Array], columns: tuple[int, int]
-) -> int:
-    """Add the columns from columns[0] to columns[1] of activations to statistics, in one pass.
+def load_observer() -> Callable[..., int]:
+    """Return the C function that adds activations to statistics in one pass; it lets go of the GIL.
 
-    Return the smallest magnitude above zero that came by, 65536 if none did.
-
-    Shapes: values [T, K], raw BF16 bits, uint16; prompts [T] int32, which prompt a row belongs to, -1 for padding;
-        statistics = channel_amax [K] uint16 (magnitude bits), channel_squares [K] float64, histogram [32768] int64,
-        prompt_amax [P] uint16 (magnitude bits, of these columns); all contiguous.
+    Called with the addresses of values [T, K], raw BF16 bits, uint16; prompts [T] int32, which prompt a row belongs to,
+    -1 for padding; channel_amax [K] uint16 (magnitude bits); channel_squares [K] float64; histogram [32768] int64;
+    prompt_amax [P] uint16 (magnitude bits), all contiguous; then T, K, P, and the columns from begin to end.
+    It returns the smallest magnitude above zero that came by (65536 if none did) << 32, and the largest.
     Calls with columns that do not overlap may run at once, given a histogram and a prompt_amax of their own.
     """
-    n, k = values.shape
-    channel_amax, channel_squares, histogram, prompt_amax = statistics
-    pointers = _pointers(values, prompts, channel_amax, channel_squares, histogram, prompt_amax)
-    return int(_kernels("observe").call["observe"](*pointers, n, k, prompt_amax.size, *columns))
+    return _kernels("observe").call["observe"]
 
 
 class _Kernels:

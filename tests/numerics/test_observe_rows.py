@@ -12,10 +12,25 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from fp8pack.calibration.recorder import Recorder, Rows, Threads
-from fp8pack.numerics.native import observe_rows
+from fp8pack.numerics.native import load_observer
 from fp8pack.planning.calibration import Site, has_converged, value_of
 
 Statistics = tuple[NDArray[np.uint16], NDArray[np.float64], NDArray[np.int64], NDArray[np.uint16]]
+
+
+def observe_rows(values: Any, prompts: Any, statistics: tuple[Any, Any, Any, Any], columns: tuple[int, int]) -> int:
+    """The kernel over whole arrays."""
+    places = [array.ctypes.data for array in (values, prompts, *statistics)]
+    return load_observer()(*places, *values.shape, statistics[3].size, *columns)
+
+
+def placed(values: Any) -> tuple[int, tuple[int, int]]:
+    """Where an array lies, and its shape; the caller keeps it alive."""
+    KEPT.append(values)
+    return values.ctypes.data, values.shape
+
+
+KEPT: list[Any] = []
 
 
 def empty(channels: int, prompts: int) -> Statistics:
@@ -137,8 +152,8 @@ def test_threads_change_nothing(count: int) -> None:
         for call in range(2):
             values = finite_bits(shape, call)
             prompts = np.random.default_rng(call).integers(-1, 90 * (call + 1), shape[0]).astype(np.int32)
-            one.add(values, Rows.of(prompts), alone)
-            several.add(values, Rows.of(prompts), together)
+            one.add(*placed(values), Rows.of(prompts), alone)
+            several.add(*placed(values), Rows.of(prompts), together)
         together.close()
         check_sites(one.site(200), several.site(200))
 
@@ -147,11 +162,11 @@ def test_a_recorder_equals_numpy_and_goes_on_from_its_site() -> None:
     threads, whole, first = Threads(1), Recorder("a", 7), Recorder("a", 7)
     values, prompts = finite_bits((200, 7), 1), np.repeat(np.arange(100, dtype=np.int32), 2)
     prompts[::9] = -1
-    whole.add(values, Rows.of(prompts), threads)
-    first.add(values[:90], Rows.of(prompts[:90]), threads)
+    whole.add(*placed(values), Rows.of(prompts), threads)
+    first.add(*placed(values[:90]), Rows.of(prompts[:90]), threads)
     kept = first.site(50)
     later = Recorder.of_site(kept)
-    later.add(values[90:], Rows.of(prompts[90:]), threads)
+    later.add(*placed(values[90:]), Rows.of(prompts[90:]), threads)
     check_sites(whole.site(120), later.site(120))
     check_sites(kept, first.site(50))  # a site is no view of what goes on
     amax, squares, histogram, prompt_amax = by_numpy(values, prompts, empty(7, 120))
@@ -159,13 +174,15 @@ def test_a_recorder_equals_numpy_and_goes_on_from_its_site() -> None:
     tokens = int((prompts >= 0).sum())
     check_sites(whole.site(120), Site(("a",), tokens, bins, histogram[bins], amax, squares, prompt_amax))
     with pytest.raises(ValueError, match="a had 7 channels, now 8"):
-        whole.add(finite_bits((1, 8), 0), Rows.of(np.zeros(1, np.int32)), threads)
+        whole.add(*placed(finite_bits((1, 8), 0)), Rows.of(np.zeros(1, np.int32)), threads)
 
 
 @pytest.mark.parametrize("prompts", [[3], [3, 5], (3, 5), (0, 1, 2)])
 def test_prompts_whose_rows_cannot_be_told_apart_have_one_amax(prompts: Any) -> None:
     recorder = Recorder("a", 2)
-    recorder.add(np.array([[0x4000, 0x3F80]], np.uint16), Rows.of(np.array([prompts[0]], np.int32)), Threads(1))
+    recorder.add(
+        *placed(np.array([[0x4000, 0x3F80]], np.uint16)), Rows.of(np.array([prompts[0]], np.int32)), Threads(1)
+    )
     recorder.spread(prompts)
     expected = np.zeros(70, np.uint16)
     expected[list(prompts)] = 0x4000
@@ -175,7 +192,7 @@ def test_prompts_whose_rows_cannot_be_told_apart_have_one_amax(prompts: Any) -> 
 def site_of(values: NDArray[np.uint16], prompts: NDArray[np.int32] | None = None) -> Site:
     recorder = Recorder("a", values.shape[1])
     prompts = np.zeros(len(values), np.int32) if prompts is None else prompts
-    recorder.add(values, Rows.of(prompts), Threads(1))
+    recorder.add(*placed(values), Rows.of(prompts), Threads(1))
     return recorder.site(int(prompts.max(initial=-1)) + 1)
 
 
