@@ -9,7 +9,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "CalibrateOptions": "fp8pack.calibration.prepare",
+    "CalibrateOptions": "fp8pack.calibration.options",
     "Fp8PackError": "fp8pack.errors",
     "PackedCheckpoint": "fp8pack.runtime.load",
     "PackedTensor": "fp8pack.runtime.packed_tensor",

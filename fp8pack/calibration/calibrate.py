@@ -8,16 +8,17 @@ from typing import Any
 import torch
 
 from fp8pack.calibration.model import quiet_transformers
-from fp8pack.calibration.prepare import CalibrateOptions, Run, prepare
+from fp8pack.calibration.options import CalibrateOptions
+from fp8pack.calibration.prepare import Run, prepare
 from fp8pack.calibration.progress import OnNote, OnProgress, Progress
-from fp8pack.calibration.resident import run_resident
+from fp8pack.calibration.resident import CONVERGENCE_WINDOW, run_resident
 from fp8pack.calibration.state import Journal
 from fp8pack.calibration.streamed import run_streamed
 from fp8pack.checkpoint.calibration_file import read_calibration, write_calibration
 from fp8pack.checkpoint.shard_writer import check_space
 from fp8pack.checkpoint.staging import Staging
 from fp8pack.errors import DeadlineError, InputError, OutputError
-from fp8pack.planning.calibration import Calibration
+from fp8pack.planning.calibration import Calibration, has_converged
 from fp8pack.planning.calibration_facts import calibration_facts
 
 
@@ -88,7 +89,11 @@ def _finished(run: Run) -> Calibration | None:
         found = None
     complete = found is not None and (
         found.prompts == run.digests
-        or (run.options.until_converged and found.prompts == run.digests[: len(found.prompts)])
+        or (
+            run.options.until_converged
+            and found.prompts == run.digests[: len(found.prompts)]
+            and has_converged([site.prompt_amax for site in found.sites], CONVERGENCE_WINDOW)
+        )
     )
     if found is None or not complete or (found.fingerprint, found.options) != (run.source.fingerprint, run.decisive):
         raise OutputError(f"{run.output} exists: choose another -o, or --overwrite replaces it")

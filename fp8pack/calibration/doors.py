@@ -18,7 +18,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import GeneralInterface
 
-from fp8pack.calibration.names import Names
+from fp8pack.calibration.names import Names, is_experts
 from fp8pack.calibration.recorder import Rows
 
 
@@ -44,8 +44,8 @@ class Recording(Protocol):
         """Whether every token is to go through every expert as well."""
         ...
 
-    def record(self, points: Sequence[str], value: Tensor) -> None:
-        """Add a tensor [B, T, K]."""
+    def record(self, points: Sequence[str], value: Tensor, heads: int) -> None:
+        """Add a tensor [B, T, K], whose channels are those of so many heads."""
         ...
 
     def expect(self, points: Sequence[str], channels: int) -> None:
@@ -65,14 +65,14 @@ def open_doors(model: Any, recording: Recording, names: Names, paths: dict[nn.Mo
     before = _implementations(model, "_attn_implementation")
     ours: dict[str, str] = {}
     for original in set(before.values()):
-        base = "eager" if original == "eager" else "sdpa"
+        base = "sdpa" if original == "sdpa" else "eager"  # which all models have, with all that they add to it
         ours[original] = f"fp8pack_{base}_{id(recording):x}"
         _register(ALL_ATTENTION_FUNCTIONS, ours[original], _attention(base, recording, names, paths), undo)
         _register(ALL_MASK_ATTENTION_FUNCTIONS, ours[original], ALL_MASK_ATTENTION_FUNCTIONS[base], undo)
     if model._can_set_attn_implementation():
         undo.callback(model.set_attn_implementation, before)
         model.set_attn_implementation({key: ours[original] for key, original in before.items()})
-    if any(_is_experts(module) for module in model.modules()):
+    if any(is_experts(module) for module in model.modules()):
         experts_before = _implementations(model, "_experts_implementation")
         name = f"fp8pack_{id(recording):x}"
         _register(ALL_EXPERTS_FUNCTIONS, name, _experts(recording, names, paths), undo)
@@ -102,7 +102,7 @@ def _attention(
         for kind, states in observed:  # [B, heads, S, D], with a cache the new ones after those of the past
             first, length = recording.past, query.shape[2]
             new = states if first is None else states[:, :, min(first, states.shape[2] - length) :][:, :, :length]
-            recording.record([f"{place}.{kind}"], new.transpose(1, 2).flatten(2))
+            recording.record([f"{place}.{kind}"], new.transpose(1, 2).flatten(2), heads=new.shape[1])
         function = ALL_ATTENTION_FUNCTIONS[base] if base != "eager" else _eager(module)
         result: tuple[Tensor, Tensor | None] = function(module, query, key, value, *args, **kwargs)
         return result
@@ -114,11 +114,6 @@ def _eager(module: nn.Module) -> Callable[..., Any]:
     """The eager attention of a model, which stands beside its attention classes and in no registry."""
     function: Callable[..., Any] = vars(sys.modules[type(module).__module__])["eager_attention_forward"]
     return function
-
-
-def _is_experts(module: nn.Module) -> bool:
-    """Whether transformers asks the registry how to run a module: its decorator leaves these marks."""
-    return {"has_gate", "has_bias", "is_transposed"} <= vars(module).keys()
 
 
 def _experts(recording: Recording, names: Names, paths: dict[nn.Module, str]) -> Callable[..., Tensor]:

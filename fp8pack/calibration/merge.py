@@ -1,5 +1,6 @@
 """`merge`: several calibrations of one model as one."""
 
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from numpy.typing import NDArray
 
 from fp8pack.checkpoint.calibration_file import read_calibration, write_calibration
 from fp8pack.checkpoint.staging import check_output_file
-from fp8pack.errors import InputError, OutputError
+from fp8pack.errors import InputError, OutputError, RecipeError
 from fp8pack.planning.calibration import Calibration, Site, site_order
 from fp8pack.planning.calibration_facts import calibration_facts
 
@@ -25,7 +26,9 @@ def merge(calibrations: Sequence[str | Path], output: str | Path, *, overwrite: 
             them hold the same prompt.
         OutputError: the output exists.
     """
-    target = Path(output)
+    target = Path(os.path.abspath(output))
+    if target.suffix != ".safetensors":
+        raise RecipeError(f"-o must name a .safetensors file, not {target.name}")
     check_output_file(target, None, overwrite=overwrite)
     if target.exists() and not overwrite:
         raise OutputError(f"{target} exists: choose another -o, or --overwrite replaces it")
@@ -60,6 +63,7 @@ def join(calibrations: Sequence[tuple[str, Calibration]]) -> Calibration:
         first.options,
         _join_sites([calibration.sites for calibration in found], counts),
         _join_sites([calibration.all_experts for calibration in found], counts),
+        num_tokens=sum(calibration.num_tokens for calibration in found),
     )
 
 
@@ -77,7 +81,10 @@ def _join(parts: list[Site | None], counts: list[int]) -> Site:
     first = sites[0]
     for site in sites[1:]:
         if site.points != first.points or site.channel_amax.shape != first.channel_amax.shape:
-            raise InputError(f"{first.points[0]} is not the same site in all of them: they are of different versions")
+            raise InputError(
+                f"{first.points[0]} shares its input with other modules in one of them than in another: observe both "
+                "alike, with torch.no_grad() rather than inference_mode()"
+            )
     bins = np.unique(np.concatenate([site.bins for site in sites]))
     histogram = np.zeros(bins.size, np.int64)
     for site in sites:
@@ -93,4 +100,5 @@ def _join(parts: list[Site | None], counts: list[int]) -> Site:
         np.maximum.reduce([site.channel_amax for site in sites]),
         np.add.reduce([site.channel_squares for site in sites]),
         np.concatenate(list(history)),
+        first.heads,
     )

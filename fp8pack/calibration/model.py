@@ -1,6 +1,7 @@
 """A transformers model of a checkpoint: built without weights, which are then read by name, all or some at a time."""
 
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from typing import Any
 
@@ -102,6 +103,16 @@ class ModelLoader:
         missing = [name for name in wanted if self.model.get_parameter_or_buffer(name).is_meta]
         if missing:
             raise InputError(f"the checkpoint lacks {min(missing)}, which {self._architecture} needs")
+
+    def check_tokens(self, prompts: Mapping[str, Sequence[int]]) -> None:
+        """Raise InputError if a prompt has a token that the model has no embedding for."""
+        embeddings = self.model.get_input_embeddings()
+        count = embeddings.num_embeddings if isinstance(embeddings, nn.Embedding) else math.inf
+        for name, ids in prompts.items():
+            if max(ids) >= count:
+                raise InputError(
+                    f"{name} has token {max(ids)}, and the model has {count}: its tokenizer is that of another model"
+                )
 
     @contextmanager
     def without_logits(self) -> Iterator[None]:

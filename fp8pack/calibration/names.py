@@ -53,6 +53,7 @@ class Names:
             found[int(match["index"])].append(match[0])
         if not any(found):
             parent, _, leaf = names[0].rpartition(".")
+            parent = parent if parent.endswith("experts") else f"{parent}.experts"
             parts = _SPLIT_EXPERTS.get(leaf, (leaf,))
             found = [[f"{parent}.{index}.{part}" for part in parts] for index in range(count)]
         return found
@@ -92,6 +93,11 @@ def names_of(model: Any, checkpoint: Iterable[str] | None = None) -> Names:
 def is_transformers_model(model: torch.nn.Module) -> bool:
     """Say whether a model is one of transformers', without importing transformers for one that is not."""
     return any(base.__module__ == "transformers.modeling_utils" for base in type(model).__mro__)
+
+
+def is_experts(module: torch.nn.Module) -> bool:
+    """Say whether transformers asks its registry how to run a module: the decorator of experts leaves these marks."""
+    return {"has_gate", "has_bias", "is_transposed"} <= vars(module).keys()
 
 
 def transformers_parts(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:

@@ -18,7 +18,7 @@ from blake3 import blake3
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fp8pack.calibration.names import Names, is_transformers_model, names_of, transformers_parts
+from fp8pack.calibration.names import Names, is_experts, is_transformers_model, names_of, transformers_parts
 from fp8pack.calibration.recorder import Recorder, Rows, Threads
 from fp8pack.checkpoint.calibration_file import write_calibration
 from fp8pack.checkpoint.source import open_checkpoint
@@ -42,6 +42,8 @@ def observe(model: nn.Module, names: Mapping[str, str | Sequence[str]] | None = 
     names: from parameters in memory to the checkpoint's tensors, where they differ; models of transformers need none.
     """
     if names is not None:
+        if unknown := names.keys() - model.state_dict().keys():
+            raise InputError(f"names: the model has no parameter {min(unknown)!r}")
         given = {name: [tensor] if isinstance(tensor, str) else tensor for name, tensor in names.items()}
         return Observation(model, Names(given))
     tensors: dict[str, tuple[str, ...]] = {name: (name,) for name in model.state_dict()}
@@ -96,6 +98,7 @@ class Observation:
         """Observe the modules whose path in memory `wants` says yes to."""
         self.prompts: list[str] = []
         self._known: set[str] = set()
+        self._num_tokens = 0
         self._model, self._names, self._all_experts, self.wants = model, names, all_experts, wants
         self._recorders: tuple[dict[str, Recorder], dict[str, Recorder]] = ({}, {})  # routed, and all experts
         self._open: list[_Seen] = []
@@ -131,16 +134,21 @@ class Observation:
         """
         self._close_all()
         routed, all_experts = (self._sites(recorders) for recorders in self._recorders)
-        return Calibration(fingerprint, tuple(self.prompts), dict(options or {}), routed, all_experts)
+        return Calibration(
+            fingerprint, tuple(self.prompts), dict(options or {}), routed, all_experts, num_tokens=self._num_tokens
+        )
 
     def save(self, path: str | Path, model: str | Path | None = None) -> None:
         """Write what was recorded as a calibration file; `model` is the checkpoint that ran, if it is one."""
+        if not self.prompts:
+            raise InputError("nothing was observed: call the model inside `with observe(model)`")
         fingerprint = open_checkpoint(Path(model)).fingerprint if model is not None else ""
         write_calibration(Path(path), self.calibration(fingerprint))
 
     def restore(self, calibration: Calibration) -> None:
         """Go on where a calibration of the same model stands."""
         self.prompts, self._known = list(calibration.prompts), set(calibration.prompts)
+        self._num_tokens = calibration.num_tokens
         for recorders, sites in zip(self._recorders, (calibration.sites, calibration.all_experts), strict=True):
             recorders.clear()
             for site in sites:
@@ -150,8 +158,8 @@ class Observation:
         """Return the amax of every prompt [P], as magnitudes, for each site."""
         return [recorder.prompt_amax(len(self.prompts)) for recorder in _distinct(self._recorders[0])]
 
-    def record(self, points: Sequence[str], value: Tensor) -> None:
-        """Add a tensor [..., K] to the site of these points."""
+    def record(self, points: Sequence[str], value: Tensor, heads: int = 1) -> None:
+        """Add a tensor [..., K] to the site of these points; K are the channels of so many heads."""
         recorders = self._recorders[0]
         block = self._block(points[0])
         seen = next((seen for seen in self._open if seen.block == block and _is_same(seen, value)), None)
@@ -168,6 +176,7 @@ class Observation:
                 self._close(other)
             recorder = recorders[points[0]]  # of its own, if closing split it off
         recorder = recorder or self._new_recorder(recorders, points, value.shape[-1])
+        recorder.heads = max(recorder.heads, heads)
         shared = len(recorder.points) > len(points)
         before = recorder.copy_to(self._spare.pop() if self._spare else None) if shared else None
         self._add(recorder, value)
@@ -267,6 +276,7 @@ class Observation:
         length = getattr(kwargs.get("past_key_values"), "get_seq_length", None)  # of a cache; older models have tuples
         past = None if length is None else int(length())
         self._batch = _Batch(shape, prompts, Rows.of(rows.astype(np.int32).reshape(-1)), past)
+        self._num_tokens += self._batch.rows.num_tokens
 
     def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self._depth -= 1
@@ -348,6 +358,18 @@ class Observation:
         recorder.add(bits.data_ptr(), (bits.numel() // max(channels, 1), channels), rows, self._threads)
 
 
+def observable(model: nn.Module, names: Names) -> set[str]:
+    """Return the checkpoint's modules whose inputs an observation sees, and the 3-D tensors of experts among them."""
+    seen: set[str] = set()
+    for path, module in model.named_modules():
+        if _is_linear(module):
+            seen.update(names.of_linear(path))
+        elif is_experts(module):
+            inside = [name for name, _ in module.named_parameters(prefix=path, recurse=False)]
+            seen.update(tensor.removesuffix(".weight") for name in inside for tensor in names.of_parameter(name))
+    return seen
+
+
 def _is_linear(module: nn.Module) -> bool:
     """Whether a module multiplies by a matrix of its own: nn.Linear, and whatever looks like it."""
     weight = module._parameters.get("weight")
@@ -356,6 +378,8 @@ def _is_linear(module: nn.Module) -> bool:
 
 def _sequences(main: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     """What a call is given, a sequence a row, and their shape: [B, T], or [B] where there are no tokens."""
+    if not main.is_floating_point():
+        main = main.long()  # the same prompt has the same digest in every type
     for _ in range((3 if main.is_floating_point() else 2) - main.ndim):
         main = main[None]
     image = main.is_floating_point() and main.ndim > 3

@@ -10,35 +10,17 @@ import torch
 from blake3 import blake3
 
 from fp8pack.calibration.model import ModelLoader, read_tokenizer
-from fp8pack.calibration.observers import prompt_digest
-from fp8pack.calibration.prompts import BUILT_IN, load_prompts, tokenize
+from fp8pack.calibration.observers import observable, prompt_digest
+from fp8pack.calibration.options import FEWEST_PROMPTS, MOST_PROMPTS, CalibrateOptions
+from fp8pack.calibration.prompts import load_prompts, tokenize
+from fp8pack.calibration.state import Journal
 from fp8pack.calibration.stream_layers import Stack, find_stack, probe
 from fp8pack.checkpoint.source import Source, beside, open_checkpoint
-from fp8pack.checkpoint.staging import check_output_file
+from fp8pack.checkpoint.staging import Staging, check_output_file
 from fp8pack.errors import InputError, RecipeError
+from fp8pack.planning.policy import judge
 
-FEWEST_PROMPTS, DEFAULT_PROMPTS, MOST_PROMPTS = 128, 256, 512
-STREAM_LAYERS = ("auto", "on", "off")
 _DEFAULT_LENGTH = 2048
-
-
-@dataclass(frozen=True, slots=True)
-class CalibrateOptions:
-    """How to calibrate. None stands for the default: max_length for the model's, 2048 at most."""
-
-    output: Path | None = None
-    prompts: str = BUILT_IN
-    num_prompts: int = DEFAULT_PROMPTS
-    max_length: int | None = None
-    batch_size: int = 1
-    all_experts: bool = False
-    until_converged: bool = False
-    stream_layers: str = "auto"
-    device: str = "auto"
-    trust_remote_code: bool = False
-    resume: bool = True
-    overwrite: bool = False
-    deadline_seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,13 +42,8 @@ class Run:
     def head(self) -> dict[str, Any]:
         """What makes an unfinished calibration the same as this one."""
         prompts = blake3("".join(self.digests).encode()).hexdigest()
-        streamed = self.stack is not None
-        return {
-            "fingerprint": self.source.fingerprint,
-            "prompts": prompts,
-            "options": self.decisive,
-            "streamed": streamed,
-        }
+        head = {"fingerprint": self.source.fingerprint, "prompts": prompts, "options": self.decisive}
+        return {**head, "streamed": self.stack is not None}
 
     @property
     def num_tokens(self) -> int:
@@ -101,12 +78,16 @@ def prepare(model: Path, options: CalibrateOptions) -> Run:
     tokenizer = read_tokenizer(source, trust_remote_code=options.trust_remote_code)
     longest = min(_DEFAULT_LENGTH, loader.max_positions or _DEFAULT_LENGTH)
     max_length = options.max_length or longest
-    tokenized = tokenize(prompts, tokenizer, max_length)
-    by_digest = {prompt_digest(ids): tuple(ids) for ids, _ in tokenized}
+    if loader.max_positions and max_length > loader.max_positions:
+        raise RecipeError(f"--max-length {max_length} is more than the {loader.max_positions} positions of the model")
+    tokenized = dict(zip((prompt.name for prompt in prompts), tokenize(prompts, tokenizer, max_length), strict=True))
+    loader.check_tokens({name: ids for name, (ids, _) in tokenized.items()})
+    by_digest = {prompt_digest(ids): (tuple(ids), is_cut) for ids, is_cut in tokenized.values()}
     notes = _count_notes(len(by_digest), len(prompts), options)
-    cut = sum(is_cut for _, is_cut in tokenized)
-    notes += [f"{cut} prompts are cut to {max_length} tokens"] if cut else []
-    stack, why = _choose_stack(loader, options)
+    if cut := sum(is_cut for _, is_cut in by_digest.values()):
+        notes.append(f"{cut} prompts are cut to {max_length} tokens")
+    notes += _unseen_notes(source, loader)
+    stack, why = _choose_stack(loader, options, _was_streamed(source, output, options))
     if why:
         notes.append(f"the whole model is loaded: {why}")
     decisive = {
@@ -116,16 +97,16 @@ def prepare(model: Path, options: CalibrateOptions) -> Run:
         "until_converged": options.until_converged,
     }
     return Run(
-        source,
-        loader,
-        stack,
-        tuple(by_digest.values()),
-        tuple(by_digest),
-        tokenizer.pad_token_id or 0,
-        decisive,
-        output,
-        options,
-        tuple(notes),
+        source=source,
+        loader=loader,
+        stack=stack,
+        ids=tuple(ids for ids, _ in by_digest.values()),
+        digests=tuple(by_digest),
+        pad=tokenizer.pad_token_id or 0,
+        decisive=decisive,
+        output=output,
+        options=options,
+        notes=tuple(notes),
     )
 
 
@@ -154,19 +135,42 @@ def _count_notes(count: int, loaded: int, options: CalibrateOptions) -> list[str
     return notes
 
 
-def _choose_stack(loader: ModelLoader, options: CalibrateOptions) -> tuple[Stack | None, str]:
+def _unseen_notes(source: Source, loader: ModelLoader) -> list[str]:
+    """Weights that pack would take and whose input nothing will see: better said before the run than after it."""
+    seen = observable(loader.model, loader.names)
+    unseen = [
+        spec.name
+        for spec in source.specs
+        if ((verdict := judge(spec, source.facts)).packed or verdict.role == "experts")
+        and spec.name.removesuffix(".weight") not in seen
+    ]
+    if not unseen:
+        return []
+    some = f"{len(unseen)} weights, such as {unseen[0]},"
+    return [f"what enters {some} cannot be seen in this model: they will have no static scales"]
+
+
+def _was_streamed(source: Source, output: Path, options: CalibrateOptions) -> bool | None:
+    """How an unfinished run of this model went, which `auto` continues; None if there is none."""
+    head = Journal(Staging(output).journal).head() if options.resume else {}
+    return head.get("streamed") if head.get("fingerprint") == source.fingerprint else None
+
+
+def _choose_stack(
+    loader: ModelLoader, options: CalibrateOptions, was_streamed: bool | None
+) -> tuple[Stack | None, str]:
     """The layers to be read one at a time; None for a resident run, and why, if that is not what was asked for."""
-    if options.stream_layers not in STREAM_LAYERS:
-        raise RecipeError(f"--stream-layers {options.stream_layers!r} is not known: choose {', '.join(STREAM_LAYERS)}")
     if options.stream_layers == "off":
         return None, ""
-    if options.stream_layers == "auto" and 2 * loader.weight_nbytes <= _free_memory(loader.device):
-        return None, ""
+    if options.stream_layers == "auto":
+        large = 2 * loader.weight_nbytes > _free_memory(loader.device)
+        if not (large if was_streamed is None else was_streamed):
+            return None, ""
     if options.until_converged:
         if options.stream_layers == "on":
             raise RecipeError("--until-converged needs all layers of a prompt before the next: --stream-layers off")
         return None, "--until-converged runs prompt by prompt"
-    found = find_stack(loader.model)
+    found = find_stack(loader.model, least_share=0.5 if options.stream_layers == "auto" else 0.0)
     if isinstance(found, str):
         return None, found
     path, layers = found

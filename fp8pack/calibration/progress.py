@@ -3,10 +3,11 @@
 import time
 from collections.abc import Callable
 
-from fp8pack.calibration.prepare import FEWEST_PROMPTS, Run
+from fp8pack.calibration.options import FEWEST_PROMPTS
+from fp8pack.calibration.prepare import Run
 from fp8pack.units import format_seconds
 
-_ESTIMATE_SECONDS = 1.0  # after which the pace is known
+_ESTIMATE_SECONDS = 3.0  # after which the pace is known
 
 OnProgress = Callable[[int, int], None]  # tokens done, tokens in all
 OnNote = Callable[[str], None]
@@ -22,18 +23,19 @@ class Progress:
         self._run, self._deadline = run, deadline
         self._on_progress, self._on_note = on_progress, on_note
         self._began: float | None = None
-        self._before = 0
+        self._before: int | None = None
 
     def start(self, done: int) -> None:
-        """Let the clock run from here, with so many tokens done by an earlier run."""
-        self.done = self._before = done
-        self._began = time.monotonic()
+        """Begin with so many tokens done by an earlier run."""
+        self.done = done
 
     def tick(self, tokens: int) -> bool:
         """Count the tokens of a batch; say whether the deadline has come."""
         now = time.monotonic()
         self.done += tokens
-        if self._began is not None and now - self._began > _ESTIMATE_SECONDS:
+        if self._before is None:  # the first batch warms up and is left out of the pace
+            self._before, self._began = self.done, now
+        elif self._began is not None and now - self._began > _ESTIMATE_SECONDS:
             self._on_note(self._estimate((now - self._began) / (self.done - self._before)))
             self._began = None
         self._on_progress(self.done, self.total)
@@ -42,9 +44,9 @@ class Progress:
     def _estimate(self, seconds_per_token: float) -> str:
         count = len(self._run.ids)
         left = format_seconds(seconds_per_token * (self.total - self.done))
-        text = (
-            f"pace     {count} prompts, {self.total} tokens at {1 / seconds_per_token:.0f} a second: about {left} left"
-        )
+        stages = f" through {len(self._run.stack.layers) + 1} stages" if self._run.stack else ""
+        pace = f"{1 / seconds_per_token:.0f} a second"
+        text = f"pace     {count} prompts, {self._run.num_tokens} tokens{stages} at {pace}: about {left} left"
         if count <= FEWEST_PROMPTS:
             return text
         fewer = format_seconds(seconds_per_token * self.total * FEWEST_PROMPTS / count)

@@ -15,6 +15,7 @@ BUILT_IN = "built-in"
 _REPOSITORY = Path(__file__).parents[2] / "calib_prompts" / "prompts.jsonl"
 _INSTALLED = Path(__file__).parents[1] / "_data" / "prompts.jsonl"
 _LOADERS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".txt": "text", ".arrow": "arrow"}
+_JSON = (".jsonl", ".ndjson", ".json")
 _ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
 _SHAPES = "text, article, prompt (and completion), messages, conversations, or instruction (and output)"
 
@@ -37,7 +38,8 @@ def load_prompts(place: str, count: int) -> list[Prompt]:
     Raises:
         InputError: there is no such place, or a row has none of the shapes that are known.
     """
-    return [parse_row(row, name) for name, row in islice(_rows(place), count)]
+    rows = ((name, row) for name, row in _rows(place) if not _is_blank(row))
+    return [parse_row(row, name) for name, row in islice(rows, count)]
 
 
 def parse_row(row: Any, name: str) -> Prompt:
@@ -118,12 +120,21 @@ def _parse_message(message: Any, name: str) -> dict[str, str]:
     raise InputError(f"{name}: a message needs role and content (or from and value)")
 
 
+def _is_blank(row: Any) -> bool:
+    """Whether a row holds nothing, as the lines between paragraphs in some data sets."""
+    return isinstance(row, Mapping) and all(
+        value is None or (isinstance(value, str) and not value.strip()) for value in row.values()
+    )
+
+
 def _rows(place: str) -> Iterator[tuple[str, Any]]:
     if place == BUILT_IN:
         path = _INSTALLED if _INSTALLED.exists() else _REPOSITORY
         return _json_lines(path)
     path = Path(place)
-    if path.suffix in (".jsonl", ".ndjson", ".json") and path.exists():
+    if not path.exists() and (path.suffix in (*_LOADERS, *_JSON) or place.startswith(("/", ".", "~"))):
+        raise InputError(f"{path} does not exist")
+    if path.suffix in _JSON and path.is_file():
         return _json_lines(path)
     return _data_set(path)
 
@@ -137,7 +148,9 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
                     try:
                         row = json.loads(line)
                     except (ValueError, RecursionError):
-                        raise InputError(f"{name} is no JSON object: one prompt a line") from None
+                        raise InputError(
+                            f"{name} is no JSON object: one prompt a line, as `jq -c '.[]'` writes"
+                        ) from None
                     yield name, row
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read: {error}") from None
@@ -160,8 +173,7 @@ def _data_set(path: Path) -> Iterator[tuple[str, Any]]:
         splits = datasets.load_dataset(kind, streaming=True, **options)
         split = splits.get("train") or next(iter(splits.values()))
         for number, row in enumerate(split, 1):
-            if not all(value is None or (isinstance(value, str) and not value.strip()) for value in row.values()):
-                yield f"{name}, row {number}", row
+            yield f"{name}, row {number}", row
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise InputError(f"{path} cannot be read as a data set: {' '.join(str(error).split())[:300]}") from None
 

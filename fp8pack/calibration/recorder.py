@@ -84,6 +84,7 @@ class Recorder:
         self.points = list(points)
         self.tokens = 0
         self.num_tensors = 0
+        self.heads = 1
         self._histogram = np.zeros(NUM_MAGNITUDES, np.int64)  # pages that no magnitude falls on are never touched
         self._least, self._most = _NONE, 0
         self._channels = (np.zeros(channels, np.uint16), np.zeros(channels, np.float64))
@@ -95,6 +96,7 @@ class Recorder:
         """Go on where a site stands."""
         recorder = cls(site.points, site.channel_amax.size)
         recorder.tokens = recorder.num_tensors = site.tokens
+        recorder.heads = site.heads
         recorder._histogram[site.bins] = site.counts
         recorder._least = int(site.bins[site.bins > 0].min(initial=_NONE - 1))
         recorder._most = int(site.bins.max(initial=0))
@@ -142,6 +144,7 @@ class Recorder:
         other._histogram[0] = self._histogram[0]
         other._histogram[self._used] = self._histogram[self._used]
         other.points, other.tokens, other.num_tensors = list(self.points), self.tokens, self.num_tensors
+        other.heads = self.heads
         other._least, other._most = self._least, self._most
         np.copyto(other._channels[0], self._channels[0])
         np.copyto(other._channels[1], self._channels[1])
@@ -163,9 +166,8 @@ class Recorder:
         """Return the statistics as they stand after this many prompts."""
         channel_amax, channel_squares = self._channels[0].copy(), self._channels[1].copy()
         amax = self.prompt_amax(num_prompts).copy()
-        return Site(
-            tuple(self.points), self.tokens, *histogram_of(self._histogram), channel_amax, channel_squares, amax
-        )
+        histogram = histogram_of(self._histogram)
+        return Site(tuple(self.points), self.tokens, *histogram, channel_amax, channel_squares, amax, self.heads)
 
     def _reserve(self, num_prompts: int) -> None:
         if num_prompts > self._prompt_amax.size:

@@ -10,7 +10,7 @@ from fp8pack.calibration.state import Journal
 from fp8pack.checkpoint.calibration_file import read_calibration, write_calibration
 from fp8pack.planning.calibration import Calibration, has_converged
 
-_CONVERGENCE_WINDOW = 64
+CONVERGENCE_WINDOW = 64
 _SAVE_SHARE = 50  # a save may cost one part in so many of the time since the last
 
 
@@ -34,7 +34,7 @@ def run_resident(run: Run, folder: Path, journal: Journal, progress: Progress) -
         for index, (tokens, call) in enumerate(batches[done:], done + 1):
             run.loader.model(**call)
             stopped = progress.tick(tokens)
-            converged = run.options.until_converged and has_converged(observation.prompt_amax(), _CONVERGENCE_WINDOW)
+            converged = run.options.until_converged and has_converged(observation.prompt_amax(), CONVERGENCE_WINDOW)
             if index == len(batches) or converged:
                 break
             if stopped or time.monotonic() - saved > _SAVE_SHARE * cost:

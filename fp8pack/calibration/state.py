@@ -13,7 +13,7 @@ _HEAD = {
     "fingerprint": "of another model",
     "prompts": "with other prompts",
     "options": "with other options",
-    "streamed": "made with another --stream-layers, which continues it",
+    "streamed": "whose --stream-layers was another: the opposite continues it",
 }
 
 
@@ -45,6 +45,11 @@ class Journal:
                 )
         self.done = max((line["done"] for line in lines[1:]), default=0)
         return self.done
+
+    def head(self) -> dict[str, Any]:
+        """Return what an unfinished calibration is, empty if there is none."""
+        lines = self._lines()
+        return lines[0] if lines else {}
 
     def add(self, done: int) -> None:
         """Note that so many units are finished."""

@@ -21,8 +21,6 @@ from fp8pack.checkpoint.shard_writer import writing
 from fp8pack.errors import InputError
 from fp8pack.numerics.replaced_forwards import replaced_forwards
 
-_STACK_SHARE = 0.5  # of the parameters; with less, streaming would not be worth much
-
 
 @dataclass(frozen=True, slots=True)
 class Stack:
@@ -37,19 +35,18 @@ class _Stop(BaseException):
     """Ends a call once the layer of the round has computed; no Exception, so that nothing on the way swallows it."""
 
 
-def find_stack(model: nn.Module) -> tuple[str, tuple[nn.Module, ...]] | str:
-    """Return path and layers of the one stack that holds most of a model, or why there is none."""
+def find_stack(model: nn.Module, *, least_share: float = 0.0) -> tuple[str, tuple[nn.Module, ...]] | str:
+    """Return path and layers of the largest stack in a model, or why none has this share of its parameters."""
     total = sum(parameter.numel() for parameter in model.parameters())
     stacks = [
-        (path, tuple(module))
+        (sum(parameter.numel() for parameter in module.parameters()), path, tuple(module))
         for path, module in model.named_modules()
-        if isinstance(module, nn.ModuleList)
-        and len(module) > 1
-        and sum(parameter.numel() for parameter in module.parameters()) > _STACK_SHARE * total
+        if isinstance(module, nn.ModuleList) and len(module) > 1
     ]
-    if len(stacks) != 1:
-        return "no single stack of layers holds most of its weights"
-    return stacks[0]
+    size, path, layers = max(stacks, key=lambda stack: stack[0], default=(0, "", ()))
+    if size <= least_share * total:
+        return "no stack of layers holds most of its weights"
+    return path, layers
 
 
 def probe(path: str, layers: tuple[nn.Module, ...], call: Callable[[], object]) -> Stack | str:

@@ -74,6 +74,7 @@ def _gather(run: Run, folder: Path, units: int) -> Calibration:
         run.decisive,
         tuple(sorted(sites, key=site_order)),
         tuple(sorted(all_experts, key=site_order)),
+        num_tokens=run.num_tokens,
     )
 
 

@@ -49,6 +49,7 @@ class SiteEntry(_Entry):
 
     points: Annotated[tuple[str, ...], Field(min_length=1)]
     tokens: Annotated[int, Field(ge=0)]
+    heads: Annotated[int, Field(ge=1)] = 1
 
 
 class CalibrationEntry(_Entry):
@@ -57,6 +58,7 @@ class CalibrationEntry(_Entry):
     schema_: Annotated[int, Field(alias="schema")]
     fingerprint: str
     prompts: tuple[str, ...]
+    num_tokens: Annotated[int, Field(ge=0)] = 0
     options: dict[str, Any]
     growth_last_quarter: float | None
     sites: tuple[SiteEntry, ...]
@@ -100,6 +102,8 @@ def read_calibration(path: Path) -> Calibration:
     Raises:
         InputError: it is no calibration of fp8pack, of a schema that this version does not know, or malformed.
     """
+    if not path.exists():
+        raise InputError(f"{path} does not exist")
     fd = open_regular(path)
     try:
         header = read_header(fd, path.name)
@@ -114,11 +118,11 @@ def read_calibration(path: Path) -> Calibration:
         reader.readinto(memoryview(data), 0)
 
     def site(prefix: str, found: SiteEntry) -> Site:
-        arrays = []
+        arrays: list[NDArray[Any]] = []
         for kind, (_, dtype) in _DTYPES.items():
             spec = specs[f"{prefix}{found.points[0]}.{kind}"]
             arrays.append(np.frombuffer(data, dtype, spec.shape[0], spec.begin))
-        read = Site(found.points, found.tokens, *arrays)
+        read = Site(found.points, found.tokens, arrays[0], arrays[1], arrays[2], arrays[3], arrays[4], found.heads)
         if not _is_sound(read):
             name = f"{prefix}{found.points[0]}"
             raise InputError(f"{path.name}: the statistics of {name[:200]!r} contradict each other: calibrate again")
@@ -131,6 +135,7 @@ def read_calibration(path: Path) -> Calibration:
         tuple(site("", found) for found in entry.sites),
         tuple(site(_ALL_EXPERTS, found) for found in entry.all_experts),
         f"blake3:{blake3(data).hexdigest()}",
+        entry.num_tokens,
     )
 
 
@@ -178,6 +183,7 @@ def _is_sound(site: Site) -> bool:
     return (
         bool((np.diff(site.bins.astype(np.int64)) > 0).all() and (site.counts > 0).all())
         and site.channel_amax.size > 0
+        and site.channel_amax.size % site.heads == 0
         and sum(site.counts.tolist()) == site.tokens * site.channel_amax.size
         and largest == int(site.channel_amax.max())
         and largest == int(site.prompt_amax.max(initial=0))
@@ -201,14 +207,19 @@ def _metadata(calibration: Calibration) -> dict[str, Any]:
         "schema": SCHEMA_VERSION,
         "fingerprint": calibration.fingerprint,
         "prompts": list(calibration.prompts),
+        "num_tokens": calibration.num_tokens,
         "options": dict(calibration.options),
         "growth_last_quarter": growth if math.isfinite(growth) else None,
-        "sites": [{"points": list(site.points), "tokens": site.tokens} for site in calibration.sites],
+        "sites": [_entry(site) for site in calibration.sites],
     }
     if calibration.all_experts:
-        sites = [{"points": list(site.points), "tokens": site.tokens} for site in calibration.all_experts]
-        document["all_experts"] = sites
+        document["all_experts"] = [_entry(site) for site in calibration.all_experts]
     return document
+
+
+def _entry(site: Site) -> dict[str, Any]:
+    heads = {"heads": site.heads} if site.heads > 1 else {}
+    return {"points": list(site.points), "tokens": site.tokens, **heads}
 
 
 def _parse_metadata(metadata: Mapping[str, str], file: str) -> CalibrationEntry:

@@ -30,11 +30,13 @@ class ScaleEntry(_Entry):
 class ActivationEntry(_Entry):
     """A calibrated scale stored beside a tensor, for what enters a weight or for K or V of the cache.
 
-    `value` is the multiplier that dequantizes; `amax_history_seed` the amax of each prompt, in order.
+    `value` is the multiplier that dequantizes; `amax_history_seed` the amax of each prompt, in order; `source` who saw
+    it: the tokens that came here, all tokens, or those of the other experts.
     """
 
     kind: Literal["input", "k", "v"]
     point: str
+    source: Literal["routed", "all_experts", "peers"]
     tensor: str
     dtype: Literal["F32"]
     shape: Shape

@@ -1,13 +1,13 @@
 """`fp8pack calibrate`."""
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from fp8pack.cli.output import emit, say
-from fp8pack.errors import RecipeError
 from fp8pack.units import parse_duration
 
 _PROMPTS, _RUNNING, _OUTPUT = "Prompts", "Running", "What is printed"
@@ -93,13 +93,7 @@ def calibrate(
     ] = False,
 ) -> None:
     """Run a model in BF16 over prompts and keep statistics of its activations, for static and KV-cache scales."""
-    deadline_seconds = parse_duration(deadline) if deadline else None
-    if stream_layers not in ("auto", "on", "off"):
-        raise RecipeError(f"--stream-layers {stream_layers!r} is not known: choose auto, on or off")
-    from fp8pack.calibration.calibrate import calibrate as run  # imports torch and transformers, which take seconds
-    from fp8pack.calibration.prepare import CalibrateOptions
-    from fp8pack.report.calibration import summary_lines
-    from fp8pack.report.progress import CALIBRATING, print_above, showing_progress
+    from fp8pack.calibration.options import CalibrateOptions
 
     options = CalibrateOptions(
         output=output,
@@ -114,8 +108,13 @@ def calibrate(
         trust_remote_code=trust_remote_code,
         resume=resume,
         overwrite=overwrite,
-        deadline_seconds=deadline_seconds,
+        deadline_seconds=parse_duration(deadline) if deadline else None,
     )
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads that spin starve the observing one
+    from fp8pack.calibration.calibrate import calibrate as run  # imports torch and transformers, which take seconds
+    from fp8pack.report.calibration import summary_lines
+    from fp8pack.report.progress import CALIBRATING, print_above, showing_progress
+
     with showing_progress(CALIBRATING, quiet) as on_progress:
         facts = run(model, options, on_progress=on_progress, on_note=(lambda note: None) if quiet else print_above)
     if not quiet:

@@ -152,6 +152,8 @@ def _entry(
     entry, spec = manifest.tensors[name], specs[name]
     tensor: dict[str, Any] = {"name": name, "action": entry.action, "role": entry.role, "reason": entry.reason}
     tensor |= {"dtype": spec.dtype, "shape": list(spec.shape), "nbytes": spec.nbytes}
+    if entry.activation_scales:
+        tensor["activation_scales"] = {scale.kind: scale.value for scale in entry.activation_scales}
     if isinstance(entry, PackedEntry):
         scales = read_scales(specs[entry.scale_inv.tensor], opened.directory)
         tensor |= {"format": entry.format, "granularity": entry.granularity, "amax": entry.amax, "sqnr": sqnr}

@@ -117,6 +117,7 @@ def _activation_entry(activation: ActivationScale) -> dict[str, Any]:
     return {
         "kind": activation.kind,
         "point": activation.point,
+        "source": activation.source,
         "tensor": stored.name,
         "dtype": stored.dtype,
         "shape": list(stored.shape),

@@ -10,12 +10,12 @@ import numpy as np
 from fp8pack.errors import InputError
 from fp8pack.numerics.formats import E4M3, Float8Format
 from fp8pack.numerics.scaling import MIN_SCALE, ScaleRounding, scale_of
-from fp8pack.planning.calibration import Calibration, Site, values_of
-from fp8pack.planning.calibration_facts import MIN_EXPERT_TOKENS, expert_of
+from fp8pack.planning.calibration import MIN_EXPERT_TOKENS, Calibration, Site, expert_of, values_of
 from fp8pack.planning.layout import Stored
 from fp8pack.planning.policy import fused_module
 
 Kind = Literal["input", "k", "v"]
+Source = Literal["routed", "all_experts", "peers"]  # tokens that came here; all tokens; those of the other experts
 
 _MAKES: dict[str, tuple[Kind, ...]] = {
     "attn.k": ("k",),
@@ -43,7 +43,7 @@ class ActivationOptions:
 class ActivationScale:
     """A calibrated scale that is stored beside a weight: the multiplier that dequantizes, in float32.
 
-    history: the amax of each prompt in order, the seed of a delayed-scaling history.
+    history: the amax of each prompt in order, the seed of a delayed-scaling history. source: who saw all that.
     """
 
     kind: Kind
@@ -52,6 +52,7 @@ class ActivationScale:
     scale: float
     amax: float
     history: tuple[float, ...]
+    source: Source
 
     @property
     def data(self) -> bytes:
@@ -61,18 +62,20 @@ class ActivationScale:
 
 @dataclass(frozen=True, slots=True)
 class Observed:
-    """What is known of a point: its amax by the options, and of each prompt; whether peers lent it, and a spike."""
+    """What is known of a point: its amax by the options, that of each prompt, who saw them, and if there is a spike."""
 
     amax: float
     history: tuple[float, ...]
-    is_borrowed: bool = False
-    has_spike: bool = False
+    source: Source
+    has_spike: bool
 
 
 class ActivationScales:
     """Scales out of a calibration, under a convention's names."""
 
     def __init__(self, calibration: Calibration, options: ActivationOptions, format: Float8Format) -> None:
+        if options.warmup >= len(calibration.prompts):
+            raise InputError(f"--warmup {options.warmup} leaves no prompt of {len(calibration.prompts)}")
         self._calibration, self._options, self._format = calibration, options, format
         self._peers: dict[tuple[str, str], list[Site]] = {}
         for site in calibration.sites:
@@ -99,7 +102,9 @@ class ActivationScales:
             history = tuple(map(max, zip(*(member.history for member in members), strict=True)))
             point = f"{name.removesuffix('.weight')}.input"
             scales[name] = (
-                ActivationScale("input", point, stored, self._scale(amax, self._format), amax, history),
+                ActivationScale(
+                    "input", point, stored, self._scale(amax, self._format), amax, history, found[name].source
+                ),
                 found[name],
             )
         return scales
@@ -119,41 +124,44 @@ class ActivationScales:
             for kind, owner in owners.items():
                 point = f"{attention}.{kind}"
                 site = self._calibration.by_point.get(point)
-                if site is None:
+                if site is None or not self._is_enough(site, is_expert=False):
                     raise InputError(f"the calibration saw no {kind.upper()} of {attention}: pack without --kv-cache")
-                seen = self._of_sites([site], is_borrowed=False)
+                seen = self._of_sites([site], "routed")
                 stored, scale = stored_as(attention, kind, owner), self._scale(seen.amax, E4M3)
-                entry = ActivationScale(kind, point, stored, scale, seen.amax, seen.history)
+                entry = ActivationScale(kind, point, stored, scale, seen.amax, seen.history, seen.source)
                 scales.setdefault(owner, []).append(entry)
         if not scales:
             raise InputError("no attention of this model has a K and V that fp8pack knows: pack without --kv-cache")
         return scales
 
     def observed(self, point: str, weight: str) -> Observed:
-        """Return what is known of a point; experts that too few tokens reached borrow."""
-        site = self._calibration.by_point.get(point)
-        expert = expert_of(point)
-        if expert and (site is None or site.tokens < MIN_EXPERT_TOKENS):
+        """Return what is known of a point; experts that too few tokens reached take what others saw."""
+        site, expert = self._calibration.by_point.get(point), expert_of(point)
+        if site is not None and self._is_enough(site, is_expert=expert is not None):
+            return self._of_sites([site], "routed")
+        if expert is not None:
             full = self._calibration.all_experts_by_point.get(point)
-            return self._of_sites([full], is_borrowed=False) if full else self._lend(expert, weight)
+            if full is not None and self._is_enough(full, is_expert=True):
+                return self._of_sites([full], "all_experts")
+            if expert in self._peers:
+                return self._of_sites(self._peers[expert], "peers")
         if site is None:
             raise InputError(f"the calibration saw nothing enter {weight}: --ignore {weight} keeps it as it is")
-        return self._of_sites([site], is_borrowed=False)
+        raise InputError(f"only the first {self._options.warmup} prompts reached {weight}: take a smaller --warmup")
 
-    def _lend(self, expert: tuple[str, str], weight: str) -> Observed:
-        if expert not in self._peers:
-            raise InputError(f"the calibration saw nothing enter {weight}, nor any of its peers: take more prompts")
-        return self._of_sites(self._peers[expert], is_borrowed=True)
+    def _is_enough(self, site: Site, *, is_expert: bool) -> bool:
+        """Whether a site saw enough for a scale, also after the warm-up."""
+        after = site.prompt_amax[self._options.warmup :]
+        reached = bool(after.size and after.max()) or not site.amax
+        return reached and not (is_expert and site.tokens < MIN_EXPERT_TOKENS)
 
-    def _of_sites(self, sites: list[Site], *, is_borrowed: bool) -> Observed:
+    def _of_sites(self, sites: list[Site], source: Source) -> Observed:
         options = self._options
         history = np.maximum.reduce([values_of(site.prompt_amax) for site in sites])[options.warmup :]
-        if not history.size:
-            raise InputError(f"--warmup {options.warmup} leaves no prompt of {len(self._calibration.prompts)}")
         amax = float(history.max())
         if options.percentile is not None:  # unless it is zero, as after a ReLU: then nothing is clipped
             amax = max(site.percentile(options.percentile) for site in sites) or amax
-        return Observed(amax, tuple(history.tolist()), is_borrowed, any(site.has_spike for site in sites))
+        return Observed(amax, tuple(history.tolist()), source, any(site.has_spike for site in sites))
 
     def _scale(self, amax: float, format: Float8Format) -> float:
         if amax == 0:

@@ -23,7 +23,8 @@ from fp8pack.planning.policy import storage_key
 
 NUM_MAGNITUDES = 1 << 15  # of BF16, the sign left out
 SPIKE_RATIO = 0.1  # a site whose 99.9 percentile is under this share of its amax has a spike
-_CONVERGED_GROWTH = 1.01
+MIN_EXPERT_TOKENS = 32  # an expert with fewer routed tokens borrows its amax
+GREW = 1.01  # an amax that became larger than this grew
 _LAST_QUARTER = 0.75
 
 
@@ -44,6 +45,7 @@ class Site:
     bins, counts: the histogram of magnitudes, sparse: uint16 ascending, and int64 above zero.
     channel_amax [K] uint16 magnitudes; channel_squares [K] float64, the sum of squares of each channel.
     prompt_amax [P] uint16 magnitudes, in the order of the calibration's prompts; 0 where a prompt did not get there.
+    heads: of K and V, whose channels are those of one head after the other.
     """
 
     points: tuple[str, ...]
@@ -53,6 +55,7 @@ class Site:
     channel_amax: NDArray[np.uint16]
     channel_squares: NDArray[np.float64]
     prompt_amax: NDArray[np.uint16]
+    heads: int = 1
 
     @property
     def amax(self) -> float:
@@ -79,6 +82,11 @@ class Site:
         return values_of(np.maximum.reduceat(self.channel_amax, np.arange(0, self.channel_amax.size, size)))
 
     @property
+    def head_amax(self) -> NDArray[np.float32]:
+        """The amax of each head: [heads] float32."""
+        return self.group_amax(self.channel_amax.size // self.heads)
+
+    @property
     def has_spike(self) -> bool:
         """Whether few values are so large that a scale for them leaves the others few bits."""
         return self.percentile(99.9) < SPIKE_RATIO * self.amax
@@ -96,7 +104,8 @@ class Calibration:
     """Statistics of a model over prompts; `all_experts` holds what every expert would see if all tokens reached it.
 
     fingerprint: of the model, as in the plan; empty when a user's own loop did not say which model it ran.
-    prompts: digests, in order. options: what decides the statistics besides the model and the prompts.
+    prompts: digests, in order. num_tokens: of all of them, padding left out.
+    options: what decides the statistics besides the model and the prompts.
     """
 
     fingerprint: str
@@ -105,6 +114,7 @@ class Calibration:
     sites: tuple[Site, ...]
     all_experts: tuple[Site, ...] = ()
     digest: str = ""  # of the file that it was read from
+    num_tokens: int = 0
 
     @cached_property
     def by_point(self) -> Mapping[str, Site]:
@@ -122,6 +132,13 @@ class Calibration:
         return max((site.growth for site in self.sites), default=1.0)
 
 
+def expert_of(point: str) -> tuple[str, str] | None:
+    """Return the experts' module and what the point is of each (`down_proj.input`); None for what is no expert's."""
+    head, found, tail = point.partition(".experts.")
+    index, dot, leaf = tail.partition(".")
+    return (f"{head}.experts", leaf) if found and dot and index.isdecimal() else None
+
+
 def site_order(site: Site) -> tuple[object, ...]:
     """Return the key that sorts sites by the name of their first point, as the checkpoint sorts its tensors."""
     return storage_key(site.points[0])
@@ -136,7 +153,7 @@ def has_converged(sites: Iterable[NDArray[np.uint16]], window: int) -> bool:
         if prompt_amax.size <= window:
             return False
         before, after = prompt_amax[:-window].max(), prompt_amax.max()
-        if value_of(int(after)) > _CONVERGED_GROWTH * value_of(int(before)):
+        if value_of(int(after)) > GREW * value_of(int(before)):
             return False
     return True
 

@@ -3,11 +3,10 @@
 import math
 from typing import Any
 
-from fp8pack.planning.calibration import Calibration, Site
+from fp8pack.planning.calibration import GREW, MIN_EXPERT_TOKENS, Calibration, Site, expert_of
 
 NUM_WIDEST = 10
-MIN_EXPERT_TOKENS = 32  # an expert with fewer routed tokens borrows its amax
-_GREW = 1.01
+_FEWEST_PROMPTS = 4  # with fewer, nothing can be said of the last quarter
 
 
 def calibration_facts(calibration: Calibration, *, every_site: bool = False) -> dict[str, Any]:
@@ -17,21 +16,23 @@ def calibration_facts(calibration: Calibration, *, every_site: bool = False) -> 
     """
     sites = [site_facts(site) for site in calibration.sites]
     inputs = [site for site in sites if any(point.endswith(".input") for point in site["points"])]
-    growth = calibration.growth
+    growths = [site.growth for site in calibration.sites] if len(calibration.prompts) >= _FEWEST_PROMPTS else None
+    finite = [growth for growth in growths or () if math.isfinite(growth)]
     facts: dict[str, Any] = {
         "fingerprint": calibration.fingerprint,
         "options": dict(calibration.options),
         "num_prompts": len(calibration.prompts),
-        "num_tokens": max((site["tokens"] for site in inputs), default=0),
+        "num_tokens": calibration.num_tokens,
         "num_sites": len(sites),
-        "growth_last_quarter": growth if math.isfinite(growth) else None,
-        "num_growing": sum(site.growth > _GREW for site in calibration.sites),
+        "growth_last_quarter": max(finite, default=1.0) if growths is not None else None,
+        "num_growing": sum(growth > GREW for growth in finite),
+        "num_reached_late": len(growths or ()) - len(finite),
         "widest": sorted(inputs, key=_width, reverse=True)[:NUM_WIDEST],
         "spikes": [site["points"][0] for site in sites if site["spike"]],
         "rare_experts": [
             {"point": site.points[0], "tokens": site.tokens}
             for site in calibration.sites
-            if is_expert(site) and site.tokens < MIN_EXPERT_TOKENS
+            if expert_of(site.points[0]) and site.tokens < MIN_EXPERT_TOKENS
         ],
         "has_all_experts": bool(calibration.all_experts),
     }
@@ -50,21 +51,10 @@ def site_facts(site: Site) -> dict[str, Any]:
         "rms": math.sqrt(site.mean_square),
         "width": site.amax / usual if usual else None,
         "spike": site.has_spike,
+        **({"head_amax": site.head_amax.tolist()} if site.heads > 1 else {}),
     }
 
 
 def _width(site: dict[str, Any]) -> float:
     """Width for sorting: without bound where 99.9 % are zero and the rest is not."""
     return float(site["width"] or (math.inf if site["amax"] else 0.0))
-
-
-def is_expert(site: Site) -> bool:
-    """Say whether a site is what enters one expert of many."""
-    return expert_of(site.points[0]) is not None
-
-
-def expert_of(point: str) -> tuple[str, str] | None:
-    """Return the experts' module and what the point is of each (`down_proj.input`); None for what is no expert's."""
-    head, found, tail = point.partition(".experts.")
-    index, dot, leaf = tail.partition(".")
-    return (f"{head}.experts", leaf) if found and dot and index.isdigit() else None

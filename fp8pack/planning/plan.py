@@ -326,7 +326,7 @@ def _calibrate(
         return tensors, []
     scales = ActivationScales(recipe.calibration, recipe.activation_options, recipe.format)
     added: dict[str, list[ActivationScale]] = {}
-    notes = []
+    notes = [] if recipe.calibration.fingerprint else ["the calibration does not say which model it is of"]
     if recipe.activation_options.percentile is not None:
         notes.append("--percentile clips what lies above it, which mostly costs FP8 accuracy: amax is the default")
     if recipe.kv_cache:
@@ -349,12 +349,13 @@ def _calibration_notes(inputs: dict[str, Observed]) -> list[str]:
             f"what enters {len(spikes)} weights has an amax over ten times what 99.9 % stay below, such as "
             f"{', '.join(spikes[:3])}: --ignore keeps them in BF16, --scheme FP8_DYNAMIC scales each token"
         )
-    borrowed = [name for name, observed in inputs.items() if observed.is_borrowed]
-    if borrowed:
-        notes.append(
-            f"{len(borrowed)} weights of experts saw too few tokens and borrow a scale, such as "
-            f"{', '.join(borrowed[:3])}: calibrate with more prompts or --all-experts"
-        )
+    for source, whose in (("peers", "their peers"), ("all_experts", "the run of all tokens")):
+        if names := [name for name, observed in inputs.items() if observed.source == source]:
+            more = ": calibrate with more prompts or --all-experts" if source == "peers" else ""
+            notes.append(
+                f"{len(names)} weights of experts saw too few tokens, so their scales are of {whose}, such as "
+                f"{', '.join(names[:3])}{more}"
+            )
     return notes
 
 

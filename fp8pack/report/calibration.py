@@ -60,13 +60,17 @@ def _numbers(site: dict[str, Any]) -> str:
 
 
 def _convergence(facts: dict[str, Any]) -> list[str]:
-    growth, growing = facts["growth_last_quarter"], facts["num_growing"]
+    growth, growing, late = facts["growth_last_quarter"], facts["num_growing"], facts["num_reached_late"]
     if growth is None:
-        return [f"growing  {growing} sites were first reached in the last quarter of the prompts: take more"]
-    if not growing:
-        return ["settled  no amax grew by more than 1 % over the last quarter of the prompts"]
-    most = f"at most by {growth - 1:.0%}"
-    return [f"growing  {growing} of {facts['num_sites']} amax grew over the last quarter of the prompts, {most}"]
+        return ["growing  too few prompts to tell whether any amax still grows"]
+    lines = [f"growing  {late} sites were first reached in the last quarter of the prompts: take more"] if late else []
+    if growing:
+        most = f"at most by {growth - 1:.0%}"
+        return [
+            *lines,
+            f"growing  {growing} of {facts['num_sites']} amax grew over the last quarter of the prompts, {most}",
+        ]
+    return lines or ["settled  no amax grew by more than 1 % over the last quarter of the prompts"]
 
 
 def _advice(facts: dict[str, Any]) -> list[str]:
@@ -80,6 +84,10 @@ def _advice(facts: dict[str, Any]) -> list[str]:
             "scale wastes bits there: --ignore keeps such a weight in BF16, --scheme FP8_DYNAMIC scales each token"
         )
     if rare := facts["rare_experts"]:
-        how = "run through all tokens" if facts["has_all_experts"] else "borrowing from their peers; see --all-experts"
-        lines.append(f"experts  {len(rare)} sites of experts saw fewer than 32 tokens, {how}")
+        how = "taken from the run of all tokens" if facts["has_all_experts"] else "their peers'; see --all-experts"
+        names = ", ".join(f"{site['point']} ({site['tokens']})" for site in rare[:_MAX_NAMES])
+        more = f" and {len(rare) - _MAX_NAMES} more" if rare[_MAX_NAMES:] else ""
+        lines.append(
+            f"experts  {len(rare)} sites of experts saw too few tokens, so their scales are {how}: {names}{more}"
+        )
     return lines

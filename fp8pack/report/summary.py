@@ -14,6 +14,8 @@ def plan_lines(facts: dict[str, Any]) -> list[str]:
     """Return the lines that stand before the work: the model, the scheme and why, what is packed, kept and left out."""
     recipe = facts["recipe"]
     parts = f"{recipe['format']} {recipe['granularity']} {recipe['quant_method']}"
+    parts += ", static activations" if recipe["activations"] == "static" else ""
+    parts += ", KV cache" if recipe.get("kv_cache") else ""
     head = [
         facts["model"],
         facts["architecture"],

@@ -19,22 +19,28 @@ def print_inspection(facts: dict[str, Any]) -> None:
         console = Console(
             highlight=False, width=max(_WIDTH, max(len(tensor["name"]) for tensor in facts["tensors"]) + 100)
         )
+    static = any("activation_scales" in tensor for tensor in facts["tensors"])
     measured = any(tensor.get("sqnr") is not None for tensor in facts["tensors"])
     table = Table(box=None, pad_edge=False, header_style="bold")
     for header in ("tensor", "role", "format", "shape"):
         table.add_column(header, overflow="fold")
-    for header in ("scale min", "scale max", *(["SQNR dB"] if measured else [])):
+    for header in (
+        "scale min",
+        "scale max",
+        *(["input, K, V scale"] if static else []),
+        *(["SQNR dB"] if measured else []),
+    ):
         table.add_column(header, justify="right")
     table.add_column("kept because", overflow="fold")
     for tensor in facts["tensors"]:
-        table.add_row(*(Text(printable(cell)) for cell in _cells(tensor, measured)))
+        table.add_row(*(Text(printable(cell)) for cell in _cells(tensor, static, measured)))
     console.print(table)
     console.print()
     for line in _totals(facts):
         console.print(Text(printable(line)))
 
 
-def _cells(tensor: dict[str, Any], measured: bool) -> list[str]:
+def _cells(tensor: dict[str, Any], static: bool, measured: bool) -> list[str]:
     packed = tensor["action"] == "packed"
     scale = tensor.get("scale")
     cells = [
@@ -44,6 +50,8 @@ def _cells(tensor: dict[str, Any], measured: bool) -> list[str]:
     ]
     cells += [" x ".join(map(str, tensor["shape"])) or "scalar"]
     cells += [f"{scale['min']:.3g}", f"{scale['max']:.3g}"] if scale else ["", ""]
+    activations = tensor.get("activation_scales", {}).items()
+    cells += [" ".join(f"{kind} {value:.3g}" for kind, value in activations)] if static else []
     cells += [f"{tensor['sqnr']:.1f}" if tensor.get("sqnr") is not None else ""] if measured else []
     return [*cells, "" if packed else tensor["reason"].removeprefix("policy: ")]
 

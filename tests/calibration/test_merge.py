@@ -174,9 +174,9 @@ REFUSED: dict[str, tuple[Callable[[Calibration], Calibration], str]] = {
     "a-shared-prompt": (lambda c: replace(c, prompts=(*c.prompts[:2], "blake3:0001-0")), "share prompt"),
     "other-points": (
         lambda c: replace(c, sites=(*c.sites[:2], replace(c.sites[2], points=c.sites[2].points[:2]), c.sites[3])),
-        "same site",
+        "shares its input",
     ),
-    "other-channels": (other_channels, "same site"),
+    "other-channels": (other_channels, "shares its input"),
 }
 
 
@@ -200,7 +200,7 @@ def test_a_file_named_twice_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_not_there_and_one_that_is_something_else_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"absent\.safetensors is missing"):
+    with pytest.raises(InputError, match=r"absent\.safetensors does not exist"):
         merge([tmp_path / "absent.safetensors"], tmp_path / "out.safetensors")
     weights = next(DEMO.glob("*.safetensors"))
     with pytest.raises(InputError, match="no calibration"):

@@ -148,10 +148,17 @@ NO_PROMPTS: dict[str, Any] = {
     "keys-with-lines": {"a\nfp8pack: all is well": 1},
 }
 
+BLANK = ("nothing", "empty-text", "blank-text", "blank-prompt", "text-is-null")
+
 
 @pytest.mark.parametrize("name", NO_PROMPTS)
-def test_a_row_that_is_no_prompt_is_refused_with_its_place(name: str, tmp_path: Path) -> None:
+def test_a_row_that_is_no_prompt_is_refused_with_its_place_and_a_blank_one_is_passed_over(
+    name: str, tmp_path: Path
+) -> None:
     path = write_lines(tmp_path / "p.jsonl", {"text": "a"}, NO_PROMPTS[name])
+    if name in BLANK:
+        assert [prompt.content for prompt in load_prompts(str(path), 10)] == ["a"]
+        return
     refusal(lambda: load_prompts(str(path), 10), "p.jsonl, line 2")
 
 
@@ -420,7 +427,8 @@ def test_a_data_set_in_the_hub_cache_is_not_written_to(hub: Path) -> None:
 )
 def test_a_name_that_is_not_cached_is_refused_with_what_to_do(name: str, hub: Path) -> None:
     cache_data_set(hub, "someone/prompts")
-    refusal(lambda: load_prompts(name, 3), name, "hf download")
+    remedy = "does not exist" if name.startswith(("/", ".")) else "hf download"
+    refusal(lambda: load_prompts(name, 3), name, remedy)
 
 
 def test_a_cached_data_set_without_a_main_revision_is_refused(hub: Path) -> None:
