@@ -265,12 +265,12 @@ class Observation:
         main = tensors.get("input_ids", next((value for name, value in tensors.items() if name not in _NOT_IDS), None))
         if main is None:
             raise ValueError("the observed model was called without a tensor: nothing can be told of its prompts")
+        others = [value for name, value in tensors.items() if value is not main and name not in _NOT_IDS]
         main, shape = _sequences(main)
         mask = tensors.get("attention_mask")
         keep = np.ones(shape, bool)
         if mask is not None and mask.shape == shape:
             keep = mask.detach().cpu().numpy().astype(bool)
-        others = [value for name, value in tensors.items() if value is not main and name not in _NOT_IDS]
         prompts = [self._add_prompt(digest) for digest in _digests(main, keep, others)]
         rows = np.where(keep, np.array(prompts, np.int32).reshape(-1, *[1] * (len(shape) - 1)), -1)
         length = getattr(kwargs.get("past_key_values"), "get_seq_length", None)  # of a cache; older models have tuples

@@ -29,7 +29,7 @@ class CalibrateOptions:
     deadline_seconds: float | None = None
 
     def __post_init__(self) -> None:
-        if min(self.num_prompts, self.batch_size, self.max_length or 1) < 1:
+        if min(self.num_prompts, self.batch_size, 1 if self.max_length is None else self.max_length) < 1:
             raise RecipeError("--num-prompts, --batch-size and --max-length are at least 1")
         if self.stream_layers not in STREAM_LAYERS:
             raise RecipeError(f"--stream-layers {self.stream_layers!r} is not known: choose auto, on or off")

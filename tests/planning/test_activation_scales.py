@@ -571,3 +571,15 @@ def test_what_is_worth_knowing_of_the_scales_is_a_warning() -> None:
     shapes: Shapes = {f"{EXPERTS}.{i}.down_proj.weight": (256, 256) for i in range(2)}
     found = calibration(site(f"{EXPERTS}.0.down_proj.input", history=[1.0]))
     assert any(f"{EXPERTS}.1.down_proj" in text for text in plan_of(found, shapes, scheme="FP8").warnings)
+
+
+def test_an_expert_that_only_the_warm_up_reached_takes_what_its_peers_saw() -> None:
+    expert, peer = "l.0.mlp.experts.0.up_proj", "l.0.mlp.experts.1.up_proj"
+    sites = [site(f"{expert}.input", history=[9.0, 0.0, 0.0]), site(f"{peer}.input", history=[1.0, 2.0, 4.0])]
+    sites = [replace(found, tokens=100) for found in sites]
+    scales = ActivationScales(calibration(*sites), ActivationOptions(warmup=1), E4M3)
+    found = scales.observed(f"{expert}.input", f"{expert}.weight")
+    assert (found.amax, found.source) == (4.0, "peers")
+    alone = ActivationScales(calibration(replace(sites[0], points=("a.input",))), ActivationOptions(warmup=1), E4M3)
+    with pytest.raises(InputError, match="smaller --warmup"):
+        alone.observed("a.input", "a.weight")
