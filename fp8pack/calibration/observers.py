@@ -7,7 +7,7 @@ then do what the model's own would have done.
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,13 +20,12 @@ from torch import Tensor, nn
 
 from fp8pack.calibration.names import Names, is_experts, is_transformers_model, names_of, transformers_parts
 from fp8pack.calibration.recorder import Recorder, Rows, Threads
+from fp8pack.calibration.sharing import Recorders
 from fp8pack.checkpoint.calibration_file import write_calibration
 from fp8pack.checkpoint.source import open_checkpoint
 from fp8pack.errors import InputError
 from fp8pack.planning.calibration import Calibration, Site, site_order
-from fp8pack.planning.policy import layer_of
 
-_MAX_OPEN = 4  # tensors that may still enter another module: a norm's output enters q, k and v
 _NOT_IDS = ("attention_mask", "position_ids", "token_type_ids", "cache_position")
 _INFINITY = 0x7F80
 
@@ -67,25 +66,8 @@ class _Batch:
     past: int | None
 
 
-@dataclass(slots=True, eq=False)
-class _Seen:
-    """A tensor that was just recorded, and the points that saw it; `before` is the recorder as it stood before that."""
-
-    value: Tensor
-    address: int
-    version: int
-    block: int | None
-    recorder: Recorder
-    before: Recorder | None
-    points: set[str] = field(default_factory=set)
-
-
 class Observation:
-    """Statistics of a model while it is observed; a context manager.
-
-    What enters several modules is recorded once: points whose tensors were the same ones ever since share a recorder. A
-    point that sees something else, or misses something, goes its own way from there.
-    """
+    """Statistics of a model while it is observed; a context manager."""
 
     def __init__(
         self,
@@ -97,13 +79,10 @@ class Observation:
     ) -> None:
         """Observe the modules whose path in memory `wants` says yes to."""
         self.prompts: list[str] = []
-        self._known: set[str] = set()
+        self._repeats: dict[str, int] = {}
         self._num_tokens = 0
         self._model, self._names, self._all_experts, self.wants = model, names, all_experts, wants
-        self._recorders: tuple[dict[str, Recorder], dict[str, Recorder]] = ({}, {})  # routed, and all experts
-        self._open: list[_Seen] = []
-        self._spare: list[Recorder] = []
-        self._blocks: dict[str, int | None] = {}
+        self._routed, self._unrouted = Recorders(), Recorders()
         self._batch: _Batch | None = None
         self._depth = 0
         self._undo = ExitStack()
@@ -122,7 +101,7 @@ class Observation:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._undo.close()
-        self._close_all()
+        self._routed.close()
         self._batch = None
         self._threads.close()
 
@@ -132,11 +111,9 @@ class Observation:
         Raises:
             InputError: a site saw a NaN or infinity.
         """
-        self._close_all()
-        routed, all_experts = (self._sites(recorders) for recorders in self._recorders)
-        return Calibration(
-            fingerprint, tuple(self.prompts), dict(options or {}), routed, all_experts, num_tokens=self._num_tokens
-        )
+        self._routed.close()
+        sites = (self._sites(self._routed), self._sites(self._unrouted))
+        return Calibration(fingerprint, tuple(self.prompts), dict(options or {}), *sites, num_tokens=self._num_tokens)
 
     def save(self, path: str | Path, model: str | Path | None = None) -> None:
         """Write what was recorded as a calibration file; `model` is the checkpoint that ran, if it is one."""
@@ -147,54 +124,32 @@ class Observation:
 
     def restore(self, calibration: Calibration) -> None:
         """Go on where a calibration of the same model stands."""
-        self.prompts, self._known = list(calibration.prompts), set(calibration.prompts)
+        self.prompts, self._repeats = list(calibration.prompts), dict.fromkeys(calibration.prompts, 1)
         self._num_tokens = calibration.num_tokens
-        for recorders, sites in zip(self._recorders, (calibration.sites, calibration.all_experts), strict=True):
-            recorders.clear()
-            for site in sites:
-                recorders.update(dict.fromkeys(site.points, Recorder.of_site(site)))
+        self._routed.restore(calibration.sites)
+        self._unrouted.restore(calibration.all_experts)
 
     def prompt_amax(self) -> list[NDArray[np.uint16]]:
         """Return the amax of every prompt [P], as magnitudes, for each site."""
-        return [recorder.prompt_amax(len(self.prompts)) for recorder in _distinct(self._recorders[0])]
+        return [recorder.prompt_amax(len(self.prompts)) for recorder in self._routed]
 
     def record(self, points: Sequence[str], value: Tensor, heads: int = 1) -> None:
         """Add a tensor [..., K] to the site of these points; K are the channels of so many heads."""
-        recorders = self._recorders[0]
-        block = self._block(points[0])
-        seen = next((seen for seen in self._open if seen.block == block and _is_same(seen, value)), None)
-        recorder = recorders.get(points[0])
-        if seen is not None:
-            if recorder is None and seen.recorder.num_tensors == 1:
-                recorder = seen.recorder.join(points)
-                recorders.update(dict.fromkeys(points, recorder))
-            if recorder is seen.recorder:
-                seen.points.update(points)
-                return
-        if recorder is not None:
-            for other in [other for other in self._open if other.recorder is recorder]:
-                self._close(other)
-            recorder = recorders[points[0]]  # of its own, if closing split it off
-        recorder = recorder or self._new_recorder(recorders, points, value.shape[-1])
-        recorder.heads = max(recorder.heads, heads)
-        shared = len(recorder.points) > len(points)
-        before = recorder.copy_to(self._spare.pop() if self._spare else None) if shared else None
-        self._add(recorder, value)
-        version = -1 if value.is_inference() else value._version
-        self._open.append(_Seen(value, value.data_ptr(), version, block, recorder, before, set(points)))
-        if len(self._open) > _MAX_OPEN:
-            self._close(self._open[0])
+
+        def add(recorder: Recorder) -> None:
+            recorder.heads = max(recorder.heads, heads)
+            self._add(recorder, value)
+
+        self._routed.see(points, value, add)
 
     def record_rows(self, points: Sequence[str], value: Tensor, rows: Rows, *, routed: bool) -> None:
         """Add a tensor [R, K] of these rows; it enters nothing else."""
-        recorders = self._recorders[0 if routed else 1]
-        recorder = recorders.get(points[0]) or self._new_recorder(recorders, points, value.shape[-1])
-        self._add_rows(recorder, value, rows)
+        recorders = self._routed if routed else self._unrouted
+        self._add_rows(recorders.get(points, value.shape[-1]), value, rows)
 
     def expect(self, points: Sequence[str], channels: int) -> None:
         """Have a site of these points, even if nothing comes."""
-        if points[0] not in self._recorders[0]:
-            self._new_recorder(self._recorders[0], points, channels)
+        self._routed.get(points, channels)
 
     @property
     def rows(self) -> Rows:
@@ -217,8 +172,8 @@ class Observation:
             raise RuntimeError("a part of the observed model was called by itself: call the model that is observed")
         return self._batch
 
-    def _sites(self, recorders: dict[str, Recorder]) -> tuple[Site, ...]:
-        sites = sorted((recorder.site(len(self.prompts)) for recorder in _distinct(recorders)), key=site_order)
+    def _sites(self, recorders: Recorders) -> tuple[Site, ...]:
+        sites = sorted((recorder.site(len(self.prompts)) for recorder in recorders), key=site_order)
         for site in sites:
             if site.bins.size and site.bins[-1] >= _INFINITY:
                 first = int(np.flatnonzero(site.prompt_amax >= _INFINITY)[0])
@@ -259,7 +214,7 @@ class Observation:
         self._depth += 1
         if self._depth > 1:
             return
-        self._close_all()
+        self._routed.close()
         tensors = {str(i): value for i, value in enumerate(args)} | kwargs
         tensors = {name: value for name, value in tensors.items() if isinstance(value, Tensor) and value.ndim}
         main = tensors.get("input_ids", next((value for name, value in tensors.items() if name not in _NOT_IDS), None))
@@ -281,16 +236,14 @@ class Observation:
     def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self._depth -= 1
         if self._depth == 0:
-            self._close_all()
+            self._routed.close()
             self._batch = None
 
     def _add_prompt(self, digest: str) -> int:
         """A prompt that comes again, as in a loop that generates, gets a digest of its own."""
-        again = digest
-        while again in self._known:
-            again = f"blake3:{blake3(again.encode()).hexdigest()}"
-        self._known.add(again)
-        self.prompts.append(again)
+        repeats = self._repeats.get(digest, 0)
+        self._repeats[digest] = repeats + 1
+        self.prompts.append(f"blake3:{blake3(f'{digest} {repeats}'.encode()).hexdigest()}" if repeats else digest)
         return len(self.prompts) - 1
 
     def _before_linear(self, points: list[str]) -> Callable[..., None]:
@@ -309,40 +262,11 @@ class Observation:
 
         return hook
 
-    def _block(self, point: str) -> int | None:
-        """The block that a point lies in: sites are shared within one, since a streamed run sees one at a time."""
-        if point not in self._blocks:
-            self._blocks[point] = layer_of(f"{point}.")
-        return self._blocks[point]
-
-    def _new_recorder(self, recorders: dict[str, Recorder], points: Sequence[str], channels: int) -> Recorder:
-        recorder = Recorder(points, channels)
-        recorders.update(dict.fromkeys(points, recorder))
-        return recorder
-
-    def _close(self, seen: _Seen) -> None:
-        """Nothing sees this tensor any more: points that missed it keep what they had before."""
-        self._open.remove(seen)
-        missed = [point for point in seen.recorder.points if point not in seen.points]
-        if seen.before is None:
-            return
-        if missed:
-            apart = seen.before.copy_to(None)
-            apart.points = missed
-            seen.recorder.points = [point for point in seen.recorder.points if point in seen.points]
-            self._recorders[0].update(dict.fromkeys(missed, apart))
-        self._spare.append(seen.before)
-
-    def _close_all(self) -> None:
-        while self._open:
-            self._close(self._open[0])
-
     def _add(self, recorder: Recorder, value: Tensor) -> None:
         batch = self._running
         if value.ndim == 4 and _has_heads_first(value, batch.shape):
             value = value.transpose(1, 2)
         lead, count = tuple(value.shape[:-1]), value.numel() // max(value.shape[-1], 1)
-        recorder.num_tensors += 1
         num_rows = batch.rows.prompts.size
         if lead[: len(batch.shape)] == batch.shape or count == num_rows:  # [B, T, …, K] or [B * T, K]
             self._add_rows(recorder, value, batch.rows.repeat(count // max(num_rows, 1)))
@@ -394,22 +318,6 @@ def _has_heads_first(value: Tensor, batch: tuple[int, ...]) -> bool:
     return first != second or value.stride(1) < value.stride(2)
 
 
-def _is_same(seen: _Seen, value: Tensor) -> bool:
-    """Whether a tensor is the one that was seen, unchanged, in another shape perhaps.
-
-    Inference tensors do not say whether they were changed, so they are never the same.
-    """
-    known = seen.value
-    if seen.address != value.data_ptr() or value.is_inference():
-        return False
-    return (
-        seen.version == value._version
-        and (known.dtype, known.numel(), known.shape[-1]) == (value.dtype, value.numel(), value.shape[-1])
-        and known.is_contiguous()
-        and value.is_contiguous()
-    )
-
-
 def _bf16(value: Tensor) -> Tensor:
     """A tensor as contiguous BF16 on the CPU; itself, if it is."""
     if value.dtype != torch.bfloat16 or value.device.type != "cpu":
@@ -422,10 +330,8 @@ def _digests(main: Tensor, keep: NDArray[np.bool_], others: list[Tensor]) -> lis
     common = blake3()
     for tensor in others:
         common.update(_raw(tensor))
-    values = main.detach().cpu()
-    values = values if main.ndim > 1 else values[None]
     digests = []
-    for i, row in enumerate(values):
+    for i, row in enumerate(main.detach().cpu()):
         hasher = blake3(_raw(row[torch.from_numpy(keep[i])] if keep.ndim > 1 else row))
         if others:
             hasher.update(common.digest() + i.to_bytes(8, "little"))
@@ -440,7 +346,3 @@ def prompt_digest(ids: Sequence[int]) -> str:
 
 def _raw(tensor: Tensor) -> bytes:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-
-
-def _distinct(recorders: dict[str, Recorder]) -> list[Recorder]:
-    return list(dict.fromkeys(recorders.values()))

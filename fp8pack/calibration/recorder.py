@@ -131,11 +131,6 @@ class Recorder:
         chosen = np.array(prompts)
         self._prompt_amax[chosen] = self._prompt_amax[chosen].max()
 
-    def join(self, points: Sequence[str]) -> "Recorder":
-        """Go by these names, too."""
-        self.points.extend(points)
-        return self
-
     def copy_to(self, other: "Recorder | None") -> "Recorder":
         """Return a copy; `other`, if it has as many channels, is made one instead of a new one."""
         if other is None or other._channels[0].size != self._channels[0].size:

@@ -1,0 +1,119 @@
+"""Which tensors are the same one: what enters several modules is recorded once.
+
+Points whose tensors were the same ones ever since share a recorder. A tensor is the same if it lies where the other did
+and was not changed meanwhile; those just seen are kept alive, so that nothing else can lie there. A point that sees
+something else, or misses something, goes its own way from there, with exactly what it saw: before each tensor the
+recorder of a shared site is copied, and points that missed the tensor go on with the copy.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from fp8pack.calibration.recorder import Recorder
+from fp8pack.planning.calibration import Site
+from fp8pack.planning.policy import layer_of
+
+_MAX_OPEN = 4  # tensors that may still enter another module: a norm's output enters q, k and v
+
+
+@dataclass(slots=True, eq=False)
+class _Seen:
+    """A tensor that was just recorded, and the points that saw it; `before` is the recorder as it stood before that."""
+
+    value: Tensor
+    address: int
+    version: int
+    block: int | None
+    recorder: Recorder
+    before: Recorder | None
+    points: set[str] = field(default_factory=set)
+
+
+class Recorders:
+    """The recorders of a set of sites, by point."""
+
+    def __init__(self) -> None:
+        self._by_point: dict[str, Recorder] = {}
+        self._open: list[_Seen] = []
+        self._spare: list[Recorder] = []
+        self._blocks: dict[str, int | None] = {}
+
+    def __iter__(self) -> Iterator[Recorder]:
+        """Yield each recorder once."""
+        return iter(dict.fromkeys(self._by_point.values()))
+
+    def restore(self, sites: Iterable[Site]) -> None:
+        """Go on where sites stand."""
+        self._by_point = {}
+        for site in sites:
+            self._by_point.update(dict.fromkeys(site.points, Recorder.of_site(site)))
+
+    def get(self, points: Sequence[str], channels: int) -> Recorder:
+        """Return the recorder of points that go by the first one's; a new one, if they were never seen."""
+        if points[0] not in self._by_point:
+            self._by_point.update(dict.fromkeys(points, Recorder(points, channels)))
+        return self._by_point[points[0]]
+
+    def see(self, points: Sequence[str], value: Tensor, add: Callable[[Recorder], None]) -> None:
+        """Let points see a tensor [..., K]; `add` puts it into a recorder, unless it is there already."""
+        block = self._block(points[0])
+        seen = next((seen for seen in self._open if seen.block == block and _is_same(seen, value)), None)
+        if seen is not None:
+            if points[0] not in self._by_point and seen.recorder.num_tensors == 1:
+                self._by_point.update(dict.fromkeys(points, seen.recorder))
+                seen.recorder.points.extend(points)
+            if self._by_point.get(points[0]) is seen.recorder:
+                seen.points.update(points)
+                return
+        for other in [other for other in self._open if points[0] in other.recorder.points]:
+            self._close(other)
+        recorder = self.get(points, value.shape[-1])
+        before = None
+        if len(recorder.points) > len(points):
+            before = recorder.copy_to(self._spare.pop() if self._spare else None)
+        recorder.num_tensors += 1
+        add(recorder)
+        version = -1 if value.is_inference() else value._version
+        self._open.append(_Seen(value, value.data_ptr(), version, block, recorder, before, set(points)))
+        if len(self._open) > _MAX_OPEN:
+            self._close(self._open[0])
+
+    def close(self) -> None:
+        """Let go of all tensors: nothing sees them any more."""
+        while self._open:
+            self._close(self._open[0])
+
+    def _close(self, seen: _Seen) -> None:
+        self._open.remove(seen)
+        if seen.before is None:
+            return
+        if missed := [point for point in seen.recorder.points if point not in seen.points]:
+            apart = seen.before.copy_to(None)
+            apart.points = missed
+            seen.recorder.points = [point for point in seen.recorder.points if point in seen.points]
+            self._by_point.update(dict.fromkeys(missed, apart))
+        self._spare.append(seen.before)
+
+    def _block(self, point: str) -> int | None:
+        """The block that a point lies in: sites are shared within one, since a streamed run sees one at a time."""
+        if point not in self._blocks:
+            self._blocks[point] = layer_of(f"{point}.")
+        return self._blocks[point]
+
+
+def _is_same(seen: _Seen, value: Tensor) -> bool:
+    """Whether a tensor is the one that was seen, unchanged, in another shape perhaps.
+
+    Inference tensors do not say whether they were changed, so they are never the same.
+    """
+    known = seen.value
+    if seen.address != value.data_ptr() or value.is_inference():
+        return False
+    return (
+        seen.version == value._version
+        and (known.dtype, known.numel(), known.shape[-1]) == (value.dtype, value.numel(), value.shape[-1])
+        and known.is_contiguous()
+        and value.is_contiguous()
+    )
