@@ -110,7 +110,7 @@ def calibrate(
         overwrite=overwrite,
         deadline_seconds=parse_duration(deadline) if deadline else None,
     )
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads that spin starve the observing one
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # torch's threads spin, and starve all others on a shared machine
     from fp8pack.calibration.calibrate import calibrate as run  # imports torch and transformers, which take seconds
     from fp8pack.report.calibration import summary_lines
     from fp8pack.report.progress import CALIBRATING, print_above, showing_progress
