@@ -4,10 +4,10 @@ BIN = $(VENV)/bin
 SOURCES = fp8pack tests benchmarks examples
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check lint format types golden docs bench test-gpu clean
+.PHONY: help install demo test check lint format types golden docs bench bench-calibrate test-gpu clean
 
 help: ## print every target
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-16s %s\n", $$1, $$2}'
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	@echo 'installing into $(VENV): this takes a minute or two'
@@ -48,6 +48,9 @@ docs: install ## write the generated parts of docs/ anew
 
 bench: install ## measure, and write a result file to docs/benchmarks/
 	$(BIN)/python benchmarks/bench.py --out docs/benchmarks/pack_$$(nproc)-core-$$(uname -m)_$$(date +%Y%m).md
+
+bench-calibrate: install ## measure calibrating, and write a result file to docs/benchmarks/
+	$(BIN)/python benchmarks/bench_calibrate.py --out docs/benchmarks/calibrate_$$(nproc)-core-$$(uname -m)_$$(date +%Y%m).md
 
 test-gpu: install ## run the tests that need a CUDA device
 	$(BIN)/python -m pytest -q -m gpu
