@@ -2,7 +2,7 @@
 
 transformers asks two registries how to run experts and attention (`ExpertsInterface`, `AttentionInterface`). While a
 model is observed it asks for ours, which record and then compute what the model's own would: experts one at a time as
-in its eager implementation, attention through the function that the model had before.
+in its eager implementation, attention through sdpa if the model had that, and else through its eager function.
 """
 
 import sys

@@ -24,10 +24,9 @@ from fp8pack.calibration.sharing import Recorders
 from fp8pack.checkpoint.calibration_file import write_calibration
 from fp8pack.checkpoint.source import open_checkpoint
 from fp8pack.errors import InputError
-from fp8pack.planning.calibration import Calibration, Site, site_order
+from fp8pack.planning.calibration import INFINITY, Calibration, Site, site_order
 
 _NOT_IDS = ("attention_mask", "position_ids", "token_type_ids", "cache_position")
-_INFINITY = 0x7F80
 
 
 def observe(model: nn.Module, names: Mapping[str, str | Sequence[str]] | None = None) -> "Observation":
@@ -175,8 +174,8 @@ class Observation:
     def _sites(self, recorders: Recorders) -> tuple[Site, ...]:
         sites = sorted((recorder.site(len(self.prompts)) for recorder in recorders), key=site_order)
         for site in sites:
-            if site.bins.size and site.bins[-1] >= _INFINITY:
-                first = int(np.flatnonzero(site.prompt_amax >= _INFINITY)[0])
+            if site.bins.size and site.bins[-1] >= INFINITY:
+                first = int(np.flatnonzero(site.prompt_amax >= INFINITY)[0])
                 raise InputError(
                     f"{site.points[0]} saw a NaN or infinity in prompt {first + 1} ({self.prompts[first][:19]}…): "
                     "the model does not run in BF16, or the prompt is not one for it"

@@ -31,7 +31,7 @@ class Journal:
             OutputError: they belong to another model, or were made with other prompts or options.
         """
         self.done = 0
-        lines = [] if throw_away else self._lines()
+        lines, whole = ([], 0) if throw_away else self._read()
         if not lines:
             with writing(self._path):
                 self._path.unlink(missing_ok=True)
@@ -43,12 +43,14 @@ class Journal:
                 raise OutputError(
                     f"{self._path.parent} holds an unfinished calibration {changed}: --no-resume throws it away"
                 )
+        with writing(self._path):
+            os.truncate(self._path, whole)  # so that more can follow a torn line
         self.done = max((line["done"] for line in lines[1:]), default=0)
         return self.done
 
     def head(self) -> dict[str, Any]:
-        """Return what an unfinished calibration is, empty if there is none."""
-        lines = self._lines()
+        """Return what an unfinished calibration is, empty if there is none. It changes nothing: no lock is held."""
+        lines, _ = self._read()
         return lines[0] if lines else {}
 
     def add(self, done: int) -> None:
@@ -56,12 +58,12 @@ class Journal:
         self._append({"done": done})
         self.done = done
 
-    def _lines(self) -> list[dict[str, Any]]:
-        """The lines up to the first that is torn or malformed; the file is cut there, so that more can follow."""
+    def _read(self) -> tuple[list[dict[str, Any]], int]:
+        """The lines up to the first that is torn or malformed, and their bytes."""
         try:
             text = self._path.read_bytes()
         except FileNotFoundError:
-            return []
+            return [], 0
         lines: list[dict[str, Any]] = []
         whole = 0
         for raw in text.splitlines(keepends=True):
@@ -70,9 +72,7 @@ class Journal:
                 break
             lines.append(line)
             whole += len(raw)
-        with writing(self._path):
-            os.truncate(self._path, whole)
-        return lines if lines and lines[0].get("version") == _VERSION else []
+        return (lines, whole) if lines and lines[0].get("version") == _VERSION else ([], 0)
 
     def _append(self, line: dict[str, Any]) -> None:
         with writing(self._path):

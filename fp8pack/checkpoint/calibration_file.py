@@ -22,14 +22,13 @@ from fp8pack.checkpoint.header import build_header, read_header
 from fp8pack.checkpoint.shard_writer import ShardWriter, sync_directory
 from fp8pack.checkpoint.source import ShardReader, open_regular
 from fp8pack.errors import InputError, SpaceError
-from fp8pack.planning.calibration import NUM_MAGNITUDES, Calibration, Site
+from fp8pack.planning.calibration import INFINITY, NUM_MAGNITUDES, Calibration, Site
 from fp8pack.planning.layout import Stored
 from fp8pack.planning.spec import TensorSpec
 
 SCHEMA_VERSION = 1
 METADATA_KEY = "fp8pack_calibration"
 _ALL_EXPERTS = "all_experts/"
-_INFINITY = 0x7F80
 _MAX_CHANNELS = 1 << 24
 _DTYPES: dict[str, tuple[str, np.dtype[Any]]] = {
     "bins": ("U16", np.dtype("<u2")),
@@ -65,8 +64,8 @@ class CalibrationEntry(_Entry):
     all_experts: tuple[SiteEntry, ...] = ()
 
 
-def write_calibration(path: Path, calibration: Calibration) -> str:
-    """Write a calibration file, all or nothing: a killed run leaves the old one. Return the digest of the file.
+def write_calibration(path: Path, calibration: Calibration) -> None:
+    """Write a calibration file, all or nothing: a killed run leaves the old one.
 
     The bytes follow from the calibration alone. Raises SpaceError when the place is not writable.
     """
@@ -80,20 +79,16 @@ def write_calibration(path: Path, calibration: Calibration) -> str:
         size += stored.nbytes
     header = build_header(tensors, begins, {METADATA_KEY: json.dumps(_metadata(calibration), ensure_ascii=False)})
     temporary = path.with_name(f".{path.name}.partial")
-    hasher = blake3(header)
     try:
         with closing(ShardWriter(temporary, create=True)) as writer:
             writer.start(header, len(header) + size)
             for (_, array), begin in zip(arrays, begins, strict=True):
-                data = memoryview(array.tobytes())
-                hasher.update(data)
-                writer.write(data, len(header) + begin)
+                writer.write(memoryview(array.tobytes()), len(header) + begin)
             writer.sync()
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
     sync_directory(path.parent)
-    return f"blake3:{hasher.hexdigest()}"
 
 
 def read_calibration(path: Path) -> Calibration:
@@ -187,7 +182,7 @@ def _is_sound(site: Site) -> bool:
         and sum(site.counts.tolist()) == site.tokens * site.channel_amax.size
         and largest == int(site.channel_amax.max())
         and largest == int(site.prompt_amax.max(initial=0))
-        and largest < _INFINITY
+        and largest < INFINITY
         and bool((np.isfinite(site.channel_squares) & (site.channel_squares >= 0)).all())
     )
 

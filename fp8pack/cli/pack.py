@@ -14,7 +14,7 @@ from fp8pack.numerics.granularity import parse_granularity
 from fp8pack.numerics.scaling import ScaleRounding
 from fp8pack.planning.engines import parse_targets
 from fp8pack.planning.patterns import Pattern
-from fp8pack.planning.recipe import Request
+from fp8pack.planning.recipe import MAX_MARGIN, Request
 from fp8pack.units import parse_duration, parse_size
 
 Flags = dict[str, Any]
@@ -60,7 +60,12 @@ def pack(
     ] = None,
     margin: Annotated[
         int,
-        typer.Option(min=-8, max=8, help="Activation scales are multiplied by 2^margin.", rich_help_panel=_RECIPE),
+        typer.Option(
+            min=-MAX_MARGIN,
+            max=MAX_MARGIN,
+            help="Activation scales are multiplied by 2^margin.",
+            rich_help_panel=_RECIPE,
+        ),
     ] = 0,
     warmup: Annotated[
         int,

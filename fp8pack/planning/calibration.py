@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from fp8pack.planning.policy import storage_key
 
 NUM_MAGNITUDES = 1 << 15  # of BF16, the sign left out
+INFINITY = 0x7F80  # and above it NaN
 SPIKE_RATIO = 0.1  # a site whose 99.9 percentile is under this share of its amax has a spike
 MIN_EXPERT_TOKENS = 32  # an expert with fewer routed tokens borrows its amax
 GREW = 1.01  # an amax that became larger than this grew

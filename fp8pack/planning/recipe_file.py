@@ -10,7 +10,7 @@ from fp8pack.numerics.formats import parse_format
 from fp8pack.numerics.granularity import parse_granularity
 from fp8pack.numerics.scaling import ScaleRounding
 from fp8pack.planning.patterns import Pattern
-from fp8pack.planning.recipe import Request, Rule, RuleAction
+from fp8pack.planning.recipe import MAX_MARGIN, Request, Rule, RuleAction
 
 
 class RuleEntry(BaseModel):
@@ -37,7 +37,7 @@ class RecipeFile(BaseModel):
     activations: str | None = None
     kv_cache: bool = False
     percentile: Annotated[float, Field(gt=0, le=100)] | None = None
-    margin: Annotated[int, Field(ge=-8, le=8)] = 0
+    margin: Annotated[int, Field(ge=-MAX_MARGIN, le=MAX_MARGIN)] = 0
     warmup: Annotated[int, Field(ge=0)] = 0
     ignore: list[str] = []
     only: list[str] = []

@@ -11,6 +11,7 @@ from checkpoints import DEMO
 import fp8pack
 from fp8pack.calibration import prepare as preparing
 from fp8pack.calibration.observers import observable
+from fp8pack.calibration.state import Journal
 from fp8pack.checkpoint.calibration_file import read_calibration
 from fp8pack.errors import DeadlineError, InputError, OutputError, RecipeError
 
@@ -107,3 +108,15 @@ def test_the_amax_of_each_head_of_k_and_v_is_told() -> None:
     assert site.heads == heads > 1
     assert site.head_amax.shape == (heads,)
     assert site.head_amax.max() == site.amax
+
+
+def test_looking_at_a_journal_changes_nothing(tmp_path: Path) -> None:
+    """It is looked at before the lock is taken, while another run may be writing."""
+    path = tmp_path / "journal.jsonl"
+    journal = Journal(path)
+    journal.resume({"fingerprint": "f", "prompts": "p", "options": {}, "streamed": True}, throw_away=False)
+    with path.open("ab") as lines:
+        lines.write(b'{"done": 1}\n{"do')
+    before = path.read_bytes()
+    assert Journal(path).head()["streamed"] is True
+    assert path.read_bytes() == before

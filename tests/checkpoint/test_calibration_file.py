@@ -97,10 +97,10 @@ def assert_same(found: Calibration, expected: Calibration) -> None:
 @pytest.mark.parametrize("channels", [1, 7, 16])
 def test_what_is_written_comes_back(prompts: int, channels: int, tmp_path: Path) -> None:
     expected = random_calibration(prompts, prompts, channels)
-    digest = write_calibration(tmp_path / "c.safetensors", expected)
+    write_calibration(tmp_path / "c.safetensors", expected)
     found = read_calibration(tmp_path / "c.safetensors")
     assert_same(found, expected)
-    assert digest == found.digest == f"blake3:{blake3((tmp_path / 'c.safetensors').read_bytes()).hexdigest()}"
+    assert found.digest == f"blake3:{blake3((tmp_path / 'c.safetensors').read_bytes()).hexdigest()}"
     assert is_calibration(tmp_path / "c.safetensors")
     assert [path.name for path in tmp_path.iterdir()] == ["c.safetensors"]
 
