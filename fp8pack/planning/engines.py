@@ -11,8 +11,9 @@ from fp8pack.errors import RecipeError
 from fp8pack.numerics.granularity import BLOCK_128, CHANNEL, MX, TENSOR, Granularity
 from fp8pack.planning.model import ModelFacts
 from fp8pack.planning.policy import fused_module
-from fp8pack.planning.recipe import FP8, FP8_BLOCK, FP8_DYNAMIC, Recipe, Request, Scheme, parse_scheme
+from fp8pack.planning.recipe import FP8, FP8_BLOCK, FP8_DYNAMIC, Request, Scheme, parse_scheme
 from fp8pack.planning.spec import TensorSpec
+from fp8pack.planning.storage import Storage
 
 Packed = Sequence[tuple[TensorSpec, str]]
 
@@ -145,43 +146,52 @@ def tp_problem(packed: Packed, granularity: Granularity, tp: int, facts: ModelFa
     return None
 
 
-def judge_engines(recipe: Recipe, packed: Packed, facts: ModelFacts, request: Request) -> tuple[EngineVerdict, ...]:
-    """Return a verdict for every engine; RecipeError if an engine named by --target cannot load the output."""
-    sizes = (request.tp,) if request.tp else TP_SIZES
-    problems = {tp: tp_problem(packed, recipe.granularity, tp, facts) for tp in sizes}
-    verdicts = tuple(_judge(engine, recipe, facts, problems) for engine in NAMES)
+def judge_engines(
+    storage: Storage, packed: Packed, facts: ModelFacts, *, tp: int | None = None, gpu: str | None = None
+) -> tuple[EngineVerdict, ...]:
+    """Return a verdict for every engine.
+
+    packed: the FP8 weights [N, K] and their roles. tp, gpu: what it must load at, by default the usual sizes, any GPU.
+    """
+    sizes = (tp,) if tp else TP_SIZES
+    problems = {tp: tp_problem(packed, storage.granularity, tp, facts) for tp in sizes}
+    return tuple(_judge(engine, storage, facts, problems) for engine in NAMES)
+
+
+def check_targets(verdicts: Sequence[EngineVerdict], storage: Storage, targets: Sequence[str]) -> None:
+    """Raise RecipeError if an engine named by --target cannot load the output."""
     for verdict in verdicts:
-        if verdict.engine in request.targets and not verdict.tp:
+        if verdict.engine in targets and not verdict.tp:
             remedy = f": use {verdict.remedy}" if verdict.remedy else ""
             raise RecipeError(
-                f"{NAMES[verdict.engine]} cannot load {recipe.scheme} ({recipe.granularity}): {verdict.reason}{remedy}"
+                f"{NAMES[verdict.engine]} cannot load {storage.granularity} scales in {storage.quant_method}: "
+                f"{verdict.reason}{remedy}"
             )
-    return verdicts
 
 
-def _judge(engine: str, recipe: Recipe, facts: ModelFacts, problems: dict[int, str | None]) -> EngineVerdict:
+def _judge(engine: str, storage: Storage, facts: ModelFacts, problems: dict[int, str | None]) -> EngineVerdict:
     if not facts.architecture:
         return EngineVerdict(engine, (), "", "no config.json names an architecture")
-    loads = _LOADS.get((recipe.quant_method, recipe.granularity.name, recipe.activations), {})
+    loads = _LOADS.get((storage.quant_method, storage.granularity.name, storage.activations), {})
     if engine not in loads:
-        return EngineVerdict(engine, (), "", *_why_not(engine, recipe))
-    if recipe.granularity == BLOCK_128 and facts.architecture in _LOSES_BLOCK_SCALES.get(engine, {}):
+        return EngineVerdict(engine, (), "", *_why_not(engine, storage))
+    if storage.granularity == BLOCK_128 and facts.architecture in _LOSES_BLOCK_SCALES.get(engine, {}):
         loader = _LOSES_BLOCK_SCALES[engine][facts.architecture]
         return EngineVerdict(engine, (), "", f"its {loader} loader loses block scales", "--scheme FP8_DYNAMIC")
     if engine == "transformers":
         return EngineVerdict(engine, (1,), loads[engine])
     fitting = tuple(tp for tp, problem in problems.items() if problem is None)
     reason = next((problem for problem in problems.values() if problem), "")
-    remedy = "--scheme FP8_DYNAMIC" if recipe.granularity == BLOCK_128 else ""
+    remedy = "--scheme FP8_DYNAMIC" if storage.granularity == BLOCK_128 else ""
     return EngineVerdict(engine, fitting, loads[engine], reason, remedy)
 
 
-def _why_not(engine: str, recipe: Recipe) -> tuple[str, str]:
-    if recipe.quant_method == "fp8pack":
+def _why_not(engine: str, storage: Storage) -> tuple[str, str]:
+    if storage.quant_method == "fp8pack":
         return "only load_packed() reads quant_method fp8pack", "--scheme FP8_BLOCK or FP8_DYNAMIC"
-    specific = _WHY_NOT.get((recipe.quant_method, recipe.granularity.name), {}).get(engine)
+    specific = _WHY_NOT.get((storage.quant_method, storage.granularity.name), {}).get(engine)
     if specific:
         return specific
     if engine == "lmdeploy":
         return "block scales only", "--scheme FP8_BLOCK"
-    return f"it has no reader for {recipe.granularity} scales in {recipe.quant_method}", "--scheme FP8_DYNAMIC"
+    return f"it has no reader for {storage.granularity} scales in {storage.quant_method}", "--scheme FP8_DYNAMIC"

@@ -12,7 +12,7 @@ from fp8pack.numerics.granularity import CHANNEL, MX, TENSOR, Granularity
 from fp8pack.numerics.scaling import ScaleRounding
 from fp8pack.planning.activation_scales import ActivationScale, ActivationScales, Kind, Observed
 from fp8pack.planning.calibration import Calibration
-from fp8pack.planning.engines import EngineVerdict, choose_scheme, judge_engines
+from fp8pack.planning.engines import EngineVerdict, check_targets, choose_scheme, judge_engines
 from fp8pack.planning.layout import Output, ShardPlan, Stored, arrange
 from fp8pack.planning.model import ModelFacts
 from fp8pack.planning.patterns import Matcher, Pattern
@@ -233,7 +233,8 @@ def make_plan(
     tensors, notes = _calibrate(tensors, recipe, method)
     _check_scale_names(tensors)
     packed = [(tensor.spec, tensor.role) for tensor in tensors if tensor.packing]
-    engines = judge_engines(recipe, packed, facts, request)
+    engines = judge_engines(recipe.storage, packed, facts, tp=request.tp, gpu=request.gpu)
+    check_targets(engines, recipe.storage, request.targets)
     return PackPlan(
         recipe,
         facts,

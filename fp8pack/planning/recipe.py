@@ -12,6 +12,7 @@ from fp8pack.numerics.scaling import ScaleRounding
 from fp8pack.planning.activation_scales import ActivationOptions
 from fp8pack.planning.calibration import Calibration
 from fp8pack.planning.patterns import Pattern
+from fp8pack.planning.storage import Storage
 
 
 class RuleAction(StrEnum):
@@ -54,6 +55,7 @@ class Request:
     keep_last_layers: int = 0
     targets: tuple[str, ...] = ()
     tp: int | None = None
+    gpu: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +97,12 @@ class Recipe:
     kv_cache: bool = False
     calibration: Calibration | None = None  # if scales of activations are stored
     activation_options: ActivationOptions = field(default_factory=ActivationOptions)
+
+    @property
+    def storage(self) -> Storage:
+        """What an engine sees of it."""
+        powers_of_two = self.scale_rounding != ScaleRounding.NONE
+        return Storage(self.quant_method, self.format, self.granularity, self.activations, powers_of_two, self.kv_cache)
 
     def as_data(self, request: Request) -> dict[str, Any]:
         """Return the recipe as it stands in the manifest, with what the request selected."""

@@ -232,7 +232,7 @@ def test_what_a_convention_cannot_express_is_refused(changes: dict[str, str], me
 
 def test_a_target_that_cannot_load_the_output_is_named_with_the_remedy() -> None:
     with pytest.raises(
-        RecipeError, match=r"LMDeploy cannot load FP8_DYNAMIC \(channel\): block scales only.*FP8_BLOCK"
+        RecipeError, match=r"LMDeploy cannot load channel scales in compressed-tensors: block scales only.*FP8_BLOCK"
     ):
         plan_of(model(), scheme="FP8_DYNAMIC", targets=("lmdeploy",))
 
