@@ -16,11 +16,14 @@ _PUBLIC = {
     "Request": "fp8pack.planning.recipe",
     "WriteOptions": "fp8pack.packing.prepare",
     "calibrate": "fp8pack.calibration.calibrate",
+    "convert": "fp8pack.packing.convert",
+    "diff": "fp8pack.packing.diff",
     "inspect": "fp8pack.packing.inspect",
     "load_packed": "fp8pack.runtime.load",
     "merge": "fp8pack.calibration.merge",
     "observe": "fp8pack.calibration.observers",
     "pack": "fp8pack.packing.pack",
+    "unpack": "fp8pack.packing.unpack",
 }
 __all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604
 

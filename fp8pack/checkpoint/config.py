@@ -5,19 +5,25 @@ import re
 from typing import Any
 
 KEY = "quantization_config"
+_OLD_KEYS = (KEY, "compression_config")
 
 
-def add_quantization_config(text: bytes, quantization: dict[str, Any]) -> bytes:
-    """Return the text of a config.json with `quantization_config` as its last key; every other byte stays.
+def set_quantization_config(text: bytes, quantization: dict[str, Any] | None) -> bytes:
+    """Return the text of a config.json with `quantization_config` as its last key, or without any; the rest stays.
 
-    The text must be a JSON object, as `read_json` has checked. Where the key stands there already, null or empty,
-    the document is written anew, with its order and indent.
+    The text must be a JSON object, as `read_json` has checked. Where it announces a quantization already, even null
+    or empty, the document is written anew, with its order and indent; a text that is right as it is stays as it is.
     """
     document = json.loads(text)
     indent = re.match(rb"\{[^\S\n]*\n([ \t]+)", text.lstrip())
     step = indent[1].decode() if indent else None
-    if KEY in document:
-        return json.dumps(document | {KEY: quantization}, indent=step, ensure_ascii=False).encode() + b"\n"
+    stripped = _strip(document)
+    if stripped != document:
+        if quantization is not None:
+            stripped = _replace(document, stripped, quantization)
+        return json.dumps(stripped, indent=step, ensure_ascii=False).encode() + b"\n"
+    if quantization is None:
+        return text
     body = text.rstrip()
     inner, tail = body[:-1].rstrip(), text[len(body) :]
     comma = b"," if document else b""
@@ -26,3 +32,20 @@ def add_quantization_config(text: bytes, quantization: dict[str, Any]) -> bytes:
         return inner + (comma and b", ") + f'"{KEY}": {added}}}'.encode() + tail
     added = added.replace("\n", f"\n{step}")
     return inner + comma + f'\n{step}"{KEY}": {added}\n}}'.encode() + tail
+
+
+def _strip(document: dict[str, Any]) -> dict[str, Any]:
+    """The document without the quantization that it announces, at its top or in a section such as text_config."""
+    return {
+        key: {inner: entry for inner, entry in value.items() if inner not in _OLD_KEYS}
+        if isinstance(value, dict)
+        else value
+        for key, value in document.items()
+        if key not in _OLD_KEYS
+    }
+
+
+def _replace(document: dict[str, Any], stripped: dict[str, Any], quantization: dict[str, Any]) -> dict[str, Any]:
+    """The stripped document with a quantization where the old one stood at the top, else at the end."""
+    replaced = {key: quantization if key == KEY else stripped.get(key) for key in document if key in (KEY, *stripped)}
+    return replaced if KEY in replaced else {**stripped, KEY: quantization}

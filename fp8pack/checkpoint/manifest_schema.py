@@ -1,6 +1,7 @@
 """The manifest's entries as pydantic models: they read `fp8pack.json` back and publish its schema."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -8,6 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fp8pack.checkpoint.manifest import MANIFEST_NAME, SCHEMA_VERSION
 from fp8pack.errors import InputError
+from fp8pack.numerics.formats import parse_format
+from fp8pack.planning.spec import TensorSpec
 
 Digest = Annotated[str, Field(pattern=r"^blake3:[0-9a-f]{64}$")]
 Shape = list[Annotated[int, Field(ge=0)]]
@@ -23,8 +26,26 @@ class ScaleEntry(_Entry):
     tensor: str
     dtype: Literal["F32", "U8"]
     shape: Shape
+    layout: Literal["tiles of 128 x 4"] | None = None
     dequantize: str
     digest: Digest
+
+
+class StoredEntry(_Entry):
+    """A small tensor stored beside a weight, by which a convention announces it."""
+
+    tensor: str
+    dtype: str
+    shape: Shape
+    digest: Digest
+
+
+class OriginEntry(_Entry):
+    """How a weight that was FP8 already was quantized; without a scale its bytes were its values."""
+
+    format: Literal["e4m3", "e5m2"]
+    granularity: str
+    scale: str | None
 
 
 class ActivationEntry(_Entry):
@@ -49,8 +70,9 @@ class ActivationEntry(_Entry):
 class PackedEntry(_Entry):
     """A packed weight [N, K].
 
-    `block` is the region that shares a scale; `band_rows` rows (and `band_cols` columns, where rows are cut) are the
-    unit of its digest.
+    `block` is the region that shares a scale; `tensor` the payload's name, where a convention gives it another;
+    `carried` says that the FP8 bytes are those of the source. `band_rows` rows (and `band_cols` columns, where rows are
+    cut) are the unit of its digest.
     """
 
     action: Literal["packed"]
@@ -61,11 +83,15 @@ class PackedEntry(_Entry):
     granularity: str
     block: tuple[int, int]
     layout: Literal["row-major [N, K]"]
+    tensor: str | None = None
     shape: tuple[int, int]
     source_dtype: Literal["BF16", "F16", "F32"]
     scale_inv: ScaleEntry
+    carried: bool = False
+    origin: Annotated[OriginEntry | None, Field(alias="from")] = None
     amax: float
     activation_scales: tuple[ActivationEntry, ...] = ()
+    markers: tuple[StoredEntry, ...] = ()
     band_rows: int
     band_cols: int | None = None
     digest: Digest
@@ -80,6 +106,20 @@ class CopiedEntry(_Entry):
     file: str
     dtype: str
     shape: Shape
+    activation_scales: tuple[ActivationEntry, ...] = ()
+    digest: Digest
+
+
+class UnpackedEntry(_Entry):
+    """A tensor that was FP8, and is stored as its values."""
+
+    action: Literal["unpacked"]
+    role: str
+    reason: str
+    file: str
+    dtype: str
+    shape: Shape
+    origin: Annotated[OriginEntry | None, Field(alias="from")]
     activation_scales: tuple[ActivationEntry, ...] = ()
     digest: Digest
 
@@ -112,7 +152,7 @@ class Manifest(_Entry):
     fp8pack: Versions
     source: SourceEntry
     recipe: dict[str, Any]
-    tensors: dict[str, Annotated[PackedEntry | CopiedEntry, Field(discriminator="action")]]
+    tensors: dict[str, Annotated[PackedEntry | CopiedEntry | UnpackedEntry, Field(discriminator="action")]]
     files: dict[str, FileEntry]
     root: Digest
 
@@ -141,3 +181,25 @@ def read_manifest(path: Path) -> Manifest:
     except ValidationError as error:
         first = error.errors()[0]
         raise InputError(f"{path} is malformed: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+
+
+def check_headers(specs: Sequence[TensorSpec], manifest: Manifest) -> None:
+    """Raise InputError unless every tensor of the manifest lies in its file, as it says, and nothing else does."""
+    found = {spec.name: (spec.file, spec.dtype, list(spec.shape)) for spec in specs}
+    for name, entry in manifest.tensors.items():
+        if isinstance(entry, PackedEntry):
+            stored, dtype = entry.tensor or name, parse_format(entry.format).dtype
+        else:
+            stored, dtype = name, entry.dtype
+        if found.pop(stored, None) != (entry.file, dtype, list(entry.shape)):
+            raise InputError(f"tensor {name!r} is not what fp8pack.json says: the files were changed after packing")
+        small: list[ScaleEntry | ActivationEntry | StoredEntry] = list(entry.activation_scales)
+        if isinstance(entry, PackedEntry):
+            small += [entry.scale_inv, *entry.markers]
+        for scale in small:
+            if found.pop(scale.tensor, None) != (entry.file, scale.dtype, scale.shape):
+                raise InputError(
+                    f"scale {scale.tensor!r} is not what fp8pack.json says: the files were changed after packing"
+                )
+    if found:
+        raise InputError(f"tensor {min(found)!r} is not in fp8pack.json: the files were changed after packing")

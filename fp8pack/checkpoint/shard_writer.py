@@ -81,10 +81,15 @@ def writing(path: Path) -> Iterator[None]:
         ) from None
 
 
+def free_space(directory: Path) -> int:
+    """Return the free bytes of the file system of a directory."""
+    free = os.statvfs(directory)
+    return free.f_bavail * free.f_frsize
+
+
 def check_space(directory: Path, needed: int) -> None:
     """Raise SpaceError if the file system of a directory has fewer free bytes than are needed."""
-    free = os.statvfs(directory)
-    available = free.f_bavail * free.f_frsize
+    available = free_space(directory)
     if available < needed:
         raise SpaceError(
             f"{directory} has {format_size(available)} free, {format_size(needed)} are needed: make room, or choose -o"

@@ -6,11 +6,14 @@ import re
 import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
+import numpy as np
 from blake3 import blake3
+from numpy.typing import NDArray
 
 from fp8pack.checkpoint.header import Header, read_header
 from fp8pack.errors import InputError
@@ -34,7 +37,7 @@ class SourceFile:
     metadata: Mapping[str, str]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Source:
     """A checkpoint that has been looked at: headers are read and checked, no tensor is."""
 
@@ -46,7 +49,12 @@ class Source:
     config: dict[str, Any] | None  # None: there is no config.json
     is_single_file: bool
     index_name: str | None
-    fingerprint: str
+    headers: Mapping[str, Header] = field(repr=False)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """BLAKE3 over headers and samples of every tensor; computed when it is first asked for."""
+        return _fingerprint(self.directory, self.headers)
 
     @property
     def facts(self) -> ModelFacts:
@@ -75,6 +83,23 @@ class ShardReader:
     def close(self) -> None:
         """Close the file."""
         os.close(self._fd)
+
+
+def gather(reader: ShardReader, spec: TensorSpec, rows: NDArray[Any], start: tuple[int, int]) -> None:
+    """Fill rows of a strided matrix, from a row and column on: one range of bytes for each line of the source.
+
+    A line runs along the dimension whose elements lie closer together; what lies between them is read and left.
+    """
+    if spec.strides is None:
+        raise ValueError(f"{spec.name} is one range of bytes")
+    across = spec.strides[0] < spec.strides[1]
+    lines, (near, far) = (rows.T, spec.strides) if across else (rows, spec.strides[::-1])
+    origin = start[0] * spec.strides[0] + start[1] * spec.strides[1]
+    count, length = lines.shape
+    segment = np.empty((length - 1) * near + 1, rows.dtype)
+    for i in range(count):
+        reader.readinto(segment.data.cast("B"), spec.begin + (origin + i * far) * rows.itemsize)
+        lines[i] = segment[::near]
 
 
 def open_source(path: Path) -> Source:
@@ -121,10 +146,8 @@ def open_checkpoint(path: Path) -> Source:
     if index_name:
         _check_index(specs, weight_map, index_name)
     sources = tuple(SourceFile(file, size, header.metadata) for file, (header, size) in headers.items())
-    fingerprint = _fingerprint(directory, {file: header for file, (header, _) in headers.items()})
-    return Source(
-        path, _display_name(path), directory, sources, specs, config, not path.is_dir(), index_name, fingerprint
-    )
+    parsed = {file: header for file, (header, _) in headers.items()}
+    return Source(path, _display_name(path), directory, sources, specs, config, not path.is_dir(), index_name, parsed)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -293,7 +316,7 @@ def _refuse_quantized(config: dict[str, Any], directory: Path) -> None:
         raise InputError(f"{directory} is quantized already (modelopt): pack the BF16, FP16 or FP32 original")
 
 
-def _fingerprint(directory: Path, headers: dict[str, Header]) -> str:
+def _fingerprint(directory: Path, headers: Mapping[str, Header]) -> str:
     """BLAKE3 over each header and each tensor's first, middle and last 4 KiB: two fine-tunes of one base differ."""
     hasher = blake3()
     for file, header in sorted(headers.items()):

@@ -11,10 +11,13 @@ import typer
 
 from fp8pack import __version__
 from fp8pack.cli.calibrate import calibrate
+from fp8pack.cli.convert import convert
+from fp8pack.cli.diff import diff
 from fp8pack.cli.inspect import inspect
 from fp8pack.cli.merge import merge
 from fp8pack.cli.output import Signalled, say
 from fp8pack.cli.pack import pack
+from fp8pack.cli.unpack import unpack
 from fp8pack.errors import Fp8PackError
 
 app = typer.Typer(
@@ -27,7 +30,10 @@ app = typer.Typer(
 app.command()(calibrate)
 app.command()(merge)
 app.command()(pack)
+app.command()(unpack)
+app.command()(convert)
 app.command()(inspect)
+app.command()(diff)
 
 
 def _print_version(wanted: bool) -> None:

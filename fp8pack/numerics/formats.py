@@ -24,6 +24,11 @@ class Float8Format:
     max: float
     emax: int
 
+    @property
+    def nan_codes(self) -> tuple[int, ...]:
+        """The bytes, without their sign, that are no finite numbers: NaN, of e5m2 infinity too."""
+        return (0x7F,) if self.mantissa_bits == 3 else (0x7C, 0x7D, 0x7E, 0x7F)
+
 
 E4M3 = Float8Format("e4m3", "F8_E4M3", "float8_e4m3fn", mantissa_bits=3, bias=7, max=448.0, emax=8)
 E5M2 = Float8Format("e5m2", "F8_E5M2", "float8_e5m2", mantissa_bits=2, bias=15, max=57344.0, emax=15)

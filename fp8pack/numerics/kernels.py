@@ -7,6 +7,8 @@ R x C elements; payload [N, K] uint8; scales [ceil(N/R), ceil(K/C)] float32; scr
     scale  max(amax / max, 2^-126), rounded as asked; 1.0 for a region of zeros
     code   RNE(min(|x| / scale, max)), by true float32 division, with the sign of x
 
+And back: weight = payload * scale in float32, rounded once to BF16 (RNE) if the weight is uint16.
+
 `error_model="numpy"` drops Python's check for division by zero, which would keep LLVM from vectorising; no fast-math
 anywhere. Integer casts look redundant and are not: Numba widens uint16 and uint32 arithmetic to 64 bits, and each
 cast narrows it again, which is what lets 16 lanes fit a 512-bit register.
@@ -52,6 +54,14 @@ def _float(context: Any, value: Any) -> Any:
 def _shift_right(context: Any, value: Any, amount: Any) -> Any:
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.lshr(args[0], args[1])
+
+    return types.uint32(types.uint32, types.uint32), build
+
+
+@intrinsic
+def _shift_left(context: Any, value: Any, amount: Any) -> Any:
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.shl(args[0], args[1])
 
     return types.uint32(types.uint32, types.uint32), build
 
@@ -152,6 +162,36 @@ def _quantize(weight, payload, scales, scratch, rows, cols, kind, mask, infinity
 
 
 @_inline
+def _dequantize(payload, scales, weight, row_scales, rows, cols, top, left, kind, target):
+    shift, widening = target[0], target[1]
+    largest, most = np.uint8(0), np.uint32(0)
+    n, k = weight.shape
+    spread = -1
+    for r in range(n):
+        if (r + top) // rows != spread:
+            spread = (r + top) // rows
+            for j in range(scales.shape[1]):
+                row_scales[max(0, j * cols - left) : min(k, (j + 1) * cols - left)] = scales[spread, j]
+        codes, out = payload[r], weight[r]
+        for c in range(k):
+            magnitude = np.uint8(codes[c] & np.uint8(0x7F))
+            largest = magnitude if magnitude > largest else largest
+        for c in range(k):
+            code = np.uint32(codes[c])
+            magnitude = _shift_left(np.uint32(code & np.uint32(0x7F)), shift)
+            bits = _bits(
+                _float(magnitude) * widening * row_scales[c]
+            )  # the first product is exact, subnormals included
+            most = bits if bits > most else most
+            bits = np.uint32(bits | np.uint32(np.uint32(code & np.uint32(0x80)) << np.uint32(24)))
+            if kind == BF16:
+                odd = np.uint32(np.uint32(bits >> np.uint32(16)) & np.uint32(1))
+                bits = np.uint32(np.uint32(np.uint32(bits + np.uint32(0x7FFF)) + odd) >> np.uint32(16))
+            out[c] = bits
+    return _float(most) if largest <= target[2] else np.float32(np.nan)
+
+
+@_inline
 def _observe(values, prompts, channel_amax, channel_squares, histogram, prompt_amax, begin, end):
     least, most = np.uint16(0xFFFF), np.uint16(0)
     for r in range(values.shape[0]):
@@ -179,10 +219,12 @@ def _observe(values, prompts, channel_amax, channel_squares, histogram, prompt_a
 def compile_kernels(bits: Literal["uint16", "uint32"]) -> str:
     """Return LLVM IR of the kernels for weights of these raw bits, optimised for this processor.
 
-    It defines two C functions, with pointers to contiguous arrays:
+    It defines three C functions, with pointers to contiguous arrays:
         float fp8pack_quantize(weight, payload, scales, peaks, row_scales, values, n, k, rows, cols, kind, mask,
                                infinity, max, emax, smallest, addend, shift, rounding, fixed)
         float fp8pack_amax(weight, peaks, n, k, kind, mask, infinity)
+        float fp8pack_dequantize(payload, scales, weight, row_scales, n, k, scale_rows, scale_cols, rows, cols, top,
+                                 left, kind, shift, widening, largest)
     """
     u, p = getattr(types, bits), types.CPointer
     f, i, w = types.float32, types.int64, types.uint32
@@ -204,8 +246,18 @@ def compile_kernels(bits: Literal["uint16", "uint32"]) -> str:
         peak = _largest(row)
         return _widen(peak, kind) if peak < infinity else np.float32(np.nan)
 
+    @cfunc(f(p(types.uint8), p(f), p(u), p(f), *grid, i, i, i, i, i, w, f, w), error_model="numpy")
+    def dequantize(payload, scales, weight, row_scales, n, k, scale_rows, scale_cols, rows, cols, top, left, kind,
+                   shift, widening, largest):  # fmt: skip
+        arrays = (carray(payload, (n, k)), carray(scales, (scale_rows, scale_cols)), carray(weight, (n, k)))
+        target = (shift, widening, largest)
+        return _dequantize(
+            arrays[0], arrays[1], arrays[2], carray(row_scales, (k,)), rows, cols, top, left, kind, target
+        )
+
     module = _self_contained(quantize, "fp8pack_quantize")
     module.link_in(_self_contained(amax, "fp8pack_amax"))
+    module.link_in(_self_contained(dequantize, "fp8pack_dequantize"))
     return str(module)
 
 

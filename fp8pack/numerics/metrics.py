@@ -28,8 +28,12 @@ def error_energy(
     n, k = weight.shape
     rows, cols = region
     spread = np.repeat(np.repeat(scales, rows, axis=0)[:n], cols, axis=1)[:, :k]
-    exact = widen(weight, dtype)
-    error = exact - value_table(format)[payload] * spread
+    return energies(widen(weight, dtype), value_table(format)[payload] * spread)
+
+
+def energies(exact: NDArray[np.float32], approximate: NDArray[np.float32]) -> tuple[float, float]:
+    """Return signal and noise: the energy of values and of their difference from others, in float64."""
+    error = exact - approximate
     signal, noise = (values.astype(np.float64).ravel() for values in (exact, error))
     return float(signal @ signal), float(noise @ noise)
 

@@ -37,6 +37,7 @@ _P, _F, _I, _U = ctypes.c_void_p, ctypes.c_float, ctypes.c_int64, ctypes.c_uint3
 _SIGNATURES: Final = {
     "quantize": (_F, *[_P] * 6, *[_I] * 5, _U, _U, _F, _I, _U, _U, _U, _I, _I),
     "amax": (_F, _P, _P, _I, _I, _I, _U, _U),
+    "dequantize": (_F, *[_P] * 4, *[_I] * 9, _U, _F, _U),
     "observe": (_I, *[_P] * 6, *[_I] * 5),
 }
 
@@ -83,6 +84,35 @@ def amax_rows(weight: Array, *, dtype: str) -> float:
     scratch = np.empty(k, weight.dtype)
     limits = (_KIND[dtype], _SIGN_MASK[dtype], _INFINITY[dtype])
     return float(_kernels(_BITS[dtype]).call["amax"](*_pointers(weight, scratch), n, k, *limits))
+
+
+def dequantize_rows(
+    payload: NDArray[np.uint8],
+    scales: NDArray[np.float32],
+    weight: Array,
+    *,
+    region: tuple[int, int],
+    format: Float8Format,
+    offset: tuple[int, int] = (0, 0),
+) -> float:
+    """Write payload * scale into a weight; return its amax, NaN if the payload holds a NaN or infinity.
+
+    Shapes: payload [N, K] uint8; scales, float32, of the regions that these rows and columns lie in, where
+        region = (R, C) and offset is the place of the first element in the first region; weight [N, K]: uint16 takes
+        BF16 bits, uint32 float32 bits. All contiguous.
+    The product is taken in float32 and rounded once, to nearest even. amax is that of the float32 products.
+    """
+    n, k = payload.shape
+    bits: Bits = "uint16" if weight.dtype.itemsize == 2 else "uint32"
+    largest = format.nan_codes[0] - 1
+    scratch = np.empty(k, np.float32)
+    return float(
+        _kernels(bits).call["dequantize"](
+            *_pointers(payload, scales, weight, scratch),
+            *(n, k, *scales.shape, *region, *offset, _KIND["BF16" if bits == "uint16" else "F32"]),
+            *(23 - format.mantissa_bits, 2.0 ** (127 - format.bias), largest),
+        )
+    )
 
 
 def load_observer() -> Callable[..., int]:
@@ -138,7 +168,7 @@ def _load(module: Module) -> _Kernels:
         ir = compile_observer() if module == "observe" else compile_kernels(module)
         machine_code = machine.emit_object(llvm.parse_assembly(ir))
         _write_cached(path, machine_code)
-    return _Kernels(machine_code, machine, ("observe",) if module == "observe" else ("quantize", "amax"))
+    return _Kernels(machine_code, machine, ("observe",) if module == "observe" else ("quantize", "amax", "dequantize"))
 
 
 def _pointers(*arrays: Array) -> tuple[int, ...]:

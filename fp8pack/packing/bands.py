@@ -14,20 +14,26 @@ from blake3 import blake3
 from numpy.typing import NDArray
 
 from fp8pack.checkpoint.journal import BandResult
+from fp8pack.checkpoint.scales import offset_in_region, read_scales
 from fp8pack.checkpoint.shard_writer import ShardWriter
-from fp8pack.checkpoint.source import ShardReader
+from fp8pack.checkpoint.source import ShardReader, gather
+from fp8pack.numerics import native
+from fp8pack.numerics.granularity import TENSOR
 from fp8pack.numerics.metrics import error_energy
-from fp8pack.numerics.scaling import encode_e8m0
 from fp8pack.packing.codecs import BITS_DTYPE, Codec
+from fp8pack.packing.scales import encode_scales, refine
 from fp8pack.planning.plan import Packing, TensorPlan
+from fp8pack.planning.spec import DTYPE_BITS, TensorSpec
 from fp8pack.units import ceil_div
 
 SAMPLE_ROWS = 8  # rows of each band whose error is measured
+F16_OVERFLOW = 65520.0  # from here on float16 rounds to infinity
+_NAN = np.uint32(0x7FC00000)
 
 
 @dataclass(frozen=True, slots=True)
 class Band:
-    """A band of a tensor: rows of a packed weight, bytes of anything copied."""
+    """A band of a tensor: rows of a weight that is packed or unpacked, bytes of anything copied."""
 
     tensor: TensorPlan
     index: int
@@ -72,10 +78,10 @@ class BandWorker:
 
     def amax(self, band: Band) -> float:
         """Return the amax of a band, NaN if it holds a NaN or infinity."""
-        spec = band.tensor.spec
         found = 0.0
         for lo, hi in self._strips(band):
-            amax = self._codec.amax(self._read(band, lo, hi), spec.dtype)
+            weight, dtype = self._read_values(band, lo, hi)
+            amax = self._codec.amax(weight, dtype)
             found = amax if math.isnan(amax) else max(found, amax)
             if math.isnan(found):
                 break
@@ -84,14 +90,17 @@ class BandWorker:
     def copy(self, band: Band, place: Place) -> BandResult:
         """Copy a band as it is."""
         begin, end = band.rows
-        hasher = blake3()
-        reader, writer = self._open_reader(band.tensor.spec.file), self._open_writer(place.file)
+        spec, hasher = band.tensor.spec, blake3()
+        writer = self._open_writer(place.file)
         for lo in range(begin, end, self._codec.strip_nbytes):
             data = self._buffer("source", min(self._codec.strip_nbytes, end - lo))
-            reader.readinto(data, band.tensor.spec.begin + lo)
+            if spec.strides is None:
+                self._open_reader(spec.file).readinto(data, spec.begin + lo)
+            else:
+                self._gather_bytes(spec, data, lo)
             hasher.update(data)
             writer.write(data, place.payload_begin + lo)
-        return BandResult(band.tensor.spec.name, band.index, hasher.hexdigest())
+        return BandResult(spec.name, band.index, hasher.hexdigest())
 
     def pack(self, band: Band, packing: Packing, place: Place, fixed_scale: np.float32) -> BandResult:
         """Quantize a band; `fixed_scale` is the scale of a two-pass packing, ignored otherwise."""
@@ -100,11 +109,11 @@ class BandWorker:
         hasher, amax, energies = blake3(), 0.0, (0.0, 0.0)
         scales, writer = self._scales(band, packing, fixed_scale), self._open_writer(place.file)
         for lo, hi in self._strips(band):
-            weight = self._read(band, lo, hi)
+            weight, dtype = self._read_values(band, lo, hi)
             payload = np.frombuffer(self._buffer("payload", weight.size), np.uint8).reshape(weight.shape)
             first = 0 if packing.two_pass else (lo - begin) // region_rows
             part = scales[first : first + ceil_div(hi - lo, region_rows)]
-            found = self._codec.quantize(weight, payload, part, dtype=spec.dtype, packing=packing)
+            found = self._codec.quantize(weight, payload, part, dtype=dtype, packing=packing)
             amax = found if math.isnan(found) else max(amax, found)
             if math.isnan(amax):
                 return BandResult(spec.name, band.index, "", amax=amax)
@@ -112,7 +121,7 @@ class BandWorker:
                 rows, regions = slice(SAMPLE_ROWS), slice(ceil_div(SAMPLE_ROWS, region_rows))
                 energies = error_energy(
                     *(weight[rows], payload[rows], part[regions]),
-                    dtype=spec.dtype,
+                    dtype=dtype,
                     region=packing.granularity.region(weight.shape),
                     format=packing.format,
                 )
@@ -121,6 +130,47 @@ class BandWorker:
             _move(writer.write, data, band, itemsize=1, begin=place.payload_begin, lo=lo)
         scale_digest = self._write_scales(band, packing, place, scales)
         return BandResult(spec.name, band.index, hasher.hexdigest(), scale_digest, amax, *energies)
+
+    def carry(self, band: Band, packing: Packing, place: Place) -> BandResult:
+        """Write the FP8 bytes of a band as they are, and their scales under the convention's name and shape."""
+        spec, quantized = band.tensor.spec, band.tensor.quantized
+        if quantized is None:
+            raise ValueError(f"{spec.name} holds no FP8 bytes")
+        hasher, amax, writer = blake3(), 0.0, self._open_writer(place.file)
+        for lo, hi in self._strips(band):
+            payload = self._read(band, lo, hi)
+            values = np.frombuffer(self._buffer("values", 2 * payload.size), np.uint16).reshape(payload.shape)
+            found = self._dequantize(band, payload, lo, values)
+            amax = found if math.isnan(found) else max(amax, found)
+            if math.isnan(amax):
+                return BandResult(spec.name, band.index, "", amax=amax)
+            data = payload.data.cast("B")
+            hasher.update(data)
+            _move(writer.write, data, band, itemsize=1, begin=place.payload_begin, lo=lo)
+        coarse = read_scales(self._read_bytes, spec, quantized, band.rows, band.cols)
+        scales = refine(coarse, spec, quantized, packing, rows=band.rows, cols=band.cols)
+        scale_digest = self._write_scales(band, packing, place, scales)
+        return BandResult(spec.name, band.index, hasher.hexdigest(), scale_digest, amax)
+
+    def unpack(self, band: Band, place: Place) -> BandResult:
+        """Dequantize a band: the product in float32, rounded once."""
+        spec, dtype = band.tensor.spec, band.tensor.data.dtype
+        itemsize = DTYPE_BITS[dtype] // 8
+        hasher, amax, writer = blake3(), 0.0, self._open_writer(place.file)
+        for lo, hi in self._strips(band):
+            payload = self._read(band, lo, hi)
+            bits = np.dtype(np.uint16 if dtype == "BF16" else np.uint32)
+            data = self._buffer("values", payload.size * bits.itemsize)
+            weight = np.frombuffer(data, bits).reshape(payload.shape)
+            found = self._dequantize(band, payload, lo, weight)
+            amax = found if math.isnan(found) else max(amax, found)
+            if math.isnan(amax) or (dtype == "F16" and amax >= F16_OVERFLOW):
+                return BandResult(spec.name, band.index, "", amax=math.nan)
+            stored = weight.view(np.float32).astype(np.float16) if dtype == "F16" else weight
+            data = stored.data.cast("B")
+            hasher.update(data)
+            _move(writer.write, data, band, itemsize=itemsize, begin=place.payload_begin, lo=lo)
+        return BandResult(spec.name, band.index, hasher.hexdigest(), amax=amax)
 
     def close(self) -> None:
         """Close the files."""
@@ -152,30 +202,77 @@ class BandWorker:
 
     def _write_scales(self, band: Band, packing: Packing, place: Place, scales: NDArray[np.float32]) -> str:
         """Write the band's part of the scales, which is contiguous: whole rows of them, or a part of one row."""
-        if packing.two_pass and band.index > 0:
+        if packing.granularity == TENSOR and band.index > 0:
             return ""
-        stored: NDArray[Any] = encode_e8m0(scales) if packing.scale.dtype == "U8" else scales
+        stored = encode_scales(scales, packing)
         data = stored.data.cast("B")
         shape = band.tensor.spec.shape
         region_rows, region_cols = packing.granularity.region(shape)
-        first = band.rows[0] // region_rows * packing.granularity.scale_shape(shape)[1] + band.cols[0] // region_cols
+        width = packing.scale.shape[1] if packing.tiled else packing.granularity.scale_shape(shape)[1]
+        first = band.rows[0] // region_rows * width + band.cols[0] // region_cols
         self._open_writer(place.file).write(data, place.scale_begin + first * stored.itemsize)
         return blake3(data).hexdigest()
 
     def _strips(self, band: Band) -> Iterator[tuple[int, int]]:
-        packing = band.tensor.packing
+        """Rows that are worked at a time: of FP8 bytes fewer, since they grow to float32."""
+        packing, (begin, end) = band.tensor.packing, band.rows
         granule = (packing.granularity.rows or 1) if packing else 1
-        (begin, end), row_nbytes = band.rows, band.nbytes // (band.rows[1] - band.rows[0])
-        rows = granule * max(1, self._codec.strip_nbytes // (granule * row_nbytes))
+        row_nbytes = band.nbytes // (end - begin) * (4 if band.tensor.quantized else 1)
+        limit = self._codec.strip_nbytes * (4 if band.tensor.spec.strides else 1)  # longer lines of what is transposed
+        rows = granule * max(1, limit // (granule * row_nbytes))
         for lo in range(begin, end, rows):
             yield lo, min(lo + rows, end)
 
+    def _read_values(self, band: Band, lo: int, hi: int) -> tuple[NDArray[Any], str]:
+        """Rows of a weight as raw bits of a float dtype: FP8 bytes become float32."""
+        data = self._read(band, lo, hi)
+        if band.tensor.quantized is None:
+            return data, band.tensor.spec.dtype
+        values = np.frombuffer(self._buffer("values", 4 * data.size), np.uint32).reshape(data.shape)
+        if math.isnan(self._dequantize(band, data, lo, values)):
+            values[0, 0] = _NAN
+        return values, "F32"
+
+    def _dequantize(self, band: Band, payload: NDArray[np.uint8], lo: int, weight: NDArray[Any]) -> float:
+        """Fill a weight with the values of rows from `lo` on; return their amax, NaN if they hold a NaN or infinity."""
+        spec, quantized = band.tensor.spec, band.tensor.quantized
+        if quantized is None:
+            raise ValueError(f"{spec.name} holds no FP8 bytes")
+        rows = (lo, lo + payload.shape[0])
+        return native.dequantize_rows(
+            payload,
+            read_scales(self._read_bytes, spec, quantized, rows, band.cols),
+            weight,
+            region=quantized.granularity.region(spec.matrix),
+            format=quantized.format,
+            offset=offset_in_region(spec, quantized, lo, band.cols[0]),
+        )
+
     def _read(self, band: Band, lo: int, hi: int) -> NDArray[Any]:
-        spec, dtype = band.tensor.spec, BITS_DTYPE[band.tensor.spec.dtype]
-        width = band.cols[1] - band.cols[0]
-        data = self._buffer("source", (hi - lo) * width * dtype.itemsize)
-        _move(self._open_reader(spec.file).readinto, data, band, itemsize=dtype.itemsize, begin=spec.begin, lo=lo)
-        return np.frombuffer(data, dtype).reshape(hi - lo, width)
+        """Rows of a weight as they lie in the source: raw bits of floats, or FP8 bytes."""
+        spec, dtype = band.tensor.spec, BITS_DTYPE.get(band.tensor.spec.dtype, np.dtype(np.uint8))
+        left, right = band.cols
+        data = self._buffer("source", (hi - lo) * (right - left) * dtype.itemsize)
+        weight = np.frombuffer(data, dtype).reshape(hi - lo, right - left)
+        if spec.strides is not None:
+            gather(self._open_reader(spec.file), spec, weight, (lo, left))
+        else:
+            _move(self._open_reader(spec.file).readinto, data, band, itemsize=dtype.itemsize, begin=spec.begin, lo=lo)
+        return weight
+
+    def _read_bytes(self, spec: TensorSpec, offset: int, nbytes: int) -> NDArray[np.uint8]:
+        data = np.empty(nbytes, np.uint8)
+        self._open_reader(spec.file).readinto(data.data, spec.begin + offset)
+        return data
+
+    def _gather_bytes(self, spec: TensorSpec, data: memoryview, offset: int) -> None:
+        """Bytes of a part of a fused tensor that is kept, from an offset on: whole rows are gathered and cut."""
+        itemsize, cols = DTYPE_BITS[spec.dtype] // 8, spec.matrix[1]
+        first, last = offset // (cols * itemsize), ceil_div(offset + len(data), cols * itemsize)
+        rows = np.empty((last - first, cols), np.dtype(f"u{itemsize}"))
+        gather(self._open_reader(spec.file), spec, rows, (first, 0))
+        begin = offset - first * cols * itemsize
+        data[:] = rows.data.cast("B")[begin : begin + len(data)]
 
     def _buffer(self, name: str, nbytes: int) -> memoryview:
         if name not in self._buffers or self._buffers[name].size < nbytes:

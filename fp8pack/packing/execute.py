@@ -15,6 +15,7 @@ from blake3 import blake3
 
 from fp8pack.checkpoint.header import build_header
 from fp8pack.checkpoint.journal import BandResult, Journal, Progress
+from fp8pack.checkpoint.quantized import plain_metadata
 from fp8pack.checkpoint.shard_writer import ShardWriter, check_shard, sync_file
 from fp8pack.checkpoint.source import Source
 from fp8pack.errors import InputError
@@ -24,7 +25,7 @@ from fp8pack.packing.bands import Band, BandWorker, Place
 from fp8pack.packing.codecs import Codec
 from fp8pack.packing.workers import Stop, run_threads
 from fp8pack.planning.layout import ShardPlan
-from fp8pack.planning.plan import PackPlan, TensorPlan
+from fp8pack.planning.plan import Action, Plan, TensorPlan
 
 CHECKPOINT_NBYTES = 1 << 30  # of source: what a killed run may have to do again, for each shard
 
@@ -92,26 +93,27 @@ class Counters:
             self.done_nbytes += nbytes
 
 
-def plan_work(plan: PackPlan, source: Source) -> tuple[ShardWork, ...]:
+def plan_work(plan: Plan, source: Source) -> tuple[ShardWork, ...]:
     """Return the shards to be made, each with the digest of its part of the plan."""
-    by_name = {tensor.spec.name: tensor for tensor in plan.tensors}
-    metadata = {file.name: file.metadata for file in source.files}
-    default = source.files[0].metadata if source.is_single_file else {}
+    by_data = {tensor.data.name: tensor for tensor in plan.tensors}
+    metadata = {file.name: plain_metadata(file.metadata) for file in source.files}
+    default = metadata[source.files[0].name] if source.is_single_file else {}
     groups: dict[str, list[str]] = {}
     for tensor in plan.packed:
         if tensor.packing and tensor.packing.two_pass:
             groups.setdefault(tensor.packing.scale_group, []).append(tensor.spec.name)
     works = []
     for shard in plan.shards:
-        tensors = [by_name[stored.name] for stored in shard.tensors if stored.name in by_name]
+        tensors = [by_data[stored.name] for stored in shard.tensors if stored.name in by_data]
         tensors.sort(key=lambda tensor: (tensor.spec.file, tensor.spec.begin))
-        header = build_header(shard.tensors, shard.begins, {"format": "pt", **metadata.get(shard.file, default)})
+        about = {"format": "pt", **metadata.get(shard.file, default), **shard.metadata}
+        header = build_header(shard.tensors, shard.begins, about)
         begins = {stored.name: len(header) + begin for stored, begin in zip(shard.tensors, shard.begins, strict=True)}
         places = {
-            t.spec.name: Place(shard.file, begins[t.spec.name], begins[t.packing.scale.name] if t.packing else 0)
+            t.spec.name: Place(shard.file, begins[t.data.name], begins[t.packing.scale.name] if t.packing else 0)
             for t in tensors
         }
-        constants = tuple((begins[a.stored.name], a.data) for tensor in tensors for a in tensor.activations)
+        constants = tuple((begins[c.stored.name], c.data) for tensor in tensors for c in tensor.constants)
         digest = _digest(source, header, tensors, groups, constants)
         num_bands = sum(tensor.num_bands for tensor in tensors)
         works.append(ShardWork(shard, tuple(tensors), digest, header, places, num_bands, constants))
@@ -121,7 +123,8 @@ def plan_work(plan: PackPlan, source: Source) -> tuple[ShardWork, ...]:
 class Execution:
     """One run over the shards of a plan. Every finished piece goes to the journal, so that another run can go on."""
 
-    def __init__(self, plan: PackPlan, source: Source, *, folder: Path, journal: Journal) -> None:
+    def __init__(self, plan: Plan, source: Source, *, folder: Path, journal: Journal) -> None:
+        self._plan = plan
         self.works = plan_work(plan, source)
         self._two_pass = [tensor for tensor in plan.packed if tensor.packing and tensor.packing.two_pass]
         self.counters = Counters(plan.source_nbytes + sum(tensor.spec.nbytes for tensor in self._two_pass))
@@ -183,9 +186,14 @@ class Execution:
             raise stop.errors[0]
         if self.is_done or stop.is_set():
             return
-        flags = " ".join(f"--ignore {name}" for name in sorted(self._offenders))
+        names = sorted(self._offenders)
+        if not self._plan.packed:
+            raise InputError(
+                f"{len(names)} weights hold a NaN, or values that the dtype does not reach: {', '.join(names)}"
+            )
+        flags = " ".join(f"--ignore {name}" for name in names)
         raise InputError(
-            f"a NaN or infinity in {len(self._offenders)} of the weights; finished work is kept, {flags} packs the rest"
+            f"a NaN or infinity in {len(names)} of the weights; finished work is kept, {flags} packs the rest"
         )
 
     def _jobs(self, work: ShardWork, scales: dict[str, np.float32]) -> Iterator[tuple[ShardWork, Band]]:
@@ -245,7 +253,10 @@ class Execution:
             name = band.tensor.spec.name
             place, packing = work.places[name], band.tensor.packing
             if packing is None:
-                result = worker.copy(band, place)
+                unpacked = band.tensor.action == Action.UNPACKED
+                result = worker.unpack(band, place) if unpacked else worker.copy(band, place)
+            elif packing.carried:
+                result = worker.carry(band, packing, place)
             else:
                 result = worker.pack(band, packing, place, scales.get(name, np.float32(0)))
             self.counters.add(band.nbytes)
@@ -305,15 +316,19 @@ def _digest(
     for _, data in constants:
         hasher.update(data)
     for tensor in tensors:
-        packing = tensor.packing
-        how = (
-            [packing.format.name, packing.granularity.name, packing.rounding.value, groups.get(packing.scale_group, [])]
-            if packing
-            else []
-        )
-        hasher.update(
-            json.dumps(
-                [tensor.spec.name, tensor.spec.file, tensor.spec.begin, tensor.band_rows, tensor.band_cols, how]
-            ).encode()
-        )
+        spec, bands = tensor.spec, [tensor.band_rows, tensor.band_cols]
+        where = [spec.name, spec.file, spec.begin, spec.strides]
+        hasher.update(json.dumps([tensor.action, where, bands, _how(tensor, groups)]).encode())
     return hasher.hexdigest()
+
+
+def _how(tensor: TensorPlan, groups: dict[str, list[str]]) -> list[object]:
+    packing, quantized = tensor.packing, tensor.quantized
+    how: list[object] = []
+    if packing:
+        how += [packing.format.name, packing.granularity.name, packing.rounding.value, packing.carried, packing.tiled]
+        how += [groups.get(packing.scale_group, [])]
+    if quantized:
+        scale = quantized.scale
+        how += [quantized.granularity.name, quantized.tiled, [scale.file, scale.begin, scale.dtype] if scale else []]
+    return how

@@ -1,34 +1,28 @@
 """`inspect`: what a checkpoint holds, packed or not, and how much quantization took away."""
 
 import re
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fp8pack.checkpoint.calibration_file import is_calibration, read_calibration
-from fp8pack.checkpoint.manifest_schema import (
-    ActivationEntry,
-    Manifest,
-    PackedEntry,
-    ScaleEntry,
-    find_manifest,
-    read_manifest,
-)
-from fp8pack.checkpoint.source import ShardReader, Source, open_checkpoint
+from fp8pack.checkpoint.manifest_schema import Manifest, PackedEntry, check_headers, find_manifest, read_manifest
+from fp8pack.checkpoint.quantized import read_contents
+from fp8pack.checkpoint.source import Source, open_checkpoint
+from fp8pack.checkpoint.values import ValueReader
 from fp8pack.errors import BoundError, InputError, RecipeError
-from fp8pack.numerics.formats import parse_format
-from fp8pack.numerics.metrics import error_energy, sqnr_db
-from fp8pack.numerics.scaling import decode_e8m0
-from fp8pack.packing.codecs import BITS_DTYPE
+from fp8pack.numerics.metrics import energies, sqnr_db
 from fp8pack.packing.workers import Stop, available_cores, run_threads
 from fp8pack.planning.calibration_facts import calibration_facts
+from fp8pack.planning.contents import Contents, Quantized
+from fp8pack.planning.engines import NAMES, judge_engines, parse_targets
+from fp8pack.planning.experts import split_experts
 from fp8pack.planning.policy import judge
-from fp8pack.planning.spec import TensorSpec
+from fp8pack.planning.spec import FLOAT_DTYPES, TensorSpec
 
 _STRIP_NBYTES = 4 << 20
 METRICS = ("sqnr_min", "sqnr_mean")
@@ -53,10 +47,18 @@ def parse_bound(text: str) -> Bound:
     return Bound(match[1], match[2], float(match[3]))
 
 
-def inspect(checkpoint: str | Path, against: str | Path | None = None) -> dict[str, Any]:
-    """Return what a checkpoint or a calibration file holds.
+def inspect(
+    checkpoint: str | Path,
+    against: str | Path | None = None,
+    *,
+    targets: Sequence[str] = (),
+    tp: int | None = None,
+    gpu: str | None = None,
+) -> dict[str, Any]:
+    """Return what a checkpoint of any convention or a calibration file holds, and which engines load it.
 
-    against: the source of a packed checkpoint, for the SQNR of every packed weight.
+    against: the source of a packed checkpoint, for the SQNR of every packed weight. targets, tp, gpu: the engines that
+        are asked about, and what they are to run on.
 
     Raises:
         InputError: the checkpoint or the source is malformed, or the two do not belong together.
@@ -67,21 +69,26 @@ def inspect(checkpoint: str | Path, against: str | Path | None = None) -> dict[s
             raise InputError(f"{checkpoint} is a calibration: nothing in it can be held against weights")
         return {"schema": 1, "calibration": str(path), **calibration_facts(read_calibration(path), every_site=True)}
     opened = open_checkpoint(path)
+    contents = read_contents(opened)
     manifest_path = find_manifest(opened.path)
-    if manifest_path is None:
-        if against is not None:
-            raise InputError(
-                f"{checkpoint} has no fp8pack.json, so nothing says how its weights were packed from {against}"
-            )
-        return _facts(opened, None, [_unpacked(spec, opened) for spec in opened.specs])
-    manifest = read_manifest(manifest_path)
-    _check_headers(opened, manifest)
-    source = open_checkpoint(Path(against)) if against is not None else None
-    sqnr = _measure(opened, manifest, source) if source else {}
-    specs = {spec.name: spec for spec in opened.specs}
-    return _facts(
-        opened, manifest, [_entry(name, manifest, specs, opened, sqnr.get(name)) for name in manifest.tensors]
-    )
+    manifest = read_manifest(manifest_path) if manifest_path else None
+    if manifest is not None:
+        check_headers(opened.specs, manifest)
+    if against is not None and not contents.quantized:
+        raise InputError(f"{checkpoint} holds no FP8 weight: there is nothing to hold against {against}")
+    sqnr = _measure(opened, contents, Path(against)) if against is not None else {}
+    with ValueReader(opened, contents) as reader:
+        tensors = [_entry(spec, contents, manifest, reader) | _sqnr(sqnr, spec.name) for spec in contents.tensors]
+    verdicts = _verdicts(opened, contents, parse_targets(targets), tp, gpu)
+    return _facts(opened, contents, manifest, tensors) | {"engines": verdicts}
+
+
+def check_targets(facts: dict[str, Any]) -> None:
+    """Raise BoundError for the first engine asked about that does not load the checkpoint."""
+    for verdict in facts.get("engines", ()):
+        if verdict["asked"] and not verdict["tp"]:
+            remedy = f": {verdict['remedy']}" if verdict["remedy"] else ""
+            raise BoundError(f"{NAMES[verdict['engine']]} does not load it: {verdict['reason']}{remedy}")
 
 
 def check_bounds(facts: dict[str, Any], bounds: list[Bound]) -> None:
@@ -94,134 +101,119 @@ def check_bounds(facts: dict[str, Any], bounds: list[Bound]) -> None:
             raise BoundError(f"{bound.metric} is {value:.2f}, which is {bound.sign} {bound.value:g}")
 
 
-def _facts(opened: Source, manifest: Manifest | None, tensors: list[dict[str, Any]]) -> dict[str, Any]:
-    sqnr = [tensor["sqnr"] for tensor in tensors if tensor.get("sqnr") is not None]
-    worst = min(
-        (tensor for tensor in tensors if tensor.get("sqnr") is not None),
-        key=lambda tensor: tensor["sqnr"],
-        default=None,
-    )
+def _facts(
+    opened: Source, contents: Contents, manifest: Manifest | None, tensors: list[dict[str, Any]]
+) -> dict[str, Any]:
+    sqnr = {tensor["name"]: tensor["sqnr"] for tensor in tensors if tensor.get("sqnr") is not None}
+    worst = min(sqnr, key=lambda name: sqnr[name], default=None)
     return {
         "schema": 1,
         "checkpoint": str(opened.path),
         "architecture": opened.facts.architecture,
+        "quant_method": contents.method,
         "recipe": manifest.recipe if manifest else None,
         "root": manifest.root if manifest else None,
         "tensors": tensors,
         "totals": {
             "num_tensors": len(tensors),
-            "num_packed": sum(tensor["action"] == "packed" for tensor in tensors),
+            "num_packed": len(contents.quantized),
             "nbytes": sum(spec.nbytes for spec in opened.specs),
-            "packed_nbytes": sum(tensor["nbytes"] for tensor in tensors if tensor["action"] == "packed"),
-            "sqnr_min": worst["sqnr"] if worst else None,
-            "sqnr_mean": float(np.mean(sqnr)) if sqnr else None,
-            "sqnr_worst_tensor": worst["name"] if worst else None,
+            "packed_nbytes": sum(tensor["nbytes"] for tensor in tensors if tensor["name"] in contents.quantized),
+            "sqnr_min": sqnr[worst] if worst else None,
+            "sqnr_mean": float(np.mean(list(sqnr.values()))) if sqnr else None,
+            "sqnr_worst_tensor": worst,
         },
     }
 
 
-def _unpacked(spec: TensorSpec, opened: Source) -> dict[str, Any]:
-    verdict = judge(spec, opened.facts)
-    reason = verdict.reason if not verdict.packed else "not packed; pack would take it"
-    tensor = {"name": spec.name, "action": "stored", "role": verdict.role, "reason": reason}
-    return tensor | {"dtype": spec.dtype, "shape": list(spec.shape), "nbytes": spec.nbytes}
-
-
-def _check_headers(opened: Source, manifest: Manifest) -> None:
-    """Every tensor of the manifest lies in its file, as it says, and nothing else does."""
-    found = {spec.name: (spec.file, spec.dtype, list(spec.shape)) for spec in opened.specs}
-    for name, entry in manifest.tensors.items():
-        dtype = parse_format(entry.format).dtype if isinstance(entry, PackedEntry) else entry.dtype
-        if found.pop(name, None) != (entry.file, dtype, list(entry.shape)):
-            raise InputError(f"tensor {name!r} is not what fp8pack.json says: the files were changed after packing")
-        scales: list[ScaleEntry | ActivationEntry] = list(entry.activation_scales)
-        if isinstance(entry, PackedEntry):
-            scales.append(entry.scale_inv)
-        for scale in scales:
-            if found.pop(scale.tensor, None) != (entry.file, scale.dtype, scale.shape):
-                raise InputError(
-                    f"scale {scale.tensor!r} is not what fp8pack.json says: the files were changed after packing"
-                )
-    if found:
-        raise InputError(f"tensor {min(found)!r} is not in fp8pack.json: the files were changed after packing")
-
-
-def _entry(
-    name: str, manifest: Manifest, specs: dict[str, TensorSpec], opened: Source, sqnr: float | None
-) -> dict[str, Any]:
-    entry, spec = manifest.tensors[name], specs[name]
-    tensor: dict[str, Any] = {"name": name, "action": entry.action, "role": entry.role, "reason": entry.reason}
-    tensor |= {"dtype": spec.dtype, "shape": list(spec.shape), "nbytes": spec.nbytes}
-    if entry.activation_scales:
-        tensor["activation_scales"] = {scale.kind: scale.value for scale in entry.activation_scales}
-    if isinstance(entry, PackedEntry):
-        scales = read_scales(specs[entry.scale_inv.tensor], opened.directory)
-        tensor |= {"format": entry.format, "granularity": entry.granularity, "amax": entry.amax, "sqnr": sqnr}
-        tensor |= {"scale": {"tensor": entry.scale_inv.tensor, "min": float(scales.min()), "max": float(scales.max())}}
+def _entry(spec: TensorSpec, contents: Contents, manifest: Manifest | None, reader: ValueReader) -> dict[str, Any]:
+    recorded, quantized = manifest.tensors.get(spec.name) if manifest else None, contents.quantized.get(spec.name)
+    if recorded is not None:
+        about = {"action": recorded.action, "role": recorded.role, "reason": recorded.reason}
+    else:
+        about = _guess(spec, contents, quantized)
+    tensor = {"name": spec.name, **about, "dtype": spec.dtype, "shape": list(spec.shape), "nbytes": spec.nbytes}
+    if recorded is not None and recorded.activation_scales:
+        tensor["activation_scales"] = {scale.kind: scale.value for scale in recorded.activation_scales}
+    if quantized is not None:
+        scales = reader.scales(spec)
+        tensor |= {"format": quantized.format.name, "granularity": quantized.granularity.name}
+        tensor["amax"] = recorded.amax if isinstance(recorded, PackedEntry) else None
+        name = quantized.scale.name if quantized.scale else None
+        tensor["scale"] = {"tensor": name, "min": float(scales.min()), "max": float(scales.max())}
     return tensor
 
 
-def read_scales(spec: TensorSpec, directory: Path) -> NDArray[np.float32]:
-    """Return a scale tensor as float32, E8M0 exponents decoded, in its stored shape."""
-    data = _read(spec, directory, 0, spec.nbytes)
-    return decode_e8m0(data).reshape(spec.shape) if spec.dtype == "U8" else data.view(np.float32).reshape(spec.shape)
+def _guess(spec: TensorSpec, contents: Contents, quantized: Quantized | None) -> dict[str, Any]:
+    """What can be said of a tensor that fp8pack did not write."""
+    if quantized is not None:
+        role = judge(replace(spec, dtype="BF16"), contents.facts).role
+        return {"action": "packed", "role": role, "reason": "FP8 in the file"}
+    verdict = judge(spec, contents.facts)
+    reason = "not packed; pack would take it" if verdict.packed and not contents.quantized else verdict.reason
+    return {"action": "stored", "role": verdict.role, "reason": reason}
 
 
-def _read(spec: TensorSpec, directory: Path, offset: int, nbytes: int) -> NDArray[np.uint8]:
-    reader = ShardReader(directory / spec.file)
-    try:
-        data = np.empty(nbytes, np.uint8)
-        reader.readinto(data.data, spec.begin + offset)
-        return data
-    finally:
-        reader.close()
+def _sqnr(measured: dict[str, float], name: str) -> dict[str, float]:
+    return {"sqnr": measured[name]} if name in measured else {}
 
 
-def _measure(opened: Source, manifest: Manifest, source: Source) -> dict[str, float]:
-    """The SQNR of every packed weight over all of its elements."""
-    specs, origins = ({spec.name: spec for spec in checkpoint.specs} for checkpoint in (opened, source))
-    energies: dict[str, tuple[float, float]] = {}
-    lock = Lock()
+def _measure(opened: Source, contents: Contents, against: Path) -> dict[str, float]:
+    """The SQNR of every FP8 weight over all of its elements."""
+    source = open_checkpoint(against)
+    specs, _ = split_experts(source.specs, source.facts, {})
+    origins = {spec.name: spec for spec in specs} | {spec.name: spec for spec in source.specs}
+    found: dict[str, float] = {}
 
-    def work(job: tuple[str, PackedEntry]) -> None:
-        name, entry = job
-        origin = origins.get(name)
-        if origin is None or origin.shape != entry.shape or origin.dtype not in BITS_DTYPE:
+    def work(spec: TensorSpec) -> None:
+        origin = origins.get(spec.name)
+        if origin is None or origin.shape != spec.shape or origin.dtype not in FLOAT_DTYPES:
             raise InputError(
-                f"{source.path} holds no weight {name!r} of shape {list(entry.shape)}: it is not the source"
+                f"{source.path} holds no weight {spec.name!r} of shape {list(spec.shape)}: it is not the source"
             )
-        energy = _energy(entry, specs, origin, (opened.directory, source.directory))
-        with lock:
-            energies[name] = energy
+        with ValueReader(opened, contents) as ours, ValueReader(source, Contents("", specs, source.facts)) as theirs:
+            signal = noise = 0.0
+            for lo, hi in strips(spec):
+                exact = theirs.values(origin, lo, hi)
+                energy = energies(exact, ours.values(spec, lo, hi))
+                signal, noise = signal + energy[0], noise + energy[1]
+        found[spec.name] = sqnr_db(signal, noise)
 
-    packed = [(name, entry) for name, entry in manifest.tensors.items() if isinstance(entry, PackedEntry)]
+    packed = [spec for spec in contents.tensors if spec.name in contents.quantized]
     run_threads([packed], lambda: nullcontext(work), count=available_cores(), stop=Stop(), tick=lambda: None)
-    return {name: sqnr_db(*energy) for name, energy in energies.items()}
+    return found
 
 
-def _energy(
-    entry: PackedEntry, specs: dict[str, TensorSpec], origin: TensorSpec, directories: tuple[Path, Path]
-) -> tuple[float, float]:
-    (n, k), (rows, cols) = entry.shape, entry.block
-    scales = read_scales(specs[entry.scale_inv.tensor], directories[0]).reshape(-(-n // rows), -(-k // cols))
-    spec = specs[origin.name]
-    itemsize = BITS_DTYPE[origin.dtype].itemsize
-    whole = rows >= n
-    step = max(1, _STRIP_NBYTES // (k * itemsize * (1 if whole else rows))) * (1 if whole else rows)
-    signal = noise = 0.0
-    for lo in range(0, n, step):
-        hi = min(lo + step, n)
-        weight = _read(origin, directories[1], lo * k * itemsize, (hi - lo) * k * itemsize).view(
-            BITS_DTYPE[origin.dtype]
-        )
-        payload = _read(spec, directories[0], lo * k, (hi - lo) * k)
-        part = scales if whole else scales[lo // rows : -(-hi // rows)]
-        region = (hi - lo if whole else rows, cols)
-        energy = error_energy(
-            *(weight.reshape(-1, k), payload.reshape(-1, k), part),
-            dtype=origin.dtype,
-            region=region,
-            format=parse_format(entry.format),
-        )
-        signal, noise = signal + energy[0], noise + energy[1]
-    return signal, noise
+def strips(spec: TensorSpec) -> Iterator[tuple[int, int]]:
+    """Yield ranges of rows, a few MiB of float32 each."""
+    rows, cols = spec.matrix
+    step = max(1, _STRIP_NBYTES // (4 * max(cols, 1)))
+    return ((lo, min(lo + step, rows)) for lo in range(0, rows, step))
+
+
+def _verdicts(
+    opened: Source, contents: Contents, targets: tuple[str, ...], tp: int | None, gpu: str | None
+) -> list[dict[str, Any]]:
+    """Who loads an FP8 checkpoint; of those asked about, whether anything else was asked for or not."""
+    storage = contents.storage
+    if storage is None:
+        if targets:
+            raise InputError(f"{opened.path} holds no FP8 weight: any engine that knows the model loads it")
+        return []
+    specs, quantized = split_experts(contents.tensors, contents.facts, contents.quantized)
+    packed = [
+        (spec, judge(replace(spec, dtype="BF16"), contents.facts).role) for spec in specs if spec.name in quantized
+    ]
+    verdicts = judge_engines(storage, packed, contents.facts, tp=tp, gpu=gpu)
+    return [
+        {
+            "engine": verdict.engine,
+            "asked": verdict.engine in targets,
+            "tp": list(verdict.tp),
+            "note": verdict.note,
+            "reason": verdict.reason,
+            "remedy": verdict.remedy,
+        }
+        for verdict in verdicts
+        if not targets or verdict.engine in targets
+    ]

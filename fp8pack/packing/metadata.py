@@ -8,7 +8,6 @@ from typing import Any
 
 from blake3 import blake3
 
-from fp8pack.checkpoint.config import add_quantization_config
 from fp8pack.checkpoint.journal import BandResult
 from fp8pack.checkpoint.manifest import MANIFEST_NAME, NUMERICS_VERSION, SCHEMA_VERSION, digest_of_bands, write_manifest
 from fp8pack.checkpoint.shard_writer import ShardWriter, write_file
@@ -16,7 +15,9 @@ from fp8pack.checkpoint.source import INDEX_NAME, SINGLE_NAME, ShardReader
 from fp8pack.packing.execute import ShardWork
 from fp8pack.packing.prepare import Prepared
 from fp8pack.planning.activation_scales import ActivationScale
-from fp8pack.planning.plan import Packing, PackPlan, TensorPlan
+from fp8pack.planning.contents import Quantized
+from fp8pack.planning.layout import Stored
+from fp8pack.planning.plan import Packing, Plan, TensorPlan
 
 _COPY_NBYTES = 1 << 20
 
@@ -66,14 +67,9 @@ def manifest_path(prepared: Prepared) -> Path:
 
 
 def _contents(prepared: Prepared) -> dict[str, bytes]:
-    """The small files that packing writes anew: config.json and the index."""
+    """The small files that are written anew: config.json, what stands beside it, and the index."""
     source, plan = prepared.source, prepared.plan
-    contents: dict[str, bytes] = {}
-    if source.config is not None:
-        text = (source.directory / "config.json").read_bytes()
-        contents["config.json"] = add_quantization_config(text, prepared.method.config(plan))
-        for name, document in prepared.method.files(plan).items():
-            contents[name] = (json.dumps(document, indent=4, ensure_ascii=False) + "\n").encode()
+    contents = dict(prepared.documents)
     if len(plan.shards) > 1 or (source.index_name and plan.shards[0].file != SINGLE_NAME):
         contents[source.index_name or INDEX_NAME] = _index(plan)
     return contents
@@ -87,7 +83,7 @@ def _head(prepared: Prepared, files: dict[str, dict[str, Any]]) -> dict[str, dic
             "fingerprint": source.fingerprint,
             "files": {file.name: {"size": file.size} for file in source.files},
         },
-        "recipe": prepared.plan.recipe.as_data(prepared.request),
+        "recipe": {**prepared.plan.selection, **prepared.plan.recipe_data},
         "files": files,
     }
 
@@ -104,53 +100,67 @@ def _tensors(works: tuple[ShardWork, ...]) -> Iterator[tuple[str, dict[str, Any]
 def _entry(tensor: TensorPlan, file: str, results: list[BandResult]) -> dict[str, Any]:
     entry: dict[str, Any] = {"action": tensor.action.value, "role": tensor.role, "reason": tensor.reason, "file": file}
     if tensor.packing is None:
-        entry |= {"dtype": tensor.spec.dtype, "shape": list(tensor.spec.shape)}
+        entry |= {"dtype": tensor.data.dtype, "shape": list(tensor.data.shape)}
     else:
         entry |= _packed_entry(tensor, tensor.packing, results)
+    if tensor.quantized:
+        entry["from"] = _origin(tensor.quantized)
     if tensor.activations:
         entry["activation_scales"] = [_activation_entry(activation) for activation in tensor.activations]
+    if tensor.markers:
+        entry["markers"] = [_stored(marker.stored, marker.data) for marker in tensor.markers]
     return entry | {"digest": digest_of_bands(result.digest for result in results)}
 
 
 def _activation_entry(activation: ActivationScale) -> dict[str, Any]:
-    stored = activation.stored
     return {
         "kind": activation.kind,
         "point": activation.point,
         "source": activation.source,
-        "tensor": stored.name,
-        "dtype": stored.dtype,
-        "shape": list(stored.shape),
+        **_stored(activation.stored, activation.data),
         "value": activation.scale,
         "amax": activation.amax,
         "amax_history_seed": list(activation.history),
-        "digest": f"blake3:{blake3(activation.data).hexdigest()}",
     }
+
+
+def _stored(stored: Stored, data: bytes) -> dict[str, Any]:
+    digest = f"blake3:{blake3(data).hexdigest()}"
+    return {"tensor": stored.name, "dtype": stored.dtype, "shape": list(stored.shape), "digest": digest}
+
+
+def _origin(quantized: Quantized) -> dict[str, Any]:
+    scale = quantized.scale.name if quantized.scale else None
+    return {"format": quantized.format.name, "granularity": quantized.granularity.name, "scale": scale}
 
 
 def _packed_entry(tensor: TensorPlan, packing: Packing, results: list[BandResult]) -> dict[str, Any]:
     scale = packing.scale
+    spec = tensor.spec
     return {
         "format": packing.format.name,
         "granularity": packing.granularity.name,
-        "block": list(packing.granularity.region(tensor.spec.shape)),
+        "block": list(packing.granularity.region(spec.shape)),
         "layout": "row-major [N, K]",
-        "shape": list(tensor.spec.shape),
-        "source_dtype": tensor.spec.dtype,
+        **({"tensor": tensor.data.name} if tensor.data.name != spec.name else {}),
+        "shape": list(spec.shape),
+        "source_dtype": "BF16" if tensor.quantized else spec.dtype,
         "scale_inv": {
             "tensor": scale.name,
             "dtype": scale.dtype,
             "shape": list(scale.shape),
+            **({"layout": "tiles of 128 x 4"} if packing.tiled else {}),
             "dequantize": "value = fp8 * 2^(scale_inv - 127)" if scale.dtype == "U8" else "value = fp8 * scale_inv",
             "digest": digest_of_bands(result.scale_digest for result in results if result.scale_digest),
         },
+        **({"carried": True} if packing.carried else {}),
         "amax": max(result.amax for result in results),
         "band_rows": tensor.band_rows,
-        **({"band_cols": tensor.band_cols} if tensor.band_cols < tensor.spec.shape[1] else {}),
+        **({"band_cols": tensor.band_cols} if tensor.band_cols < spec.shape[1] else {}),
     }
 
 
-def _index(plan: PackPlan) -> bytes:
+def _index(plan: Plan) -> bytes:
     weight_map = {stored.name: shard.file for shard in plan.shards for stored in shard.tensors}
     total = sum(stored.nbytes for shard in plan.shards for stored in shard.tensors)
     document = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}

@@ -1,21 +1,32 @@
-"""Everything that is decided before a byte is written."""
+"""Everything that is decided before a byte is written: for pack, unpack and convert."""
 
+import json
 import os
 import shlex
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from fp8pack.checkpoint.calibration_file import read_calibration
-from fp8pack.checkpoint.quant_methods import WrittenMethod, find_method
+from fp8pack.checkpoint.config import set_quantization_config
+from fp8pack.checkpoint.quant_methods import find_method
+from fp8pack.checkpoint.quantized import read_contents
 from fp8pack.checkpoint.side_files import SideFile, list_side_files
-from fp8pack.checkpoint.source import Source, beside, open_source
+from fp8pack.checkpoint.source import Source, beside, open_checkpoint, open_source, read_json
 from fp8pack.checkpoint.staging import check_output, check_output_file
 from fp8pack.errors import InputError, RecipeError
 from fp8pack.planning.calibration import Calibration
-from fp8pack.planning.plan import PackPlan, choose_recipe, decide, make_plan
-from fp8pack.planning.recipe import Request, parse_scheme
+from fp8pack.planning.contents import Contents
+from fp8pack.planning.decide import decide
+from fp8pack.planning.experts import split_experts
+from fp8pack.planning.make_plan import choose_recipe, make_plan, make_unpack_plan
+from fp8pack.planning.plan import Plan
+from fp8pack.planning.recipe import Recipe, Request, parse_scheme, resolve_conversion
 
 DEFAULT_MEMORY = 256 << 20
+UNPACKED_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+_MISTRAL_CONFIG = "params.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,19 +46,26 @@ class WriteOptions:
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A source, the plan for it, and where the output goes."""
+    """A source, the plan for it, and where the output goes; `documents` are the small files that are written anew."""
 
     source: Source
     side_files: tuple[SideFile, ...]
-    request: Request
-    plan: PackPlan
-    method: WrittenMethod
+    plan: Plan
+    documents: Mapping[str, bytes]
     output: Path
     options: WriteOptions
 
 
-def prepare(model: Path, request: Request, options: WriteOptions) -> Prepared:
-    """Look at a checkpoint and decide everything; nothing is written.
+@dataclass(frozen=True, slots=True)
+class _Announcement:
+    """What config.json says of the quantization, None if nothing, and the JSON files beside it."""
+
+    config: dict[str, Any] | None = None
+    files: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def prepare_pack(model: Path, request: Request, options: WriteOptions) -> Prepared:
+    """Look at a checkpoint and decide how to pack it; nothing is written.
 
     Raises:
         InputError: the checkpoint is refused.
@@ -55,15 +73,79 @@ def prepare(model: Path, request: Request, options: WriteOptions) -> Prepared:
         OutputError, SpaceError: the output cannot stand where it is asked for.
     """
     source = open_source(model)
+    specs, _ = split_experts(source.specs, source.facts, {})
+    contents = Contents("", specs, source.facts)
+    decisions = decide(contents, request)
+    recipe = choose_recipe(decisions, source.facts, request, _calibration(source, request))
+    return _prepare(source, contents, request, recipe=recipe, file_suffix="fp8", options=options)
+
+
+def prepare_convert(checkpoint: Path, request: Request, options: WriteOptions) -> Prepared:
+    """Look at an FP8 checkpoint and decide how to turn it into another; raises as `prepare_pack` does."""
+    source, contents = _open_quantized(checkpoint)
+    storage = contents.storage
+    if storage is None:
+        raise InputError(f"{source.path} holds no FP8 weight: `fp8pack pack` makes some")
+    specs, quantized = split_experts(contents.tensors, contents.facts, contents.quantized)
+    contents = replace(contents, tensors=specs, quantized=quantized)
+    calibration = _calibration(source, request, carries_static=contents.activations == "static")
+    recipe = resolve_conversion(request, storage, calibration)
+    return _prepare(source, contents, request, recipe=recipe, file_suffix=recipe.suffix, options=options)
+
+
+def prepare_unpack(checkpoint: Path, dtype: str, options: WriteOptions) -> Prepared:
+    """Look at an FP8 checkpoint and decide how to turn it into floats.
+
+    dtype: bfloat16, float16 or float32.
+
+    Raises:
+        InputError: the checkpoint is refused, or holds nothing that is FP8.
+        OutputError, SpaceError: the output cannot stand where it is asked for.
+    """
+    if dtype not in UNPACKED_DTYPES:
+        raise RecipeError(f"--dtype {dtype!r} is not known: choose {', '.join(UNPACKED_DTYPES)}")
+    source, contents = _open_quantized(checkpoint)
+    if not contents.quantized:
+        raise InputError(f"{source.path} holds no FP8 weight: there is nothing to unpack")
+    plan = make_unpack_plan(contents, UNPACKED_DTYPES[dtype], max_shard_nbytes=options.max_shard_nbytes)
+    names = UNPACKED_DTYPES[dtype], UNPACKED_DTYPES[dtype].lower()
+    return _place(source, plan, _Announcement(), names, options)
+
+
+def _prepare(
+    source: Source, contents: Contents, request: Request, *, recipe: Recipe, file_suffix: str, options: WriteOptions
+) -> Prepared:
+    method = find_method(recipe, request.rules)
+    plan = make_plan(
+        decide(contents, request),
+        contents,
+        request,
+        recipe=recipe,
+        method=method,
+        max_shard_nbytes=options.max_shard_nbytes,
+    )
+    announcement = _Announcement(method.config(plan), method.files(plan))
+    return _place(source, plan, announcement, (recipe.suffix, file_suffix), options)
+
+
+def _open_quantized(checkpoint: Path) -> tuple[Source, Contents]:
+    source = open_checkpoint(checkpoint)
+    contents = read_contents(source)
+    if contents.unread:
+        raise InputError(
+            f"{source.path} holds {len(contents.unread)} weights that are neither FP8 nor floats, such as "
+            f"{contents.unread[0]!r}: fp8pack reads FP8 only"
+        )
+    return source, contents
+
+
+def _place(
+    source: Source, plan: Plan, announcement: _Announcement, suffixes: tuple[str, str], options: WriteOptions
+) -> Prepared:
+    """Find where the output goes, and check that it can stand there; it is a directory or a file with a suffix."""
     weights = [file.name for file in source.files] + ([source.index_name] if source.index_name else [])
     side_files = () if source.is_single_file else list_side_files(source.directory, weights, options.copy)
-    decisions = decide(source.specs, source.facts, request)
-    recipe = choose_recipe(decisions, source.facts, request, _calibration(source, request))
-    method = find_method(recipe.quant_method)
-    plan = make_plan(
-        decisions, source.facts, request, recipe=recipe, method=method, max_shard_nbytes=options.max_shard_nbytes
-    )
-    output = Path(os.path.abspath(options.output or _default_output(source, plan)))
+    output = Path(os.path.abspath(options.output or _default_output(source, *suffixes)))
     if source.is_single_file and output.suffix != ".safetensors":
         raise RecipeError(
             f"{source.path.name} is a single file, so -o must name a .safetensors file, not {output.name}"
@@ -72,14 +154,31 @@ def prepare(model: Path, request: Request, options: WriteOptions) -> Prepared:
     check(output, source.path, overwrite=options.overwrite)
     if source.is_single_file:
         plan = replace(plan, shards=(replace(plan.shards[0], file=output.name),))
-    return Prepared(source, side_files, request, plan, method, output, options)
+    documents = _documents(source, announcement)
+    side_files = tuple(side for side in side_files if side.name not in documents)
+    return Prepared(source, side_files, plan, documents, output, options)
 
 
-def _calibration(source: Source, request: Request) -> Calibration | None:
+def _documents(source: Source, announcement: _Announcement) -> dict[str, bytes]:
+    """config.json and what stands beside it, and Mistral's own configuration without what it said of the source."""
+    documents: dict[str, bytes] = {}
+    if source.config is not None:
+        text = (source.directory / "config.json").read_bytes()
+        documents["config.json"] = set_quantization_config(text, announcement.config)
+        for name, document in announcement.files.items():
+            documents[name] = (json.dumps(document, indent=4, ensure_ascii=False) + "\n").encode()
+    if not source.is_single_file and (source.directory / _MISTRAL_CONFIG).exists():
+        params = read_json(source.directory / _MISTRAL_CONFIG)
+        if params.pop("quantization", None):
+            documents[_MISTRAL_CONFIG] = (json.dumps(params, indent=4, ensure_ascii=False) + "\n").encode()
+    return documents
+
+
+def _calibration(source: Source, request: Request, *, carries_static: bool = False) -> Calibration | None:
     scheme = parse_scheme(request.scheme)
     activations = request.activations or (scheme.activations if scheme else None)
     if request.calibration is None:
-        if request.kv_cache or activations == "static":
+        if request.kv_cache or (activations == "static" and not carries_static):
             file = beside(source, f"{source.name}-calibration.safetensors")
             raise RecipeError(
                 f"scales of activations need a calibration: run `fp8pack calibrate {shlex.quote(str(source.path))}`, "
@@ -94,7 +193,7 @@ def _calibration(source: Source, request: Request) -> Calibration | None:
     return calibration
 
 
-def _default_output(source: Source, plan: PackPlan) -> Path:
+def _default_output(source: Source, suffix: str, file_suffix: str) -> Path:
     if source.is_single_file:
-        return source.path.parent / f"{source.path.stem}-fp8.safetensors"
-    return beside(source, f"{source.name}-{plan.recipe.suffix}")
+        return source.path.parent / f"{source.path.stem}-{file_suffix}.safetensors"
+    return beside(source, f"{source.name}-{suffix}")

@@ -6,8 +6,8 @@ each, members of a fused module lie next to each other in the order of the engin
 fused weight is one view.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 from fp8pack.planning.policy import storage_key
 from fp8pack.planning.spec import DTYPE_BITS, TensorSpec, nbytes_of
@@ -30,12 +30,21 @@ class Stored:
 
 
 @dataclass(frozen=True, slots=True)
+class Constant:
+    """A small output tensor whose bytes the plan itself knows."""
+
+    stored: Stored
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class ShardPlan:
-    """One output file: its tensors in order, and where each begins in the data section."""
+    """One output file: its tensors in order, where each begins in the data section, and the header's free text."""
 
     file: str
     tensors: tuple[Stored, ...]
     begins: tuple[int, ...]
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
@@ -45,17 +54,17 @@ class ShardPlan:
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """What a source tensor becomes: a payload or copy, its scale if it is packed, and scales of activations."""
+    """What a source tensor becomes: a payload or copy, its scale if it is packed, and small tensors that go with it."""
 
     source: TensorSpec
     data: Stored
     scale: Stored | None = None
-    activations: tuple[Stored, ...] = ()
+    small: tuple[Stored, ...] = ()
 
     @property
     def stored(self) -> tuple[Stored, ...]:
         """The output tensors."""
-        return (self.data, *([self.scale] if self.scale else []), *self.activations)
+        return (self.data, *([self.scale] if self.scale else []), *self.small)
 
 
 def arrange(outputs: Iterable[Output], max_shard_nbytes: int | None = None) -> tuple[ShardPlan, ...]:
@@ -104,8 +113,8 @@ def _arrange_shard(file: str, outputs: list[Output]) -> ShardPlan:
 
 def _sort_key(output: Output, stored: Stored) -> tuple[object, ...]:
     source = output.source
-    if stored.nbytes % ALIGNMENT == 0 and stored.name == source.name:
+    if stored.nbytes % ALIGNMENT == 0 and stored is output.data:
         phase = 0 if stored.dtype.startswith("F8") else 1
     else:
         phase = {64: 2, 32: 2, 16: 3}.get(DTYPE_BITS[stored.dtype], 4)
-    return phase, stored in output.activations, storage_key(source.name), stored.name
+    return phase, stored in output.small, storage_key(source.name), stored.name

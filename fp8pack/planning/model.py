@@ -11,6 +11,7 @@ class ModelFacts:
     architecture: str = ""
     model_type: str = ""
     num_layers: int = 0
+    hidden_size: int = 0
     head_dim: int = 0
     num_heads: int = 0
     num_kv_heads: int = 0
@@ -30,6 +31,7 @@ def read_facts(config: dict[str, Any]) -> ModelFacts:
         architecture=str(architectures[0]) if isinstance(architectures, list) and architectures else "",
         model_type=str(config.get("model_type", "")),
         num_layers=_count(text, "num_hidden_layers", "n_layer", "num_layers"),
+        hidden_size=hidden,
         head_dim=_count(text, "head_dim") or (hidden // heads if heads else 0),
         num_heads=heads,
         num_kv_heads=_count(text, "num_key_value_heads") or heads,

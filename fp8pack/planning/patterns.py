@@ -43,10 +43,13 @@ class Matcher:
         self._flag = flag
         self._unused = {pattern.text for pattern in patterns if not pattern.optional}
 
-    def find(self, name: str) -> Pattern | None:
-        """Return the first pattern that means the tensor or its module; every pattern that does counts as used."""
-        names = (name, name.removesuffix(".weight"))
-        hits = [pattern for pattern, regex in self._patterns if any(regex.match(candidate) for candidate in names)]
+    def find(self, *names: str) -> Pattern | None:
+        """Return the first pattern that means a tensor or its module; every pattern that does counts as used.
+
+        names: the tensor's own, and that of the fused tensor which it is a part of.
+        """
+        candidates = {candidate for name in names for candidate in (name, name.removesuffix(".weight"))}
+        hits = [pattern for pattern, regex in self._patterns if any(map(regex.match, candidates))]
         self._unused.difference_update(hit.text for hit in hits)
         return hits[0] if hits else None
 

@@ -1,6 +1,6 @@
 """The recipe: what to do with a checkpoint, as data."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -80,6 +80,17 @@ SCHEMES = (FP8_BLOCK, FP8_DYNAMIC, FP8, MXFP8, W8A16)
 
 
 MAX_MARGIN = 8
+WRITABLE = (
+    "fp8",
+    "compressed-tensors",
+    "modelopt",
+    "mxfp8",
+    "torchao",
+    "quark",
+    "comfyui",
+    "comfyui-scaled",
+    "fp8pack",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,17 +108,17 @@ class Recipe:
     kv_cache: bool = False
     calibration: Calibration | None = None  # if scales of activations are stored
     activation_options: ActivationOptions = field(default_factory=ActivationOptions)
+    spelling: str = ""  # see Storage
 
     @property
     def storage(self) -> Storage:
         """What an engine sees of it."""
-        powers_of_two = self.scale_rounding != ScaleRounding.NONE
-        return Storage(self.quant_method, self.format, self.granularity, self.activations, powers_of_two, self.kv_cache)
+        parts = (self.quant_method, self.format, self.granularity, self.activations)
+        return Storage(*parts, self.scale_rounding != ScaleRounding.NONE, self.kv_cache, self.spelling)
 
-    def as_data(self, request: Request) -> dict[str, Any]:
-        """Return the recipe as it stands in the manifest, with what the request selected."""
+    def as_data(self) -> dict[str, Any]:
+        """Return the recipe as it stands in the manifest."""
         return {
-            **_selection(request),
             "scheme": self.scheme,
             "reason": self.reason,
             "format": self.format.name,
@@ -115,6 +126,7 @@ class Recipe:
             "scale_rounding": self.scale_rounding.value,
             "activations": self.activations,
             "quant_method": self.quant_method,
+            **({"spelling": self.spelling} if self.spelling else {}),
             **self._calibrated(),
         }
 
@@ -131,7 +143,8 @@ class Recipe:
         }
 
 
-def _selection(request: Request) -> dict[str, Any]:
+def selection_of(request: Request) -> dict[str, Any]:
+    """Return which tensors a request selects, as it stands in the manifest."""
     named = {"ignore": request.ignore, "only": request.only, "pack": request.pack}
     selection: dict[str, Any] = {
         flag: [pattern.text for pattern in patterns] for flag, patterns in named.items() if patterns
@@ -162,28 +175,41 @@ def parse_scheme(text: str) -> Scheme | None:
 
 
 def resolve(request: Request, scheme: Scheme, reason: str, calibration: Calibration | None = None) -> Recipe:
-    """Return the scheme with the parts that the request overrides; a changed part makes it a scheme of its own."""
-    granularity = request.granularity or scheme.granularity
-    format = request.format or scheme.format
-    rounding = request.scale_rounding or (ScaleRounding.UP if granularity == MX else scheme.scale_rounding)
+    """Return the scheme with the parts that the request overrides; a changed part makes it a scheme of its own.
+
+    Raises:
+        RecipeError: scales of activations are asked for without a calibration, or the other way round.
+    """
+    check_calibration(request, request.activations or scheme.activations, calibration)
+    return _override(scheme, request, reason, calibration)
+
+
+def resolve_conversion(request: Request, storage: Storage, calibration: Calibration | None = None) -> Recipe:
+    """Return the recipe of a conversion: what is not asked for stays as the source has it.
+
+    Raises:
+        RecipeError: nothing is asked for, or scales of activations without a calibration.
+    """
+    scheme = parse_scheme(request.scheme)
+    parts = (request.format, request.granularity, request.scale_rounding, request.activations, request.quant_method)
+    if scheme is None and not any(parts) and not request.kv_cache and not request.targets:
+        raise RecipeError("nothing to convert to: name a --scheme, a --quant-method or a --granularity, or --kv-cache")
+    if scheme is None:
+        same_regions = request.granularity in (None, storage.granularity)
+        rounding = ScaleRounding.UP if storage.powers_of_two and same_regions else ScaleRounding.NONE
+        kept = (storage.format, storage.granularity, rounding, storage.activations)
+        method = storage.quant_method if storage.quant_method in WRITABLE else _method_of(*kept)
+        scheme = Scheme("", *kept, method, _suffix(*kept[:2], storage.activations))
     activations = request.activations or scheme.activations
-    method = request.quant_method or _method_of(format, granularity, rounding, activations)
-    parts = (format, granularity, rounding, activations, method)
-    asked = (request.format, request.granularity, request.scale_rounding, request.activations, request.quant_method)
-    reason = "asked for" if any(asked) else reason
-    kv = "-KV" if request.kv_cache else ""
-    _check_calibration(request, activations, calibration)
-    options = ActivationOptions(request.percentile, request.margin, request.warmup)
-    calibrated = (request.kv_cache, calibration, options)
-    for known in SCHEMES:
-        if parts == (known.format, known.granularity, known.scale_rounding, known.activations, known.quant_method):
-            return Recipe(known.name, reason, *parts, known.suffix + kv, *calibrated)
-    detail = granularity.name.replace(":", "-") + ("-static" if activations == "static" else "")
-    suffix = f"FP8-{detail}" if format == E4M3 else f"FP8-{format.name}-{detail}"
-    return Recipe("custom", reason, *parts, suffix + kv, *calibrated)
+    has_scales = activations == "static" and storage.activations == "static"
+    if request.kv_cache or calibration is not None or not has_scales:
+        check_calibration(request, activations, calibration)
+    recipe = _override(scheme, request, "as in the source", calibration)
+    return replace(recipe, kv_cache=recipe.kv_cache or storage.kv_cache)
 
 
-def _check_calibration(request: Request, activations: str, calibration: Calibration | None) -> None:
+def check_calibration(request: Request, activations: str, calibration: Calibration | None) -> None:
+    """Raise RecipeError if a request asks for scales of activations and has no calibration, or the other way round."""
     what = "static activations" if activations == "static" else "KV-cache scales" if request.kv_cache else ""
     if what and calibration is None:
         raise RecipeError(f"{what} need a calibration: run `fp8pack calibrate`, then --calibration FILE")
@@ -202,6 +228,47 @@ def _check_calibration(request: Request, activations: str, calibration: Calibrat
         )
 
 
+def _override(scheme: Scheme, request: Request, reason: str, calibration: Calibration | None) -> Recipe:
+    activations = request.activations or scheme.activations
+    granularity = request.granularity or scheme.granularity
+    format = request.format or scheme.format
+    rounding = request.scale_rounding or (ScaleRounding.UP if granularity == MX else scheme.scale_rounding)
+    unchanged = (scheme.format, scheme.granularity, scheme.scale_rounding, scheme.activations)
+    method = request.quant_method or (
+        scheme.quant_method
+        if unchanged == (format, granularity, rounding, activations)
+        else _method_of(format, granularity, rounding, activations)
+    )
+    method = method.lower().replace("_", "-")
+    parts = (format, granularity, rounding, activations, method)
+    asked = (request.format, request.granularity, request.scale_rounding, request.activations, request.quant_method)
+    kv = "-KV" if request.kv_cache else ""
+    known = next((known for known in SCHEMES if parts == _parts(known)), None)
+    return Recipe(
+        known.name if known else "custom",
+        "asked for" if any(asked) else reason,
+        *parts,
+        (known.suffix if known else _suffix(format, granularity, activations)) + kv,
+        request.kv_cache,
+        calibration,
+        ActivationOptions(request.percentile, request.margin, request.warmup),
+        "transformers" if _is_for_transformers(request, method, granularity) else "",
+    )
+
+
+def _parts(scheme: Scheme) -> tuple[Float8Format, Granularity, ScaleRounding, str, str]:
+    return scheme.format, scheme.granularity, scheme.scale_rounding, scheme.activations, scheme.quant_method
+
+
+def _suffix(format: Float8Format, granularity: Granularity, activations: str) -> str:
+    detail = granularity.name.replace(":", "-") + ("-static" if activations == "static" else "")
+    return f"FP8-{detail}" if format == E4M3 else f"FP8-{format.name}-{detail}"
+
+
+def _is_for_transformers(request: Request, method: str, granularity: Granularity) -> bool:
+    return method == "fp8" and granularity == TENSOR and "transformers" in request.targets
+
+
 def _method_of(format: Float8Format, granularity: Granularity, rounding: ScaleRounding, activations: str) -> str:
     if format != E4M3:
         return "fp8pack"
@@ -209,6 +276,6 @@ def _method_of(format: Float8Format, granularity: Granularity, rounding: ScaleRo
         return "fp8"
     if activations == "static":
         return "modelopt" if granularity == TENSOR else "fp8pack"
-    if granularity == CHANNEL or (granularity == MX and rounding == ScaleRounding.UP):
+    if granularity in (CHANNEL, TENSOR, BLOCK_128) or (granularity == MX and rounding == ScaleRounding.UP):
         return "compressed-tensors"
     return "fp8pack"

@@ -32,7 +32,11 @@ FLOAT_DTYPES = ("BF16", "F16", "F32")
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """A tensor of a checkpoint: `begin` and `end` are byte offsets in its file, `dtype` is safetensors' spelling."""
+    """A tensor of a checkpoint: `begin` and `end` are byte offsets in its file, `dtype` is safetensors' spelling.
+
+    A part of a fused tensor is a spec of its own: `part_of` is the fused tensor, `end` lies after its last element, and
+    `strides` are those of its rows and columns, in elements, where its bytes are not one range.
+    """
 
     name: str
     dtype: str
@@ -40,11 +44,18 @@ class TensorSpec:
     file: str
     begin: int
     end: int
+    part_of: "TensorSpec | None" = None
+    strides: tuple[int, int] | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes of data."""
-        return self.end - self.begin
+        return nbytes_of(self.dtype, self.shape) if self.strides else self.end - self.begin
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """Rows and columns, with all dimensions but the last as rows."""
+        return prod(self.shape[:-1]), self.shape[-1] if self.shape else 1
 
 
 def nbytes_of(dtype: str, shape: tuple[int, ...]) -> int:

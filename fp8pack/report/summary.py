@@ -1,9 +1,9 @@
-"""What `pack` says on stderr, drawn from its facts."""
+"""What `pack`, `convert` and `unpack` say on stderr, drawn from their facts."""
 
 from collections import Counter
 from typing import Any
 
-from fp8pack.planning.engines import NAMES
+from fp8pack.report.engines import engine_lines
 from fp8pack.units import format_seconds, format_size
 
 _PLURALS = {"norm": "norms", "bias": "biases", "embedding": "embeddings", "router": "routers", "logits": "logits"}
@@ -13,9 +13,6 @@ _MAX_LINES = 4
 def plan_lines(facts: dict[str, Any]) -> list[str]:
     """Return the lines that stand before the work: the model, the scheme and why, what is packed, kept and left out."""
     recipe = facts["recipe"]
-    parts = f"{recipe['format']} {recipe['granularity']} {recipe['quant_method']}"
-    parts += ", static activations" if recipe["activations"] == "static" else ""
-    parts += ", KV cache" if recipe.get("kv_cache") else ""
     head = [
         facts["model"],
         facts["architecture"],
@@ -23,19 +20,41 @@ def plan_lines(facts: dict[str, Any]) -> list[str]:
         f"{facts['num_tensors']} tensors",
         format_size(facts["source_nbytes"]),
     ]
-    lines = [
-        "  ".join(part for part in head if part),
-        f"scheme   {recipe['scheme']} ({recipe['reason']}): {parts}",
-        f"packed   {facts['num_packed']} linears    kept {len(facts['kept'])}{_kept(facts['kept'])}",
-        *_shape_lines(facts["kept"]),
-    ]
+    lines = ["  ".join(part for part in head if part)]
+    lines += _unpack_lines(facts) if "unpack" in recipe else _pack_lines(facts)
     lines += [f"left out {line}" for line in _left_out(facts["left_out"])]
     lines += [f"warning  {warning}" for warning in facts["warnings"]]
     lines += [
-        f"  {tensor['action']:6} {tensor['name']}  {tensor['role']}  {tensor['reason']}"
+        f"  {tensor['action']:8} {tensor['name']}  {tensor['role']}  {tensor['reason']}"
         for tensor in facts.get("tensors", ())
     ]
     return lines
+
+
+def _unpack_lines(facts: dict[str, Any]) -> list[str]:
+    sizes = [format_size(facts[key]) for key in ("source_nbytes", "output_nbytes", "free_nbytes")]
+    return [
+        f"unpack   {facts['num_unpacked']} tensors to {facts['recipe']['unpack']}: "
+        f"{sizes[0]} become {sizes[1]}, {sizes[2]} are free"
+    ]
+
+
+def _pack_lines(facts: dict[str, Any]) -> list[str]:
+    recipe = facts["recipe"]
+    parts = f"{recipe['format']} {recipe['granularity']} {recipe['quant_method']}"
+    parts += ", static activations" if recipe["activations"] == "static" else ""
+    parts += ", KV cache" if recipe.get("kv_cache") else ""
+    packed = f"packed   {facts['num_packed']} linears"
+    if carried := facts["num_carried"]:
+        packed += f", {'all' if carried == facts['num_packed'] else carried} with their FP8 bytes untouched"
+    if facts["num_unpacked"]:
+        packed += f"    unpacked {facts['num_unpacked']}"
+    kept = len(facts["kept"]) - facts["num_unpacked"]
+    return [
+        f"scheme   {recipe['scheme']} ({recipe['reason']}): {parts}",
+        f"{packed}    kept {kept}{_kept(facts['kept'])}",
+        *_shape_lines(facts["kept"]),
+    ]
 
 
 def result_lines(facts: dict[str, Any]) -> list[str]:
@@ -43,7 +62,7 @@ def result_lines(facts: dict[str, Any]) -> list[str]:
     ratio = facts["output_nbytes"] / facts["source_nbytes"] - 1
     size = f"{format_size(facts['output_nbytes'])} ({ratio:+.0%})".replace("-", "\N{MINUS SIGN}")
     if facts["dry_run"]:
-        return [f"result   {size}  would be written to {facts['output']}", *_engine_lines(facts["engines"])]
+        return [f"result   {size}  would be written to {facts['output']}", *engine_lines(facts["engines"])]
     if facts["already_complete"]:
         return [f"result   {facts['output']} is already complete"]
     lines = [f"note     {note}" for note in facts["notes"]]
@@ -59,8 +78,8 @@ def result_lines(facts: dict[str, Any]) -> list[str]:
     sqnr = facts["sqnr"]
     if sqnr["mean"] is not None:
         parts.append(f"SQNR mean {sqnr['mean']:.1f}, worst {sqnr['worst']:.1f} dB")
-    lines += [f"result   {'  '.join(parts)}", *_engine_lines(facts["engines"])]
-    if facts["recipe"]["quant_method"] != "fp8pack" and any(
+    lines += [f"result   {'  '.join(parts)}", *engine_lines(facts["engines"])]
+    if facts["recipe"].get("quant_method") != "fp8pack" and any(
         engine["engine"] == "vllm" and engine["tp"] for engine in facts["engines"]
     ):
         lines.append(f"next     vllm serve {facts['output']}")
@@ -93,23 +112,3 @@ def _left_out(left_out: list[dict[str, Any]]) -> list[str]:
         groups[top, entry["rule"]] = groups.get((top, entry["rule"]), 0) + entry["size"]
     lines = [f"{name} {format_size(size)} ({rule})" for (name, rule), size in groups.items()]
     return lines[:_MAX_LINES] + ([f"and {len(lines) - _MAX_LINES} more"] if len(lines) > _MAX_LINES else [])
-
-
-def _engine_lines(engines: list[dict[str, Any]]) -> list[str]:
-    groups: dict[tuple[int, ...], list[str]] = {}
-    for engine in engines:
-        if engine["tp"]:
-            name = NAMES[engine["engine"]] + (f" ({engine['note']})" if engine["note"] else "")
-            groups.setdefault(() if engine["engine"] == "transformers" else tuple(engine["tp"]), []).append(name)
-    loads = [
-        ", ".join(names) + (f" at TP {' '.join(map(str, sizes))}" if sizes else "") for sizes, names in groups.items()
-    ]
-    lines = [f"loads in {'; '.join(loads)}" if loads else "loads in load_packed() only"]
-    refusals: dict[tuple[str, str], list[str]] = {}
-    for engine in engines:
-        if not engine["tp"]:
-            refusals.setdefault((engine["reason"], engine["remedy"]), []).append(NAMES[engine["engine"]])
-    return lines + [
-        f"         not {', '.join(names)}: {reason}" + (f" ({remedy})" if remedy else "")
-        for (reason, remedy), names in refusals.items()
-    ]

@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fp8pack.report.engines import engine_lines
 from fp8pack.report.text import printable
 from fp8pack.units import format_size
 
@@ -14,11 +15,7 @@ _WIDTH = 160  # of a table that goes to a file or a pipe
 
 def print_inspection(facts: dict[str, Any]) -> None:
     """Print the facts of a checkpoint to stdout."""
-    console = Console(highlight=False, soft_wrap=False)
-    if not console.is_terminal:
-        console = Console(
-            highlight=False, width=max(_WIDTH, max(len(tensor["name"]) for tensor in facts["tensors"]) + 100)
-        )
+    console = make_console([tensor["name"] for tensor in facts["tensors"]])
     static = any("activation_scales" in tensor for tensor in facts["tensors"])
     measured = any(tensor.get("sqnr") is not None for tensor in facts["tensors"])
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -35,9 +32,21 @@ def print_inspection(facts: dict[str, Any]) -> None:
     for tensor in facts["tensors"]:
         table.add_row(*(Text(printable(cell)) for cell in _cells(tensor, static, measured)))
     console.print(table)
-    console.print()
-    for line in _totals(facts):
-        console.print(Text(printable(line)))
+    for line in ("", *_totals(facts), *engine_lines(facts["engines"])):
+        print_line(console, line)
+
+
+def make_console(names: list[str]) -> Console:
+    """Return a console for stdout, wide enough for these names and what stands beside them, unless it is a terminal."""
+    console = Console(highlight=False, soft_wrap=False)
+    if console.is_terminal:
+        return console
+    return Console(highlight=False, width=max(_WIDTH, max(map(len, names), default=0) + 100))
+
+
+def print_line(console: Console, line: str) -> None:
+    """Print a line of text as it is, with control characters from files escaped."""
+    console.print(Text(printable(line)), soft_wrap=True)
 
 
 def _cells(tensor: dict[str, Any], static: bool, measured: bool) -> list[str]:
@@ -66,8 +75,12 @@ def _totals(facts: dict[str, Any]) -> list[str]:
         payload = format_size(totals["packed_nbytes"])
         lines.append(f"{totals['num_packed']} packed, {payload}: {recipe['scheme']}, {recipe['quant_method']}")
         lines.append(f"root {facts['root']}")
+    elif totals["num_packed"]:
+        payload = format_size(totals["packed_nbytes"])
+        method = facts["quant_method"] or "announced by nothing"
+        lines.append(f"{totals['num_packed']} FP8 weights, {payload}: {method}; not by fp8pack: there is no manifest")
     else:
-        lines.append("not packed by fp8pack: there is no manifest")
+        lines.append("not packed: no tensor is FP8")
     if totals["sqnr_min"] is not None:
         lines.append(
             f"SQNR mean {totals['sqnr_mean']:.2f}, worst {totals['sqnr_min']:.2f} dB in {totals['sqnr_worst_tensor']}"

@@ -1,11 +1,10 @@
-"""`load_packed`: a packed checkpoint as a mapping from names to tensors on a device, first form.
+"""`load_packed`: an FP8 checkpoint of any convention as a mapping from names to tensors on a device, first form.
 
 On a CPU the tensors are views of the mapped files: nothing is copied, and a page is read when it is first used. On
 another device each shard is one buffer, and the tensors are views of it. What is fused by engines lies side by side
 in the file, so a fused weight is a view, too.
 """
 
-import json
 import math
 import mmap
 import os
@@ -18,10 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fp8pack.checkpoint.header import Header, read_header
-from fp8pack.checkpoint.manifest_schema import Manifest, PackedEntry, find_manifest, read_manifest
-from fp8pack.checkpoint.source import check_file_name, open_regular
+from fp8pack.checkpoint.manifest_schema import Manifest, PackedEntry, check_headers, find_manifest, read_manifest
+from fp8pack.checkpoint.quantized import read_contents
+from fp8pack.checkpoint.source import open_checkpoint, open_regular
 from fp8pack.errors import InputError
+from fp8pack.numerics.swizzle import TILE
+from fp8pack.planning.contents import Contents
 from fp8pack.planning.policy import is_part_of, storage_key
 from fp8pack.planning.spec import TensorSpec
 from fp8pack.runtime.packed_tensor import PackedTensor
@@ -48,74 +49,61 @@ _DTYPES = {
 
 
 def load_packed(path: str | Path, device: str | torch.device = "cpu") -> "PackedCheckpoint":
-    """Load a checkpoint that fp8pack packed: a directory, or a single `.safetensors` file with its manifest.
+    """Load an FP8 checkpoint of any convention: a directory, a single `.safetensors` file, or a cached repository.
 
     Raises:
-        InputError: there is no manifest, or a file is malformed or not what the manifest says.
+        InputError: a file is malformed or not what the manifest says, or an FP8 weight has no scale that fits it.
     """
-    root = Path(path)
-    manifest_path = find_manifest(root)
-    if manifest_path is None:
-        raise InputError(f"{root} has no fp8pack.json: pack it with `fp8pack pack`")
-    manifest = read_manifest(manifest_path)
-    folder = root if root.is_dir() else root.parent
-    files = sorted({entry.file for entry in manifest.tensors.values()})
-    buffers: dict[str, Tensor] = {}
-    specs: dict[str, TensorSpec] = {}
-    for file in files:
-        located = root if root.is_file() else folder / check_file_name(file, manifest_path.name)
-        header, buffers[file] = _map(located, file, torch.device(device))
-        specs |= {spec.name: spec for spec in header.tensors}
-    config_path = folder / "config.json"
-    config = json.loads(config_path.read_bytes()) if root.is_dir() and config_path.exists() else {}
-    return PackedCheckpoint(manifest, config, specs, buffers)
+    source = open_checkpoint(Path(path))
+    contents = read_contents(source)
+    manifest_path = find_manifest(source.path)
+    manifest = read_manifest(manifest_path) if manifest_path else None
+    if manifest is not None:
+        check_headers(source.specs, manifest)
+    files = {file.name: _map(source.directory / file.name, torch.device(device)) for file in source.files}
+    return PackedCheckpoint(contents, files, manifest, source.config or {})
 
 
 class PackedCheckpoint(Mapping[str, PackedTensor | Tensor]):
-    """A packed checkpoint on a device: packed weights are PackedTensors, everything else plain tensors.
+    """A packed checkpoint on a device: FP8 weights are PackedTensors, everything else plain tensors.
 
-    Scale tensors belong to their weight and have no entry of their own. `manifest` and `config` are what the files
-    `fp8pack.json` and `config.json` say; `quant_method` is the convention of the checkpoint; `kv_scales` are the
+    Scale tensors belong to their weight and have no entry of their own. `manifest` is what `fp8pack.json` says, None of
+    a checkpoint that another tool made; `config` is config.json; `quant_method` the convention; `kv_scales` are the
     multipliers of K and V by point (`….self_attn.k`), empty unless it holds some.
     """
 
     def __init__(
-        self, manifest: Manifest, config: dict[str, Any], specs: dict[str, TensorSpec], buffers: dict[str, Tensor]
+        self, contents: Contents, buffers: dict[str, Tensor], manifest: Manifest | None, config: dict[str, Any]
     ) -> None:
-        self.manifest = manifest
-        self.config = config
-        self.quant_method = str(manifest.recipe.get("quant_method", "fp8pack"))
-        self._specs, self._buffers = specs, buffers
-        self.kv_scales = {
-            activation.point: self._view(activation.tensor)
-            for entry in manifest.tensors.values()
-            for activation in entry.activation_scales
-            if activation.kind != "input"
-        }
+        self.manifest, self.config = manifest, config
+        self.quant_method = contents.method
+        self._contents, self._buffers = contents, buffers
+        self._specs = {spec.name: spec for spec in contents.tensors}
+        self.kv_scales = {point: self._view(spec) for point, spec in contents.kv_scales.items()}
 
     def __getitem__(self, name: str) -> PackedTensor | Tensor:
-        entry = self.manifest.tensors[name]
-        if not isinstance(entry, PackedEntry):
-            return self._view(name)
-        scale = self._view(entry.scale_inv.tensor)
-        block, source_dtype = entry.block, _DTYPES[entry.source_dtype]
-        inputs = [self._view(a.tensor) for a in entry.activation_scales if a.kind == "input"]
+        spec, quantized = self._specs[name], self._contents.quantized.get(name)
+        data = self._view(spec)
+        if quantized is None:
+            return data
+        scale = self._view(quantized.scale) if quantized.scale else torch.ones((), device=data.device)
         return PackedTensor(
             name,
-            self._view(name),
+            data,
             scale,
-            entry.format,
-            entry.granularity,
-            block,
-            source_dtype,
-            inputs[0] if inputs else None,
+            quantized.format.name,
+            quantized.granularity.name,
+            quantized.granularity.region(spec.matrix),
+            self._source_dtype(name),
+            self._view(quantized.input_scale) if quantized.input_scale else None,
+            quantized.tiled,
         )
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.manifest.tensors)
+        return iter(self._specs)
 
     def __len__(self) -> int:
-        return len(self.manifest.tensors)
+        return len(self._specs)
 
     def fused(self, module: str) -> PackedTensor:
         """Return the weight [sum of N, K] of a module that engines fuse; a view, unless its parts lie in two shards.
@@ -141,6 +129,8 @@ class PackedCheckpoint(Mapping[str, PackedTensor | Tensor]):
         else:
             if any(part.shape[0] % first.block[0] for part in parts[:-1]):
                 raise InputError(f"a part of {module} ends within a block, so its scales do not fit the whole")
+            if first.tiled and any(part.shape[0] % TILE[0] for part in parts[:-1]):
+                raise InputError(f"a part of {module} ends within a tile of its scales, so they do not fit the whole")
             scale, rows = _join([part.scale for part in parts]), first.block[0]
         inputs = [part.input_scale for part in parts if part.input_scale is not None]
         return replace(
@@ -152,11 +142,14 @@ class PackedCheckpoint(Mapping[str, PackedTensor | Tensor]):
             input_scale=torch.stack(inputs).amax(0) if len(inputs) == len(parts) else None,
         )
 
-    def _view(self, name: str) -> Tensor:
-        spec = self._specs[name]
+    def _source_dtype(self, name: str) -> torch.dtype:
+        entry = self.manifest.tensors.get(name) if self.manifest else None
+        return _DTYPES[entry.source_dtype] if isinstance(entry, PackedEntry) else torch.bfloat16
+
+    def _view(self, spec: TensorSpec) -> Tensor:
         dtype = _DTYPES.get(spec.dtype)
         if dtype is None:
-            raise InputError(f"{spec.file}: tensor {name!r} is {spec.dtype}, which torch has no type for")
+            raise InputError(f"{spec.file}: tensor {spec.name!r} is {spec.dtype}, which torch has no type for")
         data = self._buffers[spec.file][spec.begin : spec.end]
         aligned = data if spec.begin % dtype.itemsize == 0 else data.clone()
         return (
@@ -174,13 +167,12 @@ def _join(parts: list[Tensor]) -> Tensor:
     return parts[0].as_strided((rows, *parts[0].shape[1:]), parts[0].stride())
 
 
-def _map(path: Path, file: str, device: torch.device) -> tuple[Header, Tensor]:
-    """The header and the bytes of a shard: mapped privately on a CPU, copied once to any other device."""
+def _map(path: Path, device: torch.device) -> Tensor:
+    """The bytes of a shard: mapped privately on a CPU, copied once to any other device."""
     fd = open_regular(path)
     try:
-        header = read_header(fd, file)
         mapped = mmap.mmap(fd, 0, access=mmap.ACCESS_COPY)
     finally:
         os.close(fd)
     buffer = torch.frombuffer(mapped, dtype=torch.uint8)
-    return header, buffer if device.type == "cpu" else buffer.to(device)
+    return buffer if device.type == "cpu" else buffer.to(device)

@@ -6,15 +6,18 @@ import torch
 from torch import Tensor
 
 from fp8pack.numerics import torch_codec
+from fp8pack.numerics.swizzle import padded
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PackedTensor:
     """An FP8 weight [N, K] and the scales that dequantize it.
 
-    data: [N, K], float8_e4m3fn or float8_e5m2, row-major. scale: as stored, float32 with the granularity's grid, [] for
-    a whole tensor, or uint8 E8M0 exponents for mx; `multiplier` is the same number in float32.
-    block: the region (R, C) that shares one scale. input_scale: the activation's static multiplier, None if dynamic.
+    data: [N, K], float8_e4m3fn or float8_e5m2, row-major. scale: as stored, in whatever shape the convention has: a
+    float, or exponents of powers of two, uint8 or float8_e8m0fnu, which lie in cuBLASLt's tiles if `tiled`;
+    `multiplier` is the same number in float32. block: the region (R, C) that shares one scale.
+    input_scale: the activation's static multiplier, None if dynamic. name, shape: a fused weight [E, N, K] of foreign
+    checkpoints counts as [E N, K] where regions are concerned.
     """
 
     name: str
@@ -25,6 +28,7 @@ class PackedTensor:
     block: tuple[int, int]
     source_dtype: torch.dtype
     input_scale: Tensor | None = None
+    tiled: bool = False
 
     @property
     def shape(self) -> torch.Size:
@@ -34,14 +38,22 @@ class PackedTensor:
     @property
     def multiplier(self) -> Tensor:
         """The scales as float32 [ceil(N/R), ceil(K/C)]: value = data * multiplier."""
-        grid = (-(-self.shape[0] // self.block[0]), -(-self.shape[1] // self.block[1]))
-        if self.scale.dtype == torch.uint8:
-            return self.scale.view(torch.float8_e8m0fnu).float().reshape(grid)
-        return self.scale.reshape(grid)
+        n, k = self.data.reshape(-1, self.shape[-1]).shape
+        grid = (-(-n // self.block[0]), -(-k // self.block[1]))
+        scale = self.scale
+        if self.tiled:
+            rows, cols = padded(grid)
+            tiles = scale.view(torch.uint8).reshape(rows // 128, cols // 4, 32, 4, 4).permute(0, 3, 2, 1, 4)
+            scale = tiles.reshape(rows, cols)[: grid[0], : grid[1]].contiguous()
+        if scale.dtype == torch.uint8:
+            scale = scale.view(torch.float8_e8m0fnu)
+        return scale.float().reshape(grid)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """Return the weight [N, K], by default in the dtype it had before packing.
+        """Return the weight, by default in the dtype it had before packing.
 
         The product is taken in float32 and rounded once.
         """
-        return torch_codec.dequantize(self.data, self.multiplier, self.block).to(dtype or self.source_dtype)
+        rows = self.data.reshape(-1, self.shape[-1])
+        values = torch_codec.dequantize(rows, self.multiplier, self.block)
+        return values.reshape(self.shape).to(dtype or self.source_dtype)

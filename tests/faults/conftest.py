@@ -25,9 +25,9 @@ SHARDS = 4
 SLOW = """
 import os, sys, time
 from fp8pack.packing import execute
-from fp8pack.planning import plan
+from fp8pack.planning import make_plan
 execute.CHECKPOINT_NBYTES = 1
-plan.BAND_NBYTES = 512 << 10
+make_plan.BAND_NBYTES = 512 << 10
 os.fdatasync = lambda fd: time.sleep(0.003)
 """
 RUN = """

@@ -18,8 +18,9 @@ import pytest
 from fp8pack.checkpoint.journal import BandResult, Journal
 from fp8pack.checkpoint.staging import Staging
 from fp8pack.errors import Fp8PackError, InputError, OutputError, SpaceError
-from fp8pack.packing.pack import carry_out, pack
-from fp8pack.packing.prepare import WriteOptions, prepare
+from fp8pack.packing.pack import pack
+from fp8pack.packing.prepare import WriteOptions, prepare_pack
+from fp8pack.packing.write import carry_out
 from fp8pack.planning.recipe import Request
 
 BANDS = 128  # the journal has a line for each, and some more
@@ -172,7 +173,7 @@ def test_a_pack_that_waited_while_another_finished_leaves_its_output_and_nothing
     small_bench: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The other process commits after we saw no output and before we take the lock."""
-    prepared = prepare(small_bench.model, Request(), WriteOptions(output=small_bench.output))
+    prepared = prepare_pack(small_bench.model, Request(), WriteOptions(output=small_bench.output))
     genuine = Staging.__enter__
 
     def late_enter(staging: Staging) -> Staging:
@@ -482,7 +483,7 @@ def test_a_disk_that_gets_full_ends_with_code_5_and_the_same_command_continues_w
     size: int, bench: Any, small_disk: Callable[..., Path]
 ) -> None:
     bench = move(bench, small_disk(size))
-    unchecked = "\nfrom fp8pack.packing import pack\npack.check_space = lambda *_: None\n"
+    unchecked = "\nfrom fp8pack.packing import write\nwrite.check_space = lambda *_: None\n"
     ended = bench.run(extra=unchecked)
     assert ended.code == 5
     bench.check_message(ended, "no space left", "the same command continues")
@@ -572,7 +573,7 @@ def test_a_call_that_fails_once_is_one_line_and_never_taken_for_success(
 def test_a_source_that_became_shorter_is_refused_and_nothing_is_committed(small_bench: Any, tmp_path: Path) -> None:
     model = tmp_path / "model"
     shutil.copytree(small_bench.model, model)
-    prepared = prepare(model, Request(), WriteOptions(output=small_bench.output))
+    prepared = prepare_pack(model, Request(), WriteOptions(output=small_bench.output))
     shard = next(model.glob("*.safetensors"))
     os.truncate(shard, shard.stat().st_size - 100)
     with pytest.raises(InputError, match=shard.name):
@@ -583,7 +584,7 @@ def test_a_source_that_became_shorter_is_refused_and_nothing_is_committed(small_
 def test_a_source_that_lost_a_shard_is_refused_and_nothing_is_committed(small_bench: Any, tmp_path: Path) -> None:
     model = tmp_path / "model"
     shutil.copytree(small_bench.model, model)
-    prepared = prepare(model, Request(), WriteOptions(output=small_bench.output))
+    prepared = prepare_pack(model, Request(), WriteOptions(output=small_bench.output))
     shard = next(model.glob("*.safetensors"))
     shard.unlink()
     with pytest.raises(InputError, match=shard.name):

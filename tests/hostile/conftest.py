@@ -15,7 +15,7 @@ import pytest
 from numpy.typing import NDArray
 
 from fp8pack.errors import Fp8PackError, InputError
-from fp8pack.packing.prepare import WriteOptions, prepare
+from fp8pack.packing.prepare import WriteOptions, prepare_pack
 from fp8pack.planning.recipe import Request
 
 HANG_SECONDS = 10.0
@@ -107,7 +107,7 @@ def built() -> Built:
 
 @pytest.fixture
 def refused(tmp_path: Path) -> Callable[..., str]:
-    """Return a function that expects `prepare` to refuse a checkpoint in one line and to write nothing."""
+    """Return a function that expects `prepare_pack` to refuse a checkpoint in one line and to write nothing."""
 
     def refuse(
         model: Path,
@@ -120,7 +120,7 @@ def refused(tmp_path: Path) -> Callable[..., str]:
         before = sorted(tmp_path.rglob("*"))
         options = WriteOptions(output=tmp_path / "out" if output is None else output, overwrite=overwrite)
         with pytest.raises(Fp8PackError) as caught:
-            prepare(model, request or Request(), options)
+            prepare_pack(model, request or Request(), options)
         message = str(caught.value)
         assert type(caught.value) is kind
         assert len(message.splitlines()) == 1

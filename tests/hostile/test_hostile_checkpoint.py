@@ -19,7 +19,7 @@ from fp8pack.checkpoint.source import read_json
 from fp8pack.errors import Fp8PackError, InputError, OutputError, SpaceError
 from fp8pack.numerics.granularity import BLOCK_128, CHANNEL, MX, TENSOR, Granularity
 from fp8pack.packing.pack import pack
-from fp8pack.packing.prepare import WriteOptions, prepare
+from fp8pack.packing.prepare import WriteOptions, prepare_pack
 from fp8pack.planning.patterns import Pattern
 from fp8pack.planning.recipe import Request
 
@@ -189,7 +189,7 @@ def test_81_an_index_over_100_MB_is_refused_unread(built: Any, refused: Refused,
 def test_82_a_whole_model_wins_over_an_index_beside_it(built: Any, tmp_path: Path) -> None:
     model = built.sharded(tmp_path / "model")
     built.shard(model / "model.safetensors", built.layer(0))
-    prepared = prepare(model, Request(), WriteOptions(output=tmp_path / "out"))
+    prepared = prepare_pack(model, Request(), WriteOptions(output=tmp_path / "out"))
     assert [file.name for file in prepared.source.files] == ["model.safetensors"]
     assert {side.name for side in prepared.side_files if side.rule} == {FIRST, SECOND, INDEX}
 

@@ -23,7 +23,7 @@ from fp8pack.numerics.granularity import parse_granularity
 from fp8pack.numerics.scaling import ScaleRounding, decode_e8m0
 from fp8pack.packing import bands, codecs, pack
 from fp8pack.packing.prepare import WriteOptions
-from fp8pack.planning import plan as planning
+from fp8pack.planning import decide, make_plan
 from fp8pack.planning.patterns import Pattern
 from fp8pack.planning.recipe import Request
 
@@ -132,7 +132,7 @@ def test_bands_cut_a_tensor_anywhere_but_change_only_its_digest(
 ) -> None:
     source = make_checkpoint()
     fp8pack.pack(source, request(granularity="group:64"), WriteOptions(tmp_path / "whole"))
-    monkeypatch.setattr(planning, "BAND_NBYTES", 3000)
+    monkeypatch.setattr(make_plan, "BAND_NBYTES", 3000)
     fp8pack.pack(source, request(granularity="group:64"), WriteOptions(tmp_path / "cut"))
     assert stored_bytes(tmp_path / "cut") == stored_bytes(tmp_path / "whole")
     entry = read_manifest(tmp_path / "cut" / "fp8pack.json").tensors["model.layers.0.mlp.up_proj.weight"]
@@ -147,8 +147,9 @@ def test_very_long_rows_are_cut_into_columns_and_no_byte_changes(
     source = make_checkpoint(llama_tensors() | {"model.layers.0.mlp.odd.weight": random_weight((260, 1000), 5)})
     asked = request("e4m3", granularity)
     fp8pack.pack(source, asked, WriteOptions(tmp_path / "whole"))
-    monkeypatch.setattr(planning, "MAX_GRANULE_NBYTES", 600)
-    monkeypatch.setattr(planning, "BAND_NBYTES", 300)
+    for module in (decide, make_plan):
+        monkeypatch.setattr(module, "MAX_GRANULE_NBYTES", 600)
+    monkeypatch.setattr(make_plan, "BAND_NBYTES", 300)
     fp8pack.pack(source, asked, WriteOptions(tmp_path / "cut"))
     assert stored_bytes(tmp_path / "cut") == stored_bytes(tmp_path / "whole")
     entry = read_manifest(tmp_path / "cut" / "fp8pack.json").tensors["model.layers.0.mlp.odd.weight"]

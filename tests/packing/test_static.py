@@ -29,7 +29,7 @@ from fp8pack.errors import DeadlineError, InputError, OutputError, RecipeError
 from fp8pack.numerics.granularity import parse_granularity
 from fp8pack.packing import codecs, execute
 from fp8pack.packing.prepare import WriteOptions
-from fp8pack.planning import plan as planning
+from fp8pack.planning import make_plan
 from fp8pack.planning.calibration import Calibration, Site
 from fp8pack.planning.recipe import Request
 
@@ -480,7 +480,7 @@ def interrupt(source: Path, asked: Request, options: WriteOptions, monkeypatch: 
 
     with monkeypatch.context() as patched:
         patched.setattr(execute, "CHECKPOINT_NBYTES", 1)
-        patched.setattr(planning, "BAND_NBYTES", 1 << 16)
+        patched.setattr(make_plan, "BAND_NBYTES", 1 << 16)
         patched.setattr(Journal, "_append", dying)
         with pytest.raises(KeyboardInterrupt):
             fp8pack.pack(source, asked, options)
@@ -493,7 +493,7 @@ def test_an_interrupted_pack_ends_in_the_same_bytes(
 ) -> None:
     source = make_checkpoint(shards=2)
     asked = Request(scheme="FP8", calibration=calibrate(source), kv_cache=True, quant_method=method)
-    monkeypatch.setattr(planning, "BAND_NBYTES", 1 << 16)
+    monkeypatch.setattr(make_plan, "BAND_NBYTES", 1 << 16)
     fp8pack.pack(source, asked, WriteOptions(tmp_path / "whole"))
     interrupt(source, asked, WriteOptions(tmp_path / "out", workers=1), monkeypatch, line)
     assert not (tmp_path / "out").exists()
@@ -771,7 +771,7 @@ def test_outputs_are_named_after_what_they_hold(
         (["--scheme", "FP8", "--warmup", "3"], 3),
         (["--scheme", "FP8", "--percentile", "99", "--warmup", "1"], 2),
         (["--scheme", "FP8_DYNAMIC"], 2),
-        (["--scheme", "FP8", "--quant-method", "fp8"], 2),
+        (["--scheme", "FP8", "--quant-method", "mxfp8"], 2),
         (["--scheme", "FP8", "--target", "transformers"], 2),
         (["--scheme", "FP8", "--activations", "statical"], 2),
     ],

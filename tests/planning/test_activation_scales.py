@@ -17,10 +17,13 @@ from fp8pack.numerics.formats import E4M3, E5M2, Float8Format
 from fp8pack.numerics.granularity import parse_granularity
 from fp8pack.planning.activation_scales import ActivationOptions, ActivationScale, ActivationScales
 from fp8pack.planning.calibration import Calibration, Site
+from fp8pack.planning.contents import Contents
+from fp8pack.planning.decide import decide
 from fp8pack.planning.layout import Stored
+from fp8pack.planning.make_plan import choose_recipe, make_plan
 from fp8pack.planning.model import ModelFacts
 from fp8pack.planning.patterns import Pattern
-from fp8pack.planning.plan import PackPlan, choose_recipe, decide, make_plan
+from fp8pack.planning.plan import PackPlan
 from fp8pack.planning.recipe import Request, Rule, RuleAction
 from fp8pack.planning.recipe_file import parse_recipe
 from fp8pack.planning.spec import TensorSpec
@@ -277,9 +280,10 @@ def plan_of(
     found: Calibration | None, shapes: Shapes | None = None, facts: ModelFacts = QWEN, **asked: Any
 ) -> PackPlan:
     request = Request(**{"calibration": FILE if found else None, **asked})
-    decisions = decide(specs_of(llama() if shapes is None else shapes), facts, request)
+    contents = Contents("", tuple(specs_of(llama() if shapes is None else shapes)), facts)
+    decisions = decide(contents, request)
     recipe = choose_recipe(decisions, facts, request, found)
-    return make_plan(decisions, facts, request, recipe=recipe, method=find_method(recipe.quant_method))
+    return make_plan(decisions, contents, request, recipe=recipe, method=find_method(recipe, request.rules))
 
 
 def stored_scales(plan: PackPlan) -> dict[str, tuple[str, float]]:
@@ -334,6 +338,7 @@ def test_k_and_v_of_every_family_lie_beside_the_weight_that_makes_them(family: s
     shapes: Shapes = {f"{attention}.{leaf}.weight": (256, 256) for leaf in leaves}
     shapes["model.layers.0.mlp.up_proj.weight"] = (256, 256)
     plain = {"fp8": {"scheme": "FP8_BLOCK"}, "compressed-tensors": {"scheme": "FP8_DYNAMIC"}}
+    plain["mxfp8"] = {"scheme": "MXFP8", "quant_method": "mxfp8"}
     asked = plain.get(method.name, {"scheme": "FP8", "quant_method": method.name})
     plan = plan_of(sites_of(shapes, attention), shapes, replace(QWEN, num_layers=0), kv_cache=True, **asked)
     kinds = [(a.kind, a.stored, tensor.spec.name) for tensor in plan.tensors for a in tensor.activations]
@@ -342,7 +347,8 @@ def test_k_and_v_of_every_family_lie_beside_the_weight_that_makes_them(family: s
     for i, kind in enumerate("kv"):
         scale, owner = stored[kind]
         own = f".{modelopt[i]}" if modelopt[i].endswith("_proj") and method.name == "modelopt" else ""
-        assert scale.name == f"{attention}{own}.{kind}_scale"
+        quark = f"{attention}.{kind}_proj.output_scale"
+        assert scale.name == (quark if method.name == "quark" else f"{attention}{own}.{kind}_scale")
         assert (scale.dtype, scale.shape) == ("F32", (1,) if method.name == "compressed-tensors" else ())
         assert owner.removesuffix(".weight") in {f"{attention}.{modelopt[i] or leaves[0]}"}
 
@@ -450,10 +456,10 @@ def test_a_source_that_holds_a_tensor_of_that_name_is_refused(asked: dict[str, A
         (True, {"scheme": "FP8_DYNAMIC", "percentile": 99.9}, "ask for either"),
         (True, {"scheme": "FP8", "percentile": 99.9, "warmup": 1}, "--warmup"),
         (True, {"kv_cache": True, "percentile": 99.9, "warmup": 1}, "--warmup"),
-        (True, {"scheme": "FP8", "quant_method": "fp8"}, "fp8"),
-        (True, {"scheme": "FP8_DYNAMIC", "activations": "static", "quant_method": "compressed-tensors"}, "channel"),
+        (True, {"scheme": "FP8", "quant_method": "mxfp8"}, "use --quant-method fp8 or compressed-tensors"),
+        (True, {"scheme": "FP8_DYNAMIC", "activations": "static", "quant_method": "quark"}, "channel"),
         (True, {"scheme": "FP8_BLOCK", "activations": "static", "quant_method": "modelopt"}, "modelopt"),
-        (True, {"scheme": "FP8_DYNAMIC", "kv_cache": True, "quant_method": "modelopt"}, "modelopt"),
+        (True, {"scheme": "FP8_DYNAMIC", "kv_cache": True, "quant_method": "fp8"}, "use --quant-method compressed"),
         (True, {"scheme": "FP8", "format": E5M2, "quant_method": "modelopt"}, "modelopt"),
         (True, {"scheme": "FP8", "targets": ("transformers",)}, "--quant-method compressed-tensors"),
     ],
@@ -543,13 +549,12 @@ def test_static_scales_in_parts_that_are_no_scheme_are_custom_and_have_names_of_
 
 
 def test_the_recipe_says_what_decided_the_scales_and_nothing_without_a_calibration() -> None:
-    request = Request(scheme="FP8", margin=1, warmup=1, calibration=FILE)
     recipe = plan_of(llama_calibration(), scheme="FP8", margin=1, warmup=1).recipe
-    data = recipe.as_data(request)
+    data = recipe.as_data()
     keys = ("calibration", "kv_cache", "percentile", "margin", "warmup", "activations")
     assert [data[key] for key in keys] == ["blake3:of-the-file", False, None, 1, 1, "static"]
     assert str(FILE) not in str(data)
-    assert not {"calibration", "kv_cache", "margin"} & plan_of(None).recipe.as_data(Request()).keys()
+    assert not {"calibration", "kv_cache", "margin"} & plan_of(None).recipe.as_data().keys()
 
 
 def test_a_recipe_file_asks_for_the_same_as_the_flags() -> None:

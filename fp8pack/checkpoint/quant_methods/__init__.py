@@ -1,34 +1,64 @@
-"""The on-disk conventions, one file each behind the same functions."""
+"""The on-disk conventions that are written, one file each; checkpoint/quantized.py reads these and others."""
 
-from typing import Any, Protocol
+from collections.abc import Sequence
+from dataclasses import replace
 
+from fp8pack.checkpoint.quant_methods.comfyui import ComfyUi, ComfyUiScaled
 from fp8pack.checkpoint.quant_methods.compressed_tensors import CompressedTensors
-from fp8pack.checkpoint.quant_methods.fp8 import Fp8
+from fp8pack.checkpoint.quant_methods.convention import Convention
+from fp8pack.checkpoint.quant_methods.fp8 import Fp8, Fp8ForTransformers
 from fp8pack.checkpoint.quant_methods.fp8pack import Fp8Pack
 from fp8pack.checkpoint.quant_methods.modelopt import ModelOpt
+from fp8pack.checkpoint.quant_methods.mxfp8 import Mxfp8
+from fp8pack.checkpoint.quant_methods.quark import Quark
 from fp8pack.errors import RecipeError
-from fp8pack.planning.plan import PackPlan, QuantMethod
+from fp8pack.planning.recipe import Recipe, Rule
+from fp8pack.planning.storage import Storage
+
+METHODS: tuple[Convention, ...] = (
+    Fp8(),
+    CompressedTensors(),
+    ModelOpt(),
+    Mxfp8(),
+    Quark(),
+    ComfyUi(),
+    ComfyUiScaled(),
+    Fp8Pack(),
+)
+_SPELLINGS: dict[tuple[str, str], Convention] = {("fp8", "transformers"): Fp8ForTransformers()}
 
 
-class WrittenMethod(QuantMethod, Protocol):
-    """A convention that can also announce itself in config.json."""
+def find_method(recipe: Recipe, rules: Sequence[Rule] = ()) -> Convention:
+    """Return the convention of a recipe.
 
-    def config(self, plan: PackPlan) -> dict[str, Any]:
-        """Return the `quantization_config` of a packed checkpoint."""
-        ...
+    Raises:
+        RecipeError: there is none of that name, it cannot express the recipe, or it cannot mix what the rules ask for;
+            the sentence names those that can.
+    """
+    found = {method.name: method for method in METHODS}.get(recipe.quant_method)
+    if found is None:
+        names = ", ".join(method.name for method in METHODS)
+        raise RecipeError(f"quant method {recipe.quant_method!r} is not known: choose {names}")
+    method = _SPELLINGS.get((recipe.quant_method, recipe.spelling), found)
+    _check(method, recipe.storage)
+    for rule in rules:
+        own = replace(
+            recipe.storage,
+            format=rule.format or recipe.format,
+            granularity=rule.granularity or recipe.granularity,
+        )
+        if own != recipe.storage and not method.holds_mixed:
+            raise RecipeError(
+                f"rule {rule.pattern.text!r}: {method.name} holds one format and granularity: use quant_method fp8pack"
+            )
+        _check(method, own)
+    return method
 
-    def files(self, plan: PackPlan) -> dict[str, dict[str, Any]]:
-        """Return the JSON files that stand beside config.json, by name."""
-        ...
 
-
-METHODS: tuple[WrittenMethod, ...] = (Fp8(), CompressedTensors(), ModelOpt(), Fp8Pack())
-
-
-def find_method(text: str) -> WrittenMethod:
-    """Return the convention of a name, `_` as `-`, in any case."""
-    name = text.lower().replace("_", "-")
-    for method in METHODS:
-        if method.name == name:
-            return method
-    raise RecipeError(f"quant method {text!r} is not known: choose {', '.join(method.name for method in METHODS)}")
+def _check(method: Convention, storage: Storage) -> None:
+    if method.expresses(storage):
+        return
+    able = [other.name for other in METHODS if other.expresses(storage)]
+    what = f"{storage.format.name} with {storage.granularity} scales and {storage.activations} activations"
+    remedy = f"use --quant-method {' or '.join(able)}" if able else "mx scales are powers of two: --scale-rounding up"
+    raise RecipeError(f"quant method {method.name} does not hold {what}: {remedy}")

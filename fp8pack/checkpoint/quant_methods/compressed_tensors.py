@@ -1,60 +1,44 @@
-"""`quant_method: compressed-tensors`: channel scales and MXFP8, as llm-compressor writes them.
+"""`quant_method: compressed-tensors`, as llm-compressor writes it.
 
-channel  `<weight>_scale` F32 [N, 1]; activations dynamic per token, or none (W8A16)
-tensor   `<weight>_scale` F32 [1]; activations static, `<module>.input_scale` F32 [1]
-mx       `<weight>_scale` U8 [N, K/32], value 2^(byte - 127)
+tensor   `<weight>_scale` F32 [1]         activations dynamic, static (`<module>.input_scale` F32 [1]) or none
+channel  `<weight>_scale` F32 [N, 1]      dynamic per token, static or none
+block    `<weight>_scale` F32 [rows, cols]   dynamic in groups of a block's width, or none
+group:G  `<weight>_scale` F32 [N, K/G]    likewise
+mx       `<weight>_scale` U8 [N, K/32], value 2^(byte - 127)   likewise
 Scales are float32: llm-compressor divides by BF16 scales in BF16, which misrounds about 3 % of the bytes.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
-from fp8pack.checkpoint.quant_methods.fp8 import gemm_problem, refuse_mixed
-from fp8pack.errors import RecipeError
+from fp8pack.checkpoint.quant_methods.convention import Convention
 from fp8pack.numerics.formats import E4M3
 from fp8pack.numerics.granularity import CHANNEL, MX, TENSOR, Granularity
-from fp8pack.numerics.scaling import ScaleRounding
 from fp8pack.planning.activation_scales import Kind
 from fp8pack.planning.layout import Stored
 from fp8pack.planning.plan import PackPlan
-from fp8pack.planning.recipe import Recipe, Rule
 from fp8pack.planning.spec import TensorSpec
+from fp8pack.planning.storage import Storage
 
 # The version of the schema that is written, not a library that is needed.
 _VERSION = "0.20.0"
+_FLOAT8 = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": False}
 
 
-class CompressedTensors:
+class CompressedTensors(Convention):
     """The convention of vLLM's own quantizers."""
 
     name = "compressed-tensors"
 
-    def check(self, recipe: Recipe, rules: Sequence[Rule]) -> None:
-        """Raise RecipeError unless the recipe is e4m3 with channel scales, static tensor scales, or mx."""
-        channel = recipe.granularity == CHANNEL and recipe.activations in ("dynamic", "none")
-        tensor = recipe.granularity == TENSOR and recipe.activations == "static"
-        mx = (
-            recipe.granularity == MX and recipe.scale_rounding != ScaleRounding.NONE and recipe.activations == "dynamic"
-        )
-        if recipe.format != E4M3 or not (channel or tensor or mx):
-            raise RecipeError(
-                "quant method compressed-tensors holds e4m3 with channel or mx scales, or tensor scales with static "
-                f"activations, not {recipe.format.name} {recipe.granularity} with {recipe.activations} activations: "
-                "use --quant-method fp8 or fp8pack"
-            )
-        refuse_mixed(self.name, recipe, rules)
-
-    def problem(self, shape: tuple[int, ...], granularity: Granularity) -> str | None:
-        """Return why a weight stays: a partial group of 32, or dimensions that no FP8 GEMM takes."""
-        if granularity == MX and shape[1] % 32:
-            return f"K = {shape[1]} is no multiple of 32"
-        return gemm_problem(shape)
+    def expresses(self, storage: Storage) -> bool:
+        """Return whether it is e4m3; static activations go with tensor and channel scales only."""
+        static = storage.activations == "static"
+        fits = not static or storage.granularity in (TENSOR, CHANNEL)
+        return storage.format == E4M3 and fits and (storage.powers_of_two or storage.granularity != MX)
 
     def scale(self, spec: TensorSpec, granularity: Granularity) -> Stored:
-        """Return `weight_scale`: F32 [N, 1] for channels, [1] for a whole tensor, U8 [N, K/32] for mx."""
-        if granularity == TENSOR:
-            return Stored(f"{spec.name}_scale", "F32", (1,))
-        return Stored(f"{spec.name}_scale", "U8" if granularity == MX else "F32", granularity.scale_shape(spec.shape))
+        """Return `weight_scale`, [1] for a whole tensor."""
+        name = f"{spec.name}_scale"
+        return Stored(name, "F32", (1,)) if granularity == TENSOR else self.grid(name, spec, granularity)
 
     def input_scale(self, name: str) -> Stored:
         """Return `input_scale` [1]."""
@@ -66,23 +50,17 @@ class CompressedTensors:
 
     def config(self, plan: PackPlan) -> dict[str, Any]:
         """Return the schema of compressed-tensors: one group for every linear, and the modules that stay."""
-        mx, static = plan.recipe.granularity == MX, plan.recipe.activations == "static"
-        float8: dict[str, Any] = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": False}
-        tensor = {**float8, "strategy": "tensor"}
-        if mx:
-            group_of_32 = {"group_size": 32, "scale_dtype": "torch.uint8", "zp_dtype": "torch.uint8"}
-            weights = {**float8, "strategy": "group", **group_of_32}
-            activations = {**weights, "dynamic": True}
-        elif static:
-            weights = activations = tensor
+        granularity, activations = plan.recipe.granularity, plan.recipe.activations
+        weights = {**_FLOAT8, **_strategy(granularity)}
+        if activations == "static":
+            inputs: dict[str, Any] | None = {**_FLOAT8, "strategy": "tensor"}
         else:
-            weights = {**float8, "strategy": "channel"}
-            activations = {**float8, "strategy": "token", "dynamic": True}
-        weight_only = plan.recipe.activations == "none"
-        format = "mxfp8-quantized" if mx else "naive-quantized" if weight_only else "float-quantized"
+            inputs = {**_FLOAT8, **_input_strategy(granularity), "dynamic": True} if activations == "dynamic" else None
+        format = "naive-quantized" if activations == "none" else "float-quantized"
+        format = "mxfp8-quantized" if granularity == MX else format
         group = {
             "format": format,
-            "input_activations": None if weight_only else activations,
+            "input_activations": inputs,
             "output_activations": None,
             "targets": ["Linear"],
             "weights": weights,
@@ -93,10 +71,25 @@ class CompressedTensors:
             "quantization_status": "compressed",
             "config_groups": {"group_0": group},
             "ignore": list(plan.kept_linears),
-            "kv_cache_scheme": tensor if plan.recipe.kv_cache else None,
+            "kv_cache_scheme": {**_FLOAT8, "strategy": "tensor"} if plan.recipe.kv_cache else None,
             "version": _VERSION,
         }
 
-    def files(self, plan: PackPlan) -> dict[str, dict[str, Any]]:
-        """Return none: config.json says everything."""
-        return {}
+
+def _strategy(granularity: Granularity) -> dict[str, Any]:
+    if granularity in (TENSOR, CHANNEL):
+        return {"strategy": granularity.name}
+    if granularity == MX:
+        return {"strategy": "group", "group_size": 32, "scale_dtype": "torch.uint8", "zp_dtype": "torch.uint8"}
+    if granularity.rows == 1:
+        return {"strategy": "group", "group_size": granularity.cols}
+    return {"strategy": "block", "block_structure": [granularity.rows, granularity.cols]}
+
+
+def _input_strategy(granularity: Granularity) -> dict[str, Any]:
+    """What dynamic activations share a scale: what the engines' kernels want beside such weights."""
+    if granularity == TENSOR:
+        return {"strategy": "tensor"}
+    if granularity in (CHANNEL, MX):
+        return {"strategy": "token"} if granularity == CHANNEL else _strategy(MX)
+    return {"strategy": "group", "group_size": granularity.cols}

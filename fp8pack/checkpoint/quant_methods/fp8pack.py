@@ -3,28 +3,25 @@
 `<weight>_scale_inv`: F32 with the granularity's grid, [] for a whole tensor, U8 exponents (2^(byte - 127)) for mx.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
-from fp8pack.errors import RecipeError
-from fp8pack.numerics.granularity import MX, TENSOR, Granularity
-from fp8pack.numerics.scaling import ScaleRounding
-from fp8pack.planning.activation_scales import Kind
+from fp8pack.checkpoint.quant_methods.convention import Convention
+from fp8pack.numerics.granularity import MX, Granularity
 from fp8pack.planning.layout import Stored
 from fp8pack.planning.plan import PackPlan
-from fp8pack.planning.recipe import Recipe, Rule
 from fp8pack.planning.spec import TensorSpec
+from fp8pack.planning.storage import Storage
 
 
-class Fp8Pack:
+class Fp8Pack(Convention):
     """Our own convention, for what no engine reads."""
 
     name = "fp8pack"
+    holds_mixed = True
 
-    def check(self, recipe: Recipe, rules: Sequence[Rule]) -> None:
-        """Raise RecipeError for mx scales that are no powers of two: E8M0 holds nothing else."""
-        if recipe.granularity == MX and recipe.scale_rounding == ScaleRounding.NONE:
-            raise RecipeError("mx scales are powers of two: --scale-rounding up or floor")
+    def expresses(self, storage: Storage) -> bool:
+        """Return whether it is anything but mx scales that are no powers of two: E8M0 holds nothing else."""
+        return storage.granularity != MX or storage.powers_of_two
 
     def problem(self, shape: tuple[int, ...], granularity: Granularity) -> str | None:
         """Return None: every shape can be stored."""
@@ -32,16 +29,7 @@ class Fp8Pack:
 
     def scale(self, spec: TensorSpec, granularity: Granularity) -> Stored:
         """Return `weight_scale_inv`."""
-        shape = () if granularity == TENSOR else granularity.scale_shape(spec.shape)
-        return Stored(f"{spec.name}_scale_inv", "U8" if granularity == MX else "F32", shape)
-
-    def input_scale(self, name: str) -> Stored:
-        """Return `input_scale` []."""
-        return Stored(f"{name.removesuffix('.weight')}.input_scale", "F32", ())
-
-    def kv_scale(self, attention: str, kind: Kind, owner: str) -> Stored:
-        """Return `k_scale` or `v_scale` [] of the attention."""
-        return Stored(f"{attention}.{kind}_scale", "F32", ())
+        return self.grid(f"{spec.name}_scale_inv", spec, granularity)
 
     def config(self, plan: PackPlan) -> dict[str, Any]:
         """Return what a reader needs besides the manifest."""
@@ -53,7 +41,3 @@ class Fp8Pack:
             "modules_to_not_convert": list(plan.kept_linears),
             **({"kv_cache_scheme": "static"} if plan.recipe.kv_cache else {}),
         }
-
-    def files(self, plan: PackPlan) -> dict[str, dict[str, Any]]:
-        """Return none: config.json says everything."""
-        return {}

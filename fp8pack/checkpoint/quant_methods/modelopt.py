@@ -1,51 +1,54 @@
-"""`quant_method: modelopt`: tensor scales and static activations, as NVIDIA ModelOpt exports them.
+"""`quant_method: modelopt`, as NVIDIA ModelOpt exports it.
 
-`<weight>_scale` F32 []; `<module>.input_scale` F32 []; `k_proj.k_scale`, `v_proj.v_scale` F32 []
-The same is announced in config.json and in hf_quant_config.json, which TensorRT-LLM reads first.
+algorithm                    granularity, activations   `<weight>_scale`
+FP8                          tensor, static             F32 []; `<module>.input_scale` F32 []
+FP8_PER_CHANNEL_PER_TOKEN    channel, dynamic           F32 [N]
+fp8_pb_wo                    block:128x128, dynamic     F32 [rows, 1, cols, 1]
+MXFP8                        mx, dynamic                U8 [N, K/32]
+K and V: `k_proj.k_scale`, `v_proj.v_scale` F32 []. All is announced in config.json and in hf_quant_config.json, which
+TensorRT-LLM reads first.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 from fp8pack.checkpoint.manifest import SCHEMA_VERSION
-from fp8pack.checkpoint.quant_methods.fp8 import gemm_problem, refuse_mixed
-from fp8pack.errors import RecipeError
+from fp8pack.checkpoint.quant_methods.convention import Convention
 from fp8pack.numerics.formats import E4M3
-from fp8pack.numerics.granularity import TENSOR, Granularity
+from fp8pack.numerics.granularity import BLOCK_128, CHANNEL, MX, TENSOR, Granularity
 from fp8pack.planning.activation_scales import Kind
 from fp8pack.planning.layout import Stored
 from fp8pack.planning.plan import PackPlan
-from fp8pack.planning.recipe import Recipe, Rule
 from fp8pack.planning.spec import TensorSpec
+from fp8pack.planning.storage import Storage
 
 _PRODUCER = {"name": "fp8pack", "version": str(SCHEMA_VERSION)}
+_ALGORITHMS = {
+    (TENSOR, "static"): "FP8",
+    (CHANNEL, "dynamic"): "FP8_PER_CHANNEL_PER_TOKEN",
+    (BLOCK_128, "dynamic"): "fp8_pb_wo",
+    (MX, "dynamic"): "MXFP8",
+}
 
 
-class ModelOpt:
+class ModelOpt(Convention):
     """The convention of NVIDIA's FP8 checkpoints."""
 
     name = "modelopt"
 
-    def check(self, recipe: Recipe, rules: Sequence[Rule]) -> None:
-        """Raise RecipeError unless the recipe is e4m3 with tensor scales and static activations throughout."""
-        if recipe.format != E4M3 or recipe.granularity != TENSOR or recipe.activations != "static":
-            raise RecipeError(
-                f"quant method modelopt holds e4m3 with tensor scales and static activations, not {recipe.format.name} "
-                f"{recipe.granularity} {recipe.activations}: use --quant-method compressed-tensors or fp8pack"
-            )
-        refuse_mixed(self.name, recipe, rules)
-
-    def problem(self, shape: tuple[int, ...], granularity: Granularity) -> str | None:
-        """Return why a weight stays: dimensions that no FP8 GEMM takes."""
-        return gemm_problem(shape)
+    def expresses(self, storage: Storage) -> bool:
+        """Return whether there is an algorithm for it."""
+        known = (storage.granularity, storage.activations) in _ALGORITHMS
+        return known and storage.format == E4M3 and (storage.powers_of_two or storage.granularity != MX)
 
     def scale(self, spec: TensorSpec, granularity: Granularity) -> Stored:
-        """Return `weight_scale` []."""
-        return Stored(f"{spec.name}_scale", "F32", ())
-
-    def input_scale(self, name: str) -> Stored:
-        """Return `input_scale` []."""
-        return Stored(f"{name.removesuffix('.weight')}.input_scale", "F32", ())
+        """Return `weight_scale` in the shape of its algorithm."""
+        grid = super().scale(spec, granularity)
+        if granularity == CHANNEL:
+            return Stored(grid.name, grid.dtype, grid.shape[:1])
+        if granularity == BLOCK_128:
+            rows, cols = grid.shape
+            return Stored(grid.name, grid.dtype, (rows, 1, cols, 1))
+        return grid
 
     def kv_scale(self, attention: str, kind: Kind, owner: str) -> Stored:
         """Return `k_proj.k_scale` [], or `k_scale` of the attention where the projections have other names."""
@@ -56,10 +59,13 @@ class ModelOpt:
     def config(self, plan: PackPlan) -> dict[str, Any]:
         """Return what config.json says: vLLM and SGLang read it."""
         float8 = {"dynamic": False, "num_bits": 8, "type": "float"}
+        algorithm = _algorithm(plan)
+        groups = {"group_0": {"input_activations": float8, "weights": float8, "targets": ["Linear"]}}
         return {
             "quant_method": "modelopt",
-            "quant_algo": "FP8",
-            "config_groups": {"group_0": {"input_activations": float8, "weights": float8, "targets": ["Linear"]}},
+            "quant_algo": algorithm,
+            **({"config_groups": groups} if algorithm == "FP8" else {}),
+            **({"group_size": 32} if algorithm == "MXFP8" else {}),
             "ignore": list(plan.kept_linears),
             **({"kv_cache_scheme": float8} if plan.recipe.kv_cache else {}),
             "producer": _PRODUCER,
@@ -67,9 +73,15 @@ class ModelOpt:
 
     def files(self, plan: PackPlan) -> dict[str, dict[str, Any]]:
         """Return hf_quant_config.json: TensorRT-LLM reads it."""
+        algorithm = _algorithm(plan)
         quantization = {
-            "quant_algo": "FP8",
+            "quant_algo": algorithm,
             "kv_cache_quant_algo": "FP8" if plan.recipe.kv_cache else None,
+            **({"group_size": 32} if algorithm == "MXFP8" else {}),
             "exclude_modules": list(plan.kept_linears),
         }
         return {"hf_quant_config.json": {"producer": _PRODUCER, "quantization": quantization}}
+
+
+def _algorithm(plan: PackPlan) -> str:
+    return _ALGORITHMS[plan.recipe.granularity, plan.recipe.activations]

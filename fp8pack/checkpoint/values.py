@@ -1,0 +1,85 @@
+"""The values of a checkpoint's tensors, row by row, in float32: floats as they are, FP8 bytes times their scales."""
+
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fp8pack.checkpoint.scales import offset_in_region, read_scales
+from fp8pack.checkpoint.source import ShardReader, Source, gather
+from fp8pack.errors import InputError
+from fp8pack.numerics import native
+from fp8pack.numerics.metrics import widen
+from fp8pack.planning.contents import Contents
+from fp8pack.planning.spec import DTYPE_BITS, TensorSpec
+
+_BITS = {"BF16": np.uint16, "F16": np.uint16, "F32": np.uint32}
+
+
+class ValueReader:
+    """Reads rows of tensors; a context manager that keeps files open. One for each thread."""
+
+    def __init__(self, source: Source, contents: Contents) -> None:
+        self._directory, self._quantized = source.directory, contents.quantized
+        self._readers: dict[str, ShardReader] = {}
+
+    def __enter__(self) -> "ValueReader":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for reader in self._readers.values():
+            reader.close()
+
+    def values(self, spec: TensorSpec, lo: int, hi: int) -> NDArray[np.float32]:
+        """Return rows of a tensor as float32 [hi - lo, K]; a NaN byte is a NaN.
+
+        Raises:
+            InputError: it is neither FP8 nor BF16, FP16 or FP32, or a scale is negative or not finite.
+        """
+        quantized = self._quantized.get(spec.name)
+        if quantized is None:
+            if spec.dtype not in _BITS:
+                raise InputError(f"{spec.file}: {spec.name!r} is {spec.dtype}, which has no values to compare")
+            return widen(self.bits(spec, lo, hi), spec.dtype)
+        payload = self.bits(spec, lo, hi)
+        values = np.empty(payload.shape, np.uint32)
+        amax = native.dequantize_rows(
+            payload,
+            read_scales(self._read_bytes, spec, quantized, (lo, hi), (0, payload.shape[1])),
+            values,
+            region=quantized.granularity.region(spec.matrix),
+            format=quantized.format,
+            offset=offset_in_region(spec, quantized, lo, 0),
+        )
+        found = values.view(np.float32)
+        if np.isnan(amax):
+            found[np.isin(payload & 0x7F, quantized.format.nan_codes)] = np.nan
+        return found
+
+    def bits(self, spec: TensorSpec, lo: int, hi: int) -> NDArray[Any]:
+        """Return rows of a tensor as they are stored: unsigned integers of its width [hi - lo, K]."""
+        cols, itemsize = spec.matrix[1], DTYPE_BITS[spec.dtype] // 8
+        rows = np.empty((hi - lo, cols), np.dtype(f"u{itemsize}"))
+        if spec.strides is not None:
+            gather(self._open(spec.file), spec, rows, (lo, 0))
+        elif rows.size:
+            self._open(spec.file).readinto(rows.data.cast("B"), spec.begin + lo * cols * itemsize)
+        return rows
+
+    def scales(self, spec: TensorSpec) -> NDArray[np.float32]:
+        """Return every scale of an FP8 tensor, float32, in its grid; raises as `values` does."""
+        rows, cols = spec.matrix
+        return read_scales(self._read_bytes, spec, self._quantized[spec.name], (0, rows), (0, cols))
+
+    def _read_bytes(self, spec: TensorSpec, offset: int, nbytes: int) -> NDArray[np.uint8]:
+        data = np.empty(nbytes, np.uint8)
+        self._open(spec.file).readinto(data.data, spec.begin + offset)
+        return data
+
+    def _open(self, file: str) -> ShardReader:
+        if file not in self._readers:
+            self._readers[file] = ShardReader(self._directory / file)
+        return self._readers[file]

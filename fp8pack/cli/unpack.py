@@ -1,0 +1,44 @@
+"""`fp8pack unpack`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fp8pack.cli import options
+from fp8pack.units import parse_duration, parse_size
+
+
+def unpack(
+    checkpoint: Annotated[
+        Path, typer.Argument(help="An FP8 checkpoint of any convention, by whatever tool.", show_default=False)
+    ],
+    output: options.Output = None,
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    copy: options.Copy = None,
+    max_shard_size: options.MaxShardSize = None,
+    workers: options.Workers = None,
+    max_memory: options.MaxMemory = "256MiB",
+    resume: options.Resume = True,
+    deadline: options.Deadline = None,
+    overwrite: options.Overwrite = False,
+    dry_run: options.DryRun = False,
+    as_json: options.AsJson = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Turn an FP8 checkpoint back into floats: value = fp8 * scale in float32, rounded once."""
+    from fp8pack.cli.write import write  # these import NumPy and BLAKE3, which --help must not wait for
+    from fp8pack.packing.prepare import WriteOptions, prepare_unpack
+
+    how = WriteOptions(
+        output=output,
+        workers=workers,
+        max_memory=parse_size(max_memory),
+        max_shard_nbytes=parse_size(max_shard_size) if max_shard_size else None,
+        copy=tuple(copy or ()),
+        resume=resume,
+        overwrite=overwrite,
+        deadline_seconds=parse_duration(deadline) if deadline else None,
+    )
+    write(prepare_unpack(checkpoint, dtype, how), dry_run=dry_run, as_json=as_json, quiet=quiet, verbose=verbose)

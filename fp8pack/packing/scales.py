@@ -1,0 +1,48 @@
+"""The scales of an output that were those of the source: cut into finer regions, and encoded as they are stored."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fp8pack.checkpoint.scales import Span
+from fp8pack.errors import InputError
+from fp8pack.numerics.scaling import decode_e8m0, encode_e8m0
+from fp8pack.numerics.swizzle import swizzle
+from fp8pack.planning.contents import Quantized
+from fp8pack.planning.plan import Packing
+from fp8pack.planning.spec import TensorSpec
+from fp8pack.units import ceil_div
+
+
+def refine(
+    scales: NDArray[np.float32], spec: TensorSpec, quantized: Quantized, packing: Packing, *, rows: Span, cols: Span
+) -> NDArray[np.float32]:
+    """Return scales, as `read_scales` gives them for these rows and columns, for the regions of a finer packing.
+
+    Raises:
+        InputError: a scale is zero, which no convention allows.
+    """
+    if not scales.all():
+        name = quantized.scale.name if quantized.scale else spec.name
+        raise InputError(f"{spec.file}: {name!r} holds a scale of zero: convert with another --granularity")
+    theirs, ours = quantized.granularity.region(spec.matrix), packing.granularity.region(spec.matrix)
+    picks = []
+    for axis, (begin, end) in enumerate((rows, cols)):
+        starts = np.arange(begin // ours[axis], ceil_div(end, ours[axis])) * ours[axis]
+        picks.append(starts // theirs[axis] - begin // theirs[axis])
+    return np.ascontiguousarray(scales[np.ix_(*picks)])
+
+
+def encode_scales(scales: NDArray[np.float32], packing: Packing) -> NDArray[Any]:
+    """Return scales as they are stored: float32, or exponents, which may lie in tiles.
+
+    Raises:
+        InputError: exponents are asked for and a scale is no power of two.
+    """
+    if packing.scale.dtype != "U8":
+        return scales
+    exponents = encode_e8m0(scales)
+    if not np.array_equal(decode_e8m0(exponents), scales):
+        raise InputError(f"{packing.scale.name}: the source announces powers of two and holds other scales")
+    return swizzle(exponents) if packing.tiled else exponents

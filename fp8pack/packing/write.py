@@ -1,0 +1,130 @@
+"""Carrying out what is prepared: the whole output is made in a staging directory, and one rename makes it real."""
+
+import json
+import resource
+import time
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from typing import Any
+
+from fp8pack.checkpoint.journal import Journal
+from fp8pack.checkpoint.shard_writer import check_space
+from fp8pack.checkpoint.staging import Staging
+from fp8pack.errors import DeadlineError, OutputError
+from fp8pack.numerics.metrics import sqnr_db
+from fp8pack.packing.bands import Band
+from fp8pack.packing.codecs import make_codec
+from fp8pack.packing.execute import Execution
+from fp8pack.packing.facts import WriteResult
+from fp8pack.packing.metadata import describes, manifest_path, write_metadata
+from fp8pack.packing.prepare import Prepared
+from fp8pack.packing.workers import Stop, available_cores
+from fp8pack.units import format_size
+
+_BASE_MEMORY = 100 << 20  # interpreter and libraries
+
+OnProgress = Callable[[int, int], None]  # bytes gone through, bytes in all
+
+
+def carry_out(prepared: Prepared, on_progress: OnProgress = lambda done, total: None) -> WriteResult:
+    """Write the checkpoint; a finished one of the same source and recipe is left as it is.
+
+    Raises:
+        OutputError: the output exists, is being written, or holds unfinished work of another recipe.
+        SpaceError, InputError, DeadlineError: what is finished is kept, and the same call continues.
+    """
+    started = time.monotonic()
+    options, staging = prepared.options, Staging(prepared.output)
+    if not options.overwrite and not staging.leftovers and (root := _finished_root(prepared)):
+        return WriteResult(prepared.output, root, True, time.monotonic() - started)
+    codec = make_codec(options.device)
+    stop = Stop(deadline=None if options.deadline_seconds is None else started + options.deadline_seconds)
+    with staging:
+        half_committed = (staging.content / prepared.output.name).exists()  # a single file whose manifest went first
+        if not options.overwrite and not half_committed and (root := _finished_root(prepared)):
+            staging.journal.unlink(missing_ok=True)  # left by a run that was cut off after its commit
+            return WriteResult(prepared.output, root, True, time.monotonic() - started)
+        if prepared.output.exists() and not options.overwrite and not half_committed:
+            raise OutputError(f"{prepared.output} exists: choose another -o, or --overwrite replaces it")
+        with closing(Journal(staging.journal)) as journal:
+            execution = Execution(prepared.plan, prepared.source, folder=staging.content, journal=journal)
+            _resume(prepared, execution, journal, staging)
+            side_nbytes = sum(side.size for side in prepared.side_files if side.rule is None)
+            check_space(staging.folder, execution.remaining_nbytes() + side_nbytes)
+
+            def tick() -> None:
+                staging.beat()
+                on_progress(execution.counters.done_nbytes, execution.counters.total_nbytes)
+
+            execution.run(codec, workers=_num_workers(prepared), stop=stop, tick=tick)
+            tick()
+            if not execution.is_done:
+                done, total = format_size(execution.counters.done_nbytes), format_size(execution.counters.total_nbytes)
+                raise DeadlineError(f"the deadline is reached with {done} of {total} done; the same command continues")
+            staging.keep_only({work.plan.file for work in execution.works})
+            root = write_metadata(prepared, execution.works, staging.content)
+        commit = staging.commit_file if prepared.source.is_single_file else staging.commit
+        commit(overwrite=options.overwrite or half_committed)
+    return _result(prepared, root, time.monotonic() - started, execution, staging)
+
+
+def _finished_root(prepared: Prepared) -> str | None:
+    """The root of the output, if it is finished and was made from this source by this recipe."""
+    try:
+        document = json.loads(manifest_path(prepared).read_bytes())
+        same_source = document["source"]["fingerprint"] == prepared.source.fingerprint
+        recipes = [_decisive(document["recipe"]), _decisive({**prepared.plan.selection, **prepared.plan.recipe_data})]
+        folder, files = manifest_path(prepared).parent, document["files"]
+        whole = all((folder / name).stat().st_size == entry["size"] for name, entry in files.items())
+        same = same_source and recipes[0] == recipes[1] and whole and describes(prepared, files)
+        return str(document["root"]) if same else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _decisive(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in recipe.items() if key != "reason"}
+
+
+def _resume(prepared: Prepared, execution: Execution, journal: Journal, staging: Staging) -> None:
+    """Go on where an earlier run stopped; a changed selection (`--ignore`, say) redoes only the shards it touches."""
+    fingerprint, recipe = prepared.source.fingerprint, prepared.plan.recipe_data
+    head, progress = journal.read() if prepared.options.resume else ({}, None)
+    if progress is None or not head:
+        staging.clear_content()
+        journal.start(fingerprint, _decisive(recipe))
+        return
+    if head["source"] != fingerprint or head["recipe"] != _decisive(recipe):
+        other = "checkpoint" if head["source"] != fingerprint else "recipe"
+        raise OutputError(f"{staging.folder} holds an unfinished pack of another {other}: --no-resume throws it away")
+    execution.resume(progress)
+
+
+def _num_workers(prepared: Prepared) -> int:
+    """As many threads as there are cores, but no more than the memory budget holds bands for."""
+    band = max((Band(tensor, 0).nbytes for tensor in prepared.plan.tensors if tensor.num_bands), default=1)
+    budget = max(prepared.options.max_memory - _BASE_MEMORY, 0)
+    return max(1, min(prepared.options.workers or available_cores(), budget // (band + band // 2)))
+
+
+def _result(prepared: Prepared, root: str, seconds: float, execution: Execution, staging: Staging) -> WriteResult:
+    energies: dict[str, list[float]] = {}
+    for work in execution.works:
+        for result in work.results.values():
+            if result.scale_digest or result.amax:
+                signal, noise = energies.get(result.tensor, [0.0, 0.0])
+                energies[result.tensor] = [signal + result.signal, noise + result.noise]
+    sqnr = {name: sqnr_db(*energy) for name, energy in energies.items() if energy[1] > 0}
+    worst = min(sqnr, key=lambda name: sqnr[name], default=None)
+    return WriteResult(
+        output=prepared.output,
+        root=root,
+        already_complete=False,
+        seconds=seconds,
+        resumed_nbytes=execution.counters.resumed_nbytes,
+        sqnr_mean=sum(sqnr.values()) / len(sqnr) if sqnr else None,
+        sqnr_worst=sqnr[worst] if worst else None,
+        sqnr_worst_tensor=worst,
+        peak_memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        notes=tuple(staging.notes),
+    )

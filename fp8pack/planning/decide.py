@@ -1,0 +1,156 @@
+"""Which tensors are to be FP8: the policy, the rules of the request, and then what their shapes allow."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from fp8pack.errors import RecipeError
+from fp8pack.numerics.granularity import CHANNEL, Granularity
+from fp8pack.planning.contents import Contents
+from fp8pack.planning.patterns import Matcher, Pattern
+from fp8pack.planning.plan import QuantMethod
+from fp8pack.planning.policy import Verdict, judge, layer_of, together
+from fp8pack.planning.recipe import Recipe, Request, Rule, RuleAction
+from fp8pack.planning.spec import FLOAT_DTYPES, TensorSpec
+
+MAX_GRANULE_NBYTES = 16 << 20  # rows of one region above this are cut into columns
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """Whether the policy and the rules want a tensor packed, before its shape is held against the recipe."""
+
+    spec: TensorSpec
+    role: str
+    packed: bool
+    reason: str
+    rule: Rule | None = None
+
+
+def decide(contents: Contents, request: Request) -> list[Decision]:
+    """Return what the policy and the request's rules say of each tensor; where some are FP8, those take its place.
+
+    Raises:
+        RecipeError: a pattern matches nothing, or a rule packs what cannot be packed.
+    """
+    ignore = Matcher(request.ignore, "--ignore")
+    only = Matcher(request.only, "--only")
+    pack = Matcher(request.pack, "--pack")
+    rules = Matcher(tuple(rule.pattern for rule in request.rules), "rule")
+    by_pattern = {rule.pattern: rule for rule in reversed(request.rules)}
+    last = contents.facts.num_layers or 1 + max((layer_of(spec.name) or 0 for spec in contents.tensors), default=0)
+    idle = {pattern for pattern in request.pack if not pattern.optional}
+    decisions = []
+    for spec in contents.tensors:
+        names = (spec.name, *([spec.part_of.name] if spec.part_of else []))
+        hits = [matcher.find(*names) for matcher in (ignore, pack, rules, only)]
+        verdict = _judge(spec, contents)
+        decision = Decision(spec, verdict.role, verdict.packed, verdict.reason)
+        layer = layer_of(spec.name)
+        if hits[0]:
+            decision = replace(decision, packed=False, reason=f"--ignore {hits[0].text}")
+        elif hits[1]:
+            decision = _overrule(decision, hits[1], f"--pack {hits[1].text}")
+            if decision.packed:
+                idle.discard(hits[1])
+        elif hits[2]:
+            decision = _apply(decision, by_pattern[hits[2]])
+        elif (
+            decision.packed
+            and layer is not None
+            and not request.keep_first_layers <= layer < last - request.keep_last_layers
+        ):
+            decision = replace(decision, packed=False, reason="recipe: first and last layers stay")
+        if request.only and not hits[3]:
+            decision = replace(decision, packed=False, reason="not named by --only")
+        decisions.append(decision)
+    for matcher in (ignore, only, pack, rules):
+        matcher.check()
+    if idle:
+        raise RecipeError(f"--pack {min(pattern.text for pattern in idle)!r} matches nothing that can be packed")
+    return decisions
+
+
+def settle(decisions: Sequence[Decision], recipe: Recipe, method: QuantMethod) -> list[Decision]:
+    """Keep what the convention cannot hold, and with it everything that engines fuse it with."""
+    settled = [_check_shape(decision, recipe, method) for decision in decisions]
+    if recipe.quant_method != "fp8pack":
+        kept: dict[str, Decision] = {}
+        for decision in settled:
+            group = together(decision.spec.name)
+            if group and not decision.packed:
+                kept.setdefault(group, decision)
+        settled = [_keep_with(decision, kept.get(together(decision.spec.name) or "")) for decision in settled]
+    return _rejoin(settled)
+
+
+def _judge(spec: TensorSpec, contents: Contents) -> Verdict:
+    if not contents.quantized:
+        return judge(spec, contents.facts)
+    if spec.name not in contents.quantized:
+        verdict = judge(spec, contents.facts)
+        return replace(verdict, packed=False, reason="not FP8 in the source") if verdict.packed else verdict
+    role = judge(replace(spec, dtype="BF16"), contents.facts).role
+    is_linear = len(spec.shape) == 2 and spec.name.endswith(".weight")
+    return Verdict(role, is_linear, "FP8 in the source" + ("" if is_linear else ", but no matrix of a linear"))
+
+
+def _apply(decision: Decision, rule: Rule) -> Decision:
+    if rule.action == RuleAction.KEEP:
+        return replace(decision, packed=False, reason=f"rule: keep {rule.pattern.text}")
+    return _overrule(decision, rule.pattern, f"rule: pack {rule.pattern.text}", rule)
+
+
+def _overrule(decision: Decision, pattern: Pattern, reason: str, rule: Rule | None = None) -> Decision:
+    """Pack what a pattern means: a name must mean a matrix, a glob or expression passes over everything else."""
+    spec = decision.spec
+    if len(spec.shape) == 2 and spec.dtype in FLOAT_DTYPES and 0 not in spec.shape and spec.name.endswith(".weight"):
+        return replace(decision, packed=True, reason=reason, rule=rule)
+    if pattern.exact:
+        raise RecipeError(
+            f"{spec.name}: {spec.dtype} {list(spec.shape)} cannot be packed ({reason}): only 2-D float weights can"
+        )
+    return decision
+
+
+def _rejoin(decisions: Sequence[Decision]) -> list[Decision]:
+    """Leave fused experts whole unless one of their parts is packed."""
+    split = {decision.spec.part_of.name for decision in decisions if decision.spec.part_of and decision.packed}
+    whole: dict[str, Decision] = {}
+    for decision in decisions:
+        fused = decision.spec.part_of
+        if fused is None or fused.name in split or _is_bias_of(fused.name, split):
+            whole[decision.spec.name] = decision
+        else:
+            whole.setdefault(fused.name, replace(decision, spec=fused))
+    return list(whole.values())
+
+
+def _is_bias_of(name: str, split: set[str]) -> bool:
+    return name.endswith("_bias") and name.removesuffix("_bias") in split
+
+
+def _check_shape(decision: Decision, recipe: Recipe, method: QuantMethod) -> Decision:
+    if not decision.packed:
+        return decision
+    if 0 in decision.spec.shape:
+        return replace(decision, packed=False, reason="empty")
+    granularity = granularity_of(decision, recipe)
+    row_nbytes = decision.spec.nbytes // decision.spec.shape[0]
+    if granularity == CHANNEL and row_nbytes > MAX_GRANULE_NBYTES:
+        return replace(
+            decision, packed=False, reason=f"a row of {row_nbytes >> 20} MiB is too long for a channel scale"
+        )
+    problem = method.problem(decision.spec.shape, granularity)
+    return replace(decision, packed=False, reason=problem) if problem else decision
+
+
+def _keep_with(decision: Decision, cause: Decision | None) -> Decision:
+    if cause is None or not decision.packed:
+        return decision
+    leaf = cause.spec.name.removesuffix(".weight").rpartition(".")[2]
+    return replace(decision, packed=False, reason=f"kept with {leaf}, which engines fuse it with ({cause.reason})")
+
+
+def granularity_of(decision: Decision, recipe: Recipe) -> Granularity:
+    """Return the granularity of a rule, or else the recipe's."""
+    return (decision.rule.granularity if decision.rule else None) or recipe.granularity

@@ -1,0 +1,322 @@
+"""Making the plan: from decisions and a recipe to what is written where, from headers alone."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import prod
+
+from fp8pack.errors import InputError, RecipeError
+from fp8pack.numerics.granularity import MX
+from fp8pack.numerics.scaling import ScaleRounding
+from fp8pack.numerics.swizzle import TILE
+from fp8pack.planning.activation_scales import ActivationScale, ActivationScales, Kind, Observed
+from fp8pack.planning.calibration import Calibration
+from fp8pack.planning.contents import Contents, Quantized
+from fp8pack.planning.decide import MAX_GRANULE_NBYTES, Decision, granularity_of, settle
+from fp8pack.planning.engines import check_targets, choose_scheme, judge_engines
+from fp8pack.planning.layout import Output, ShardPlan, Stored, arrange
+from fp8pack.planning.model import ModelFacts
+from fp8pack.planning.plan import Action, Packing, PackPlan, Plan, QuantMethod, TensorPlan
+from fp8pack.planning.policy import UNKNOWN_LINEAR, fused_module, judge, spellings
+from fp8pack.planning.recipe import Recipe, Request, resolve, selection_of
+from fp8pack.planning.spec import DTYPE_BITS, TensorSpec
+from fp8pack.planning.storage import Storage
+from fp8pack.units import ceil_div
+
+BAND_NBYTES = 8 << 20
+UNKNOWN_SHARE = 0.05
+
+
+def choose_recipe(
+    decisions: Sequence[Decision], facts: ModelFacts, request: Request, calibration: Calibration | None = None
+) -> Recipe:
+    """Return the recipe: the scheme asked for, or the one that `auto` finds right for these shapes and this model.
+
+    Raises:
+        RecipeError: a scheme is not known, scales of activations are asked for without a calibration, or a calibration
+            that nothing is asked of.
+    """
+    packed = [(decision.spec, decision.role) for decision in decisions if decision.packed]
+    scheme, reason = choose_scheme(request, packed, facts)
+    return resolve(request, scheme, reason, calibration)
+
+
+def make_plan(
+    decisions: Sequence[Decision],
+    contents: Contents,
+    request: Request,
+    *,
+    recipe: Recipe,
+    method: QuantMethod,
+    max_shard_nbytes: int | None = None,
+) -> PackPlan:
+    """Return the plan of packing the tensors of a checkpoint, or of converting those that are FP8.
+
+    Raises:
+        RecipeError: nothing is left to pack, or a named target cannot load the result.
+        InputError: the source holds a tensor that bears the name of a scale, or the calibration does not fit it.
+    """
+    planner = _Planner(recipe, method, contents)
+    tensors = [planner.plan(decision) for decision in settle(decisions, recipe, method)]
+    if not any(tensor.packing for tensor in tensors):
+        raise RecipeError(_nothing_to_pack(tensors))
+    tensors, notes = _calibrate(tensors, recipe, method)
+    tensors += planner.carried_scales(tensors)
+    tensors = _mark(tensors, recipe.storage, method)
+    _check_names(tensors)
+    packed = [(tensor.spec, tensor.role) for tensor in tensors if tensor.packing]
+    kept = _kept_linears(tensors, contents.facts)
+    engines = judge_engines(recipe.storage, packed, contents.facts, tp=request.tp, gpu=request.gpu, kept=kept)
+    check_targets(engines, recipe.storage, request.targets)
+    return PackPlan(
+        contents.facts,
+        tuple(tensors),
+        _arrange(tensors, method, max_shard_nbytes),
+        recipe.as_data(),
+        selection_of(request),
+        (*([] if contents.quantized else _warnings(tensors)), *notes),
+        recipe,
+        engines,
+        kept,
+    )
+
+
+def make_unpack_plan(contents: Contents, dtype: str, *, max_shard_nbytes: int | None = None) -> Plan:
+    """Return the plan of turning every FP8 tensor of a checkpoint into floats of a dtype (BF16, F16, F32)."""
+    tensors = []
+    for spec in contents.tensors:
+        quantized = contents.quantized.get(spec.name)
+        role = judge(replace(spec, dtype="BF16"), contents.facts).role
+        if quantized is None:
+            tensors.append(_copy(spec, role, "not FP8 in the source"))
+        else:
+            tensors.append(_unpack(spec, role, "FP8 in the source", quantized, dtype))
+    _check_names(tensors)
+    shards = arrange([_output(tensor) for tensor in tensors], max_shard_nbytes)
+    return Plan(contents.facts, tuple(tensors), shards, {"unpack": dtype}, {}, ())
+
+
+@dataclass(frozen=True, slots=True)
+class _Planner:
+    """Turns decisions into plans of tensors."""
+
+    recipe: Recipe
+    method: QuantMethod
+    contents: Contents
+
+    def plan(self, decision: Decision) -> TensorPlan:
+        spec, quantized = decision.spec, self.contents.quantized.get(decision.spec.name)
+        if not decision.packed and quantized is None:
+            return _copy(spec, decision.role, decision.reason)
+        if not decision.packed and quantized is not None:
+            return _unpack(spec, decision.role, decision.reason, quantized, "BF16")
+        granularity = granularity_of(decision, self.recipe)
+        format = (decision.rule.format if decision.rule else None) or self.recipe.format
+        rounding = self.recipe.scale_rounding
+        rounding = ScaleRounding.UP if granularity == MX and rounding == ScaleRounding.NONE else rounding
+        tiled = self.method.is_tiled(granularity)
+        packing = Packing(
+            format,
+            granularity,
+            rounding,
+            self.method.scale(spec, granularity),
+            fused_module(spec.name) or spec.name,
+            tiled=tiled,
+        )
+        if quantized is not None and self._is_carried(spec, quantized, packing):
+            packing = replace(packing, carried=True)
+        rows, cols = _band_shape(spec, granularity.rows or 1, granularity.cols or 1)
+        if tiled:
+            rows, cols = ceil_div(rows, TILE[0]) * TILE[0], spec.shape[1]
+        data = self.method.payload(spec, format)
+        return TensorPlan(spec, Action.PACKED, decision.role, decision.reason, data, rows, cols, packing, quantized)
+
+    def _is_carried(self, spec: TensorSpec, quantized: Quantized, packing: Packing) -> bool:
+        """Whether the bytes can stay: each region lies within one of the source, and its scale can be written."""
+        if quantized.format != packing.format or quantized.scale is None:
+            return False
+        within = all(
+            theirs % ours == 0 or theirs == whole
+            for theirs, ours, whole in zip(
+                quantized.granularity.region(spec.shape),
+                packing.granularity.region(spec.shape),
+                spec.shape,
+                strict=True,
+            )
+        )
+        powers_of_two = quantized.has_exponents or self.contents.powers_of_two
+        return within and (powers_of_two or packing.rounding == ScaleRounding.NONE)
+
+    def carried_scales(self, tensors: Sequence[TensorPlan]) -> list[TensorPlan]:
+        """The scales of activations that the source holds, under this convention's names, if not calibrated."""
+        calibrated = {(a.kind, a.point) for tensor in tensors for a in tensor.activations}
+        plans = []
+        if self.recipe.activations == "static" and self.recipe.calibration is None:
+            for tensor in tensors:
+                if tensor.packing:
+                    plans.append(self._carried_input_scale(tensor))
+        for point, spec in self.contents.kv_scales.items() if self.recipe.kv_cache else ():
+            attention, _, kind = point.rpartition(".")
+            side: Kind = "k" if kind == "k" else "v"
+            if (side, point) not in calibrated:
+                stored = self.method.kv_scale(attention, side, f"{attention}.{side}_proj.weight")
+                plans.append(_carry(spec, stored, f"scale of {side.upper()} in the source"))
+        return plans
+
+    def _carried_input_scale(self, tensor: TensorPlan) -> TensorPlan:
+        name = tensor.spec.name
+        if tensor.quantized is None or tensor.quantized.input_scale is None:
+            raise InputError(f"{name} has no input scale: --activations dynamic, or --calibration FILE")
+        return _carry(tensor.quantized.input_scale, self.method.input_scale(name), f"scale of what enters {name}")
+
+
+def _copy(spec: TensorSpec, role: str, reason: str) -> TensorPlan:
+    return TensorPlan(spec, Action.COPIED, role, reason, Stored(spec.name, spec.dtype, spec.shape), BAND_NBYTES)
+
+
+def _carry(spec: TensorSpec, stored: Stored, reason: str) -> TensorPlan:
+    """A scale of activations that is copied under another name and in another shape of as many elements."""
+    shape = stored.shape if prod(stored.shape) == prod(spec.shape) else spec.shape
+    copy = Stored(stored.name, spec.dtype, shape)
+    return TensorPlan(replace(spec, name=stored.name), Action.COPIED, "activation_scale", reason, copy, BAND_NBYTES)
+
+
+def _unpack(spec: TensorSpec, role: str, reason: str, quantized: Quantized, dtype: str) -> TensorPlan:
+    rows, cols = _band_shape(spec, 1, 1)
+    data = Stored(spec.name, dtype, spec.shape)
+    return TensorPlan(spec, Action.UNPACKED, role, reason, data, rows, cols, quantized=quantized)
+
+
+def _nothing_to_pack(tensors: Sequence[TensorPlan]) -> str:
+    reasons = [tensor.reason for tensor in tensors if len(tensor.spec.shape) == 2]
+    dragged = [reason for reason in reasons if reason.startswith("kept with")]
+    common = Counter(dragged or reasons).most_common(1)
+    why = f"; {common[0][1]} matrices: {common[0][0]}" if common else ""
+    return f"nothing to pack: no tensor is a linear weight that the policy and the rules let be packed{why}"
+
+
+def _mark(tensors: Sequence[TensorPlan], storage: Storage, method: QuantMethod) -> list[TensorPlan]:
+    """Add the small tensors by which a convention announces packed weights."""
+    marked = []
+    first = next((tensor for tensor in tensors if tensor.packing), None)
+    for tensor in tensors:
+        if tensor.packing is None:
+            marked.append(tensor)
+            continue
+        own = replace(storage, format=tensor.packing.format, granularity=tensor.packing.granularity)
+        markers = method.markers(tensor.spec, own, is_first=tensor is first)
+        marked.append(replace(tensor, markers=markers))
+    return marked
+
+
+def _arrange(tensors: Sequence[TensorPlan], method: QuantMethod, max_shard_nbytes: int | None) -> tuple[ShardPlan, ...]:
+    """The shards, with what the convention says in their headers."""
+    by_data = {tensor.data.name: tensor for tensor in tensors}
+    shards = arrange([_output(tensor) for tensor in tensors], max_shard_nbytes)
+    return tuple(
+        replace(
+            shard,
+            metadata=method.metadata([by_data[stored.name] for stored in shard.tensors if stored.name in by_data]),
+        )
+        for shard in shards
+    )
+
+
+def _calibrate(tensors: list[TensorPlan], recipe: Recipe, method: QuantMethod) -> tuple[list[TensorPlan], list[str]]:
+    """Add the scales of activations to the tensors that they are stored beside; return also what is worth knowing."""
+    if recipe.calibration is None:
+        return tensors, []
+    scales = ActivationScales(recipe.calibration, recipe.activation_options, recipe.format)
+    added: dict[str, list[ActivationScale]] = {}
+    notes = [] if recipe.calibration.fingerprint else ["the calibration does not say which model it is of"]
+    if recipe.activation_options.percentile is not None:
+        notes.append("--percentile clips what lies above it, which mostly costs FP8 accuracy: amax is the default")
+    if recipe.kv_cache:
+        roles = {tensor.spec.name: tensor.role for tensor in tensors}
+        added |= scales.of_kv_cache(roles, method.kv_scale)
+    if recipe.activations == "static":
+        weights = [(tensor.spec.name, method.input_scale(tensor.spec.name)) for tensor in tensors if tensor.packing]
+        inputs = scales.of_inputs(weights)
+        for name, (scale, _) in inputs.items():
+            added[name] = [scale, *added.get(name, [])]
+        notes += _calibration_notes({name: observed for name, (_, observed) in inputs.items()})
+    return [replace(tensor, activations=tuple(added.get(tensor.spec.name, ()))) for tensor in tensors], notes
+
+
+def _calibration_notes(inputs: dict[str, Observed]) -> list[str]:
+    notes = []
+    spikes = [name for name, observed in inputs.items() if observed.has_spike]
+    if spikes:
+        notes.append(
+            f"what enters {len(spikes)} weights has an amax over ten times what 99.9 % stay below, such as "
+            f"{', '.join(spikes[:3])}: --ignore keeps them in BF16, --scheme FP8_DYNAMIC scales each token"
+        )
+    for source, whose in (("peers", "their peers"), ("all_experts", "the run of all tokens")):
+        if names := [name for name, observed in inputs.items() if observed.source == source]:
+            more = ": calibrate with more prompts or --all-experts" if source == "peers" else ""
+            notes.append(
+                f"{len(names)} weights of experts saw too few tokens, so their scales are of {whose}, such as "
+                f"{', '.join(names[:3])}{more}"
+            )
+    return notes
+
+
+def _band_shape(spec: TensorSpec, rows: int, cols: int) -> tuple[int, int]:
+    """Whole regions, about 8 MiB of source: all columns of as many rows as fit, or a part of one row of regions."""
+    k, itemsize = spec.matrix[1], DTYPE_BITS[spec.dtype] // 8
+    if rows * k * itemsize > MAX_GRANULE_NBYTES:
+        return rows, max(1, BAND_NBYTES // (rows * itemsize * cols)) * cols
+    return max(1, BAND_NBYTES // max(1, rows * k * itemsize)) * rows, max(1, k)
+
+
+def _check_names(tensors: Sequence[TensorPlan]) -> None:
+    """Refuse a source that holds a tensor by the name of one that is to be written beside it."""
+    names = {tensor.data.name for tensor in tensors}
+    for tensor in tensors:
+        if tensor.packing and tensor.packing.scale.name in names:
+            raise InputError(f"{tensor.packing.scale.name} is in the source already: {_keeps(tensor)}")
+        for activation in tensor.activations:
+            if activation.stored.name in names:
+                remedy = _keeps(tensor) if activation.kind == "input" else "pack without --kv-cache"
+                raise InputError(f"{activation.stored.name} is in the source already: {remedy}")
+        for marker in tensor.markers:
+            if marker.stored.name in names:
+                raise InputError(f"{marker.stored.name} is in the source already: {_keeps(tensor)}")
+
+
+def _keeps(tensor: TensorPlan) -> str:
+    return f"--ignore {tensor.spec.name} keeps its weight"
+
+
+def _output(tensor: TensorPlan) -> Output:
+    scale = tensor.packing.scale if tensor.packing else None
+    return Output(tensor.spec, tensor.data, scale, tuple(constant.stored for constant in tensor.constants))
+
+
+def _kept_linears(tensors: Sequence[TensorPlan], facts: ModelFacts) -> tuple[str, ...]:
+    """The modules that engines would take for FP8 linears unless they are listed: all but norms and embeddings."""
+    kept = [
+        tensor.spec.name.removesuffix(".weight")
+        for tensor in tensors
+        if tensor.packing is None
+        and tensor.role not in ("norm", "embedding", "bias", "rotary")
+        and (tensor.role == "experts" or (tensor.spec.name.endswith(".weight") and len(tensor.spec.shape) == 2))
+    ]
+    kept += [name.rpartition(".")[0] for name in kept if name.rpartition(".")[0].endswith("experts")]
+    if facts.tied:
+        masked = any(tensor.spec.name.startswith("cls.predictions.") for tensor in tensors)
+        kept += ["lm_head", *(["cls.predictions.decoder"] if masked else [])]  # tied, so the file does not hold them
+    aliased = facts.wrapper or any(tensor.role in ("tower", "projector", "logits") for tensor in tensors)
+    names = [spelling for name in kept for spelling in (spellings(name) if aliased else [name])]
+    return tuple(dict.fromkeys(names))
+
+
+def _warnings(tensors: Sequence[TensorPlan]) -> tuple[str, ...]:
+    unknown = [tensor.spec for tensor in tensors if tensor.role == UNKNOWN_LINEAR and tensor.packing]
+    total = sum(tensor.spec.nbytes for tensor in tensors)
+    if sum(spec.nbytes for spec in unknown) <= UNKNOWN_SHARE * total:
+        return ()
+    names = ", ".join(spec.name for spec in unknown[:5])
+    return (
+        f"{len(unknown)} packed weights have a role that fp8pack does not know, such as {names}: --ignore keeps them",
+    )

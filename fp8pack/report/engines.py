@@ -1,0 +1,37 @@
+"""Who loads a checkpoint, in lines."""
+
+from typing import Any
+
+from fp8pack.planning.engines import LLM_ENGINES, NAMES, WHOLE
+
+
+def engine_lines(engines: list[dict[str, Any]]) -> list[str]:
+    """Return the lines that say who loads an output, at which tensor-parallel sizes, and who does not, and why."""
+    engines = [engine for engine in engines if not _goes_without_saying(engine, engines)]
+    if not engines:
+        return []
+    groups: dict[tuple[int, ...], list[str]] = {}
+    for engine in engines:
+        if engine["tp"]:
+            name = NAMES[engine["engine"]] + (f" ({engine['note']})" if engine["note"] else "")
+            groups.setdefault(() if engine["engine"] in WHOLE else tuple(engine["tp"]), []).append(name)
+    loads = [
+        ", ".join(names) + (f" at TP {' '.join(map(str, sizes))}" if sizes else "") for sizes, names in groups.items()
+    ]
+    lines = [f"loads in {'; '.join(loads)}" if loads else "loads in load_packed() only"]
+    refusals: dict[tuple[str, str], list[str]] = {}
+    for engine in engines:
+        if not engine["tp"]:
+            refusals.setdefault((engine["reason"], engine["remedy"]), []).append(NAMES[engine["engine"]])
+    return lines + [
+        f"         not {', '.join(names)}: {reason}" + (f" ({remedy})" if remedy else "")
+        for (reason, remedy), names in refusals.items()
+    ]
+
+
+def _goes_without_saying(engine: dict[str, Any], engines: list[dict[str, Any]]) -> bool:
+    """A language model is not for ComfyUI, and a diffusion model, which names no architecture, not for the others."""
+    if engine.get("asked"):
+        return False
+    of_language = any(other["tp"] for other in engines if other["engine"] in LLM_ENGINES)
+    return not engine["tp"] and (engine["engine"] == "comfyui") == of_language
