@@ -85,5 +85,8 @@ def test_make_help_prints_every_target() -> None:
 
 
 def test_help_of_every_command_exits_with_0() -> None:
-    for command in ([], ["calibrate"], ["merge"], ["pack"], ["inspect"]):
+    for command in (
+        [],
+        *([registered.callback.__name__] for registered in app.registered_commands if registered.callback),
+    ):
         assert CliRunner().invoke(app, [*command, "--help"]).exit_code == 0

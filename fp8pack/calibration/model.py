@@ -17,10 +17,12 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 
 from fp8pack.calibration.names import names_of
+from fp8pack.checkpoint.quantized import read_contents
 from fp8pack.checkpoint.source import ShardReader, Source
+from fp8pack.checkpoint.values import ValueReader
 from fp8pack.errors import InputError
-from fp8pack.numerics import torch_codec
 from fp8pack.numerics.replaced_forwards import replaced_forwards
+from fp8pack.planning.contents import Contents
 from fp8pack.planning.spec import TensorSpec
 
 _DTYPES = {
@@ -28,15 +30,13 @@ _DTYPES = {
     "F16": torch.float16,
     "F32": torch.float32,
     "F64": torch.float64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
     "U8": torch.uint8,
     "I8": torch.int8,
     "BOOL": torch.bool,
     "I32": torch.int32,
     "I64": torch.int64,
 }
-_FP8 = ("F8_E4M3", "F8_E5M2")
+_STRIP_ROWS = 1024  # of an FP8 weight that are dequantized at a time
 
 
 class ModelLoader:
@@ -67,7 +67,8 @@ class ModelLoader:
                 module.register_buffer(
                     name, buffer.to(device), persistent=name not in module._non_persistent_buffers_set
                 )
-        self._specs = {spec.name: spec for spec in source.specs}
+        self._contents = read_contents(source)
+        self._specs = {spec.name: spec for spec in self._contents.tensors}
         self.names = names_of(self.model, self._specs)
 
     @property
@@ -83,7 +84,9 @@ class ModelLoader:
         """
         wanted = set(parameters)
         tensors = {
-            name: _Lazy(self._source, self._specs, name) for key in wanted for name in self.names.tensors.get(key, ())
+            name: _Lazy(self._source, self._contents, self._specs[name])
+            for key in wanted
+            for name in self.names.tensors.get(key, ())
         }
         info, _ = convert_and_load_state_dict_in_model(
             self.model,
@@ -189,38 +192,23 @@ def _references(config: Any) -> list[str]:
 class _Lazy:
     """A tensor of the checkpoint, read when transformers asks for it; not mapped, so that its memory comes back."""
 
-    def __init__(self, source: Source, specs: dict[str, TensorSpec], name: str) -> None:
-        self._source, self._specs, self._spec = source, specs, specs[name]
+    def __init__(self, source: Source, contents: Contents, spec: TensorSpec) -> None:
+        self._source, self._contents, self._spec = source, contents, spec
 
     def __getitem__(self, index: object) -> Tensor:
-        if self._spec.dtype not in _FP8:
-            return self._read(self._spec)
-        for suffix in ("_scale_inv", "_scale"):
-            if scale := self._specs.get(self._spec.name + suffix):
-                return self._dequantize(self._read(scale))
-        raise InputError(f"{self._spec.name} is {self._spec.dtype} and has no scale: it cannot be dequantized")
+        spec = self._spec
+        if spec.name not in self._contents.quantized:
+            return self._read()
+        rows = spec.matrix[0]
+        values = torch.empty(spec.shape, dtype=torch.bfloat16)
+        with ValueReader(self._source, self._contents) as reader:
+            for lo in range(0, rows, _STRIP_ROWS):
+                strip = torch.from_numpy(reader.values(spec, lo, min(lo + _STRIP_ROWS, rows)))
+                values.view(rows, -1)[lo : lo + _STRIP_ROWS] = strip
+        return values
 
-    def _dequantize(self, scale: Tensor) -> Tensor:
-        n, k = self._spec.shape
-        region = self._region(tuple(scale.shape), n, k)
-        grid = (-(-n // region[0]), -(-k // region[1]))
-        multiplier = scale.view(torch.float8_e8m0fnu) if scale.dtype == torch.uint8 else scale
-        data = self._read(self._spec)
-        return torch_codec.dequantize(data, multiplier.float().reshape(grid), region).to(torch.bfloat16)
-
-    def _region(self, shape: tuple[int, ...], n: int, k: int) -> tuple[int, int]:
-        if shape in ((), (1,), (1, 1)):
-            return n, k
-        if shape in ((n,), (n, 1)):
-            return 1, k
-        quantization = (self._source.config or {}).get("quantization_config") or {}
-        block = quantization.get("weight_block_size") or [128, 128]
-        for rows, cols in (block, (1, 32)):
-            if shape == (-(-n // rows), -(-k // cols)):
-                return rows, cols
-        raise InputError(f"{self._spec.name} [{n}, {k}] has scales {list(shape)}, which fit no region that is known")
-
-    def _read(self, spec: TensorSpec) -> Tensor:
+    def _read(self) -> Tensor:
+        spec = self._spec
         if spec.dtype not in _DTYPES:
             raise InputError(f"{spec.file}: tensor {spec.name!r} is {spec.dtype}, which calibration does not read")
         tensor = torch.empty(spec.shape, dtype=_DTYPES[spec.dtype])

@@ -109,12 +109,16 @@ def open_source(path: Path) -> Source:
         InputError: the path is no checkpoint that fp8pack takes; the sentence names the way out.
     """
     source = open_checkpoint(path)
+    if float8 := next((spec for spec in source.specs if spec.dtype.startswith("F8")), None):
+        raise InputError(
+            f"{float8.file}: tensor {float8.name!r} is {float8.dtype} already: `fp8pack convert` makes another FP8 "
+            "checkpoint of it, `fp8pack unpack` floats; or pack the BF16, FP16 or FP32 original"
+        )
     _refuse_quantized(source.config or {}, source.directory)
-    for spec in source.specs:
-        if spec.dtype.startswith(("F8", "F6", "F4")):
-            raise InputError(
-                f"{spec.file}: tensor {spec.name!r} is {spec.dtype} already: pack the BF16, FP16 or FP32 original"
-            )
+    if narrow := next((spec for spec in source.specs if spec.dtype.startswith(("F6", "F4"))), None):
+        raise InputError(
+            f"{narrow.file}: tensor {narrow.name!r} is {narrow.dtype} already: pack the BF16, FP16 or FP32 original"
+        )
     return source
 
 

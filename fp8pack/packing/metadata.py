@@ -13,11 +13,12 @@ from fp8pack.checkpoint.manifest import MANIFEST_NAME, NUMERICS_VERSION, SCHEMA_
 from fp8pack.checkpoint.shard_writer import ShardWriter, write_file
 from fp8pack.checkpoint.source import INDEX_NAME, SINGLE_NAME, ShardReader
 from fp8pack.packing.execute import ShardWork
+from fp8pack.packing.model_card import CARD_NAME, model_card
 from fp8pack.packing.prepare import Prepared
 from fp8pack.planning.activation_scales import ActivationScale
 from fp8pack.planning.contents import Quantized
 from fp8pack.planning.layout import Stored
-from fp8pack.planning.plan import Packing, Plan, TensorPlan
+from fp8pack.planning.plan import Packing, PackPlan, Plan, TensorPlan
 
 _COPY_NBYTES = 1 << 20
 
@@ -29,11 +30,13 @@ def write_metadata(prepared: Prepared, works: tuple[ShardWork, ...], folder: Pat
         work.plan.file: {"size": work.size, "header": f"blake3:{blake3(work.header).hexdigest()}"} for work in works
     }
     contents = _contents(prepared)
+    if card := _card(prepared, energies_of(works)):
+        contents[CARD_NAME] = card
     for name, content in contents.items():
         write_file(folder / name, content)
         files[name] = {"size": len(content), "digest": f"blake3:{blake3(content).hexdigest()}"}
     for side in prepared.side_files:
-        if side.rule is None:
+        if side.rule is None and side.name not in contents:
             files[side.name] = {
                 "size": side.size,
                 "digest": _copy(source.directory / side.name, folder / side.name, side.size),
@@ -44,10 +47,36 @@ def write_metadata(prepared: Prepared, works: tuple[ShardWork, ...], folder: Pat
     return write_manifest(folder / name, _head(prepared, files), _tensors(works))
 
 
+def energies_of(works: tuple[ShardWork, ...]) -> dict[str, tuple[float, float]]:
+    """Return the energies of each weight that was quantized, signal and noise, added up in the order of its bands."""
+    energies = {}
+    for work in works:
+        for tensor in work.tensors:
+            found = [work.results[tensor.spec.name, index] for index in range(tensor.num_bands)]
+            noise = sum(result.noise for result in found)
+            if noise > 0:
+                energies[tensor.spec.name] = (sum(result.signal for result in found), noise)
+    return energies
+
+
+def _card(prepared: Prepared, energies: dict[str, tuple[float, float]]) -> bytes | None:
+    """The model card of a directory with FP8 weights, above the text of the base model's."""
+    source, plan = prepared.source, prepared.plan
+    if source.is_single_file or not isinstance(plan, PackPlan):
+        return None
+    base = (source.directory / CARD_NAME).read_bytes() if _has_card(prepared) else b""
+    return model_card(prepared.verb, plan, source, energies, base.decode(errors="replace"))
+
+
+def _has_card(prepared: Prepared) -> bool:
+    return any(side.name == CARD_NAME and side.rule is None for side in prepared.side_files)
+
+
 def describes(prepared: Prepared, files: dict[str, Any]) -> bool:
     """Say whether the files of a finished output are those that this pack would write, as far as they are no weights.
 
-    Shards are compared by name and size, everything else by digest.
+    Shards are compared by name and size, everything else by digest, but for the model card, which holds what only the
+    work shows.
     """
     sizes = {name: entry["size"] for name, entry in files.items() if "header" in entry}
     digests = {name: entry["digest"] for name, entry in files.items() if "header" not in entry}
@@ -55,6 +84,9 @@ def describes(prepared: Prepared, files: dict[str, Any]) -> bool:
     for side in prepared.side_files:
         if side.rule is None:
             expected[side.name] = _digest_file(prepared.source.directory / side.name, side.size)
+    if isinstance(prepared.plan, PackPlan) and not prepared.source.is_single_file:
+        digests.pop(CARD_NAME, None)
+        expected.pop(CARD_NAME, None)
     shards = {shard.file: shard.nbytes for shard in prepared.plan.shards}
     return digests == expected and sizes.keys() == shards.keys() and all(sizes[file] > shards[file] for file in shards)
 

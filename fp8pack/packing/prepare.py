@@ -6,10 +6,11 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fp8pack.checkpoint.calibration_file import read_calibration
 from fp8pack.checkpoint.config import set_quantization_config
+from fp8pack.checkpoint.manifest_schema import find_manifest, read_manifest
 from fp8pack.checkpoint.quant_methods import find_method
 from fp8pack.checkpoint.quantized import read_contents
 from fp8pack.checkpoint.side_files import SideFile, list_side_files
@@ -44,10 +45,23 @@ class WriteOptions:
     deadline_seconds: float | None = None
 
 
+Verb = Literal["pack", "unpack", "convert"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """What is done, and how a directory and a single file that come of it are named, after the source."""
+
+    verb: Verb
+    suffix: str
+    file_suffix: str
+
+
 @dataclass(frozen=True, slots=True)
 class Prepared:
     """A source, the plan for it, and where the output goes; `documents` are the small files that are written anew."""
 
+    verb: Verb
     source: Source
     side_files: tuple[SideFile, ...]
     plan: Plan
@@ -77,7 +91,7 @@ def prepare_pack(model: Path, request: Request, options: WriteOptions) -> Prepar
     contents = Contents("", specs, source.facts)
     decisions = decide(contents, request)
     recipe = choose_recipe(decisions, source.facts, request, _calibration(source, request))
-    return _prepare(source, contents, request, recipe=recipe, file_suffix="fp8", options=options)
+    return _prepare(source, contents, request, recipe=recipe, job=_Job("pack", recipe.suffix, "fp8"), options=options)
 
 
 def prepare_convert(checkpoint: Path, request: Request, options: WriteOptions) -> Prepared:
@@ -90,7 +104,8 @@ def prepare_convert(checkpoint: Path, request: Request, options: WriteOptions) -
     contents = replace(contents, tensors=specs, quantized=quantized)
     calibration = _calibration(source, request, carries_static=contents.activations == "static")
     recipe = resolve_conversion(request, storage, calibration)
-    return _prepare(source, contents, request, recipe=recipe, file_suffix=recipe.suffix, options=options)
+    job = _Job("convert", recipe.suffix, recipe.suffix)
+    return _prepare(source, contents, request, recipe=recipe, job=job, options=options)
 
 
 def prepare_unpack(checkpoint: Path, dtype: str, options: WriteOptions) -> Prepared:
@@ -108,12 +123,12 @@ def prepare_unpack(checkpoint: Path, dtype: str, options: WriteOptions) -> Prepa
     if not contents.quantized:
         raise InputError(f"{source.path} holds no FP8 weight: there is nothing to unpack")
     plan = make_unpack_plan(contents, UNPACKED_DTYPES[dtype], max_shard_nbytes=options.max_shard_nbytes)
-    names = UNPACKED_DTYPES[dtype], UNPACKED_DTYPES[dtype].lower()
-    return _place(source, plan, _Announcement(), names, options)
+    job = _Job("unpack", UNPACKED_DTYPES[dtype], UNPACKED_DTYPES[dtype].lower())
+    return _place(source, plan, _Announcement(), job, options)
 
 
 def _prepare(
-    source: Source, contents: Contents, request: Request, *, recipe: Recipe, file_suffix: str, options: WriteOptions
+    source: Source, contents: Contents, request: Request, *, recipe: Recipe, job: _Job, options: WriteOptions
 ) -> Prepared:
     method = find_method(recipe, request.rules)
     plan = make_plan(
@@ -125,7 +140,7 @@ def _prepare(
         max_shard_nbytes=options.max_shard_nbytes,
     )
     announcement = _Announcement(method.config(plan), method.files(plan))
-    return _place(source, plan, announcement, (recipe.suffix, file_suffix), options)
+    return _place(source, plan, announcement, job, options)
 
 
 def _open_quantized(checkpoint: Path) -> tuple[Source, Contents]:
@@ -139,13 +154,11 @@ def _open_quantized(checkpoint: Path) -> tuple[Source, Contents]:
     return source, contents
 
 
-def _place(
-    source: Source, plan: Plan, announcement: _Announcement, suffixes: tuple[str, str], options: WriteOptions
-) -> Prepared:
-    """Find where the output goes, and check that it can stand there; it is a directory or a file with a suffix."""
+def _place(source: Source, plan: Plan, announcement: _Announcement, job: _Job, options: WriteOptions) -> Prepared:
+    """Find where the output goes, and check that it can stand there."""
     weights = [file.name for file in source.files] + ([source.index_name] if source.index_name else [])
     side_files = () if source.is_single_file else list_side_files(source.directory, weights, options.copy)
-    output = Path(os.path.abspath(options.output or _default_output(source, *suffixes)))
+    output = Path(os.path.abspath(options.output or _default_output(source, job)))
     if source.is_single_file and output.suffix != ".safetensors":
         raise RecipeError(
             f"{source.path.name} is a single file, so -o must name a .safetensors file, not {output.name}"
@@ -156,7 +169,7 @@ def _place(
         plan = replace(plan, shards=(replace(plan.shards[0], file=output.name),))
     documents = _documents(source, announcement)
     side_files = tuple(side for side in side_files if side.name not in documents)
-    return Prepared(source, side_files, plan, documents, output, options)
+    return Prepared(job.verb, source, side_files, plan, documents, output, options)
 
 
 def _documents(source: Source, announcement: _Announcement) -> dict[str, bytes]:
@@ -186,14 +199,16 @@ def _calibration(source: Source, request: Request, *, carries_static: bool = Fal
             )
         return None
     calibration = read_calibration(request.calibration)
-    if calibration.fingerprint and calibration.fingerprint != source.fingerprint:
+    manifest = find_manifest(source.path)
+    origin = read_manifest(manifest).source.fingerprint if manifest else source.fingerprint
+    if calibration.fingerprint not in ("", source.fingerprint, origin):
         raise InputError(
             f"{request.calibration} is a calibration of another model: run fp8pack calibrate {source.path}"
         )
     return calibration
 
 
-def _default_output(source: Source, suffix: str, file_suffix: str) -> Path:
+def _default_output(source: Source, job: _Job) -> Path:
     if source.is_single_file:
-        return source.path.parent / f"{source.path.stem}-{file_suffix}.safetensors"
-    return beside(source, f"{source.name}-{suffix}")
+        return source.path.parent / f"{source.path.stem}-{job.file_suffix}.safetensors"
+    return beside(source, f"{source.name}-{job.suffix}")

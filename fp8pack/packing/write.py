@@ -16,7 +16,7 @@ from fp8pack.packing.bands import Band
 from fp8pack.packing.codecs import make_codec
 from fp8pack.packing.execute import Execution
 from fp8pack.packing.facts import WriteResult
-from fp8pack.packing.metadata import describes, manifest_path, write_metadata
+from fp8pack.packing.metadata import describes, energies_of, manifest_path, write_metadata
 from fp8pack.packing.prepare import Prepared
 from fp8pack.packing.workers import Stop, available_cores
 from fp8pack.units import format_size
@@ -108,13 +108,7 @@ def _num_workers(prepared: Prepared) -> int:
 
 
 def _result(prepared: Prepared, root: str, seconds: float, execution: Execution, staging: Staging) -> WriteResult:
-    energies: dict[str, list[float]] = {}
-    for work in execution.works:
-        for result in work.results.values():
-            if result.scale_digest or result.amax:
-                signal, noise = energies.get(result.tensor, [0.0, 0.0])
-                energies[result.tensor] = [signal + result.signal, noise + result.noise]
-    sqnr = {name: sqnr_db(*energy) for name, energy in energies.items() if energy[1] > 0}
+    sqnr = {name: sqnr_db(*energy) for name, energy in energies_of(execution.works).items()}
     worst = min(sqnr, key=lambda name: sqnr[name], default=None)
     return WriteResult(
         output=prepared.output,

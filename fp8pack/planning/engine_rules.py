@@ -277,7 +277,7 @@ READERS = (
     # transformers
     Rule(
         "transformers",
-        "fp8 block:128x128 dynamic",
+        "fp8 block:128x128 dynamic, fp8/transformers tensor dynamic, mxfp8 mx dynamic",
         True,
         "integrations/finegrained_fp8.py",
         "with accelerate",
@@ -285,7 +285,7 @@ READERS = (
     ),
     Rule(
         "transformers",
-        "fp8/transformers tensor dynamic, fp8/transformers tensor static",
+        "fp8/transformers tensor static",
         True,
         "integrations/finegrained_fp8.py",
         "with accelerate",
@@ -301,15 +301,14 @@ READERS = (
     Rule(
         "transformers",
         "compressed-tensors channel dynamic, compressed-tensors channel none, compressed-tensors mx dynamic, "
-        "compressed-tensors tensor static",
+        "compressed-tensors block:128x128 dynamic, compressed-tensors tensor dynamic, compressed-tensors tensor static",
         True,
         "quantizers/quantizer_compressed_tensors.py",
         _WITH_CT,
         evidence=_RUN,
     ),
     Rule("transformers", "compressed-tensors *", True, "quantizers/quantizer_compressed_tensors.py", _WITH_CT),
-    Rule("transformers", "mxfp8 mx dynamic", True, "quantizers/quantizer_finegrained_fp8.py", "with accelerate"),
-    Rule("transformers", "torchao *", True, "quantizers/auto.py", "with torchao"),
+    Rule("transformers", "torchao *", True, "quantizers/quantizer_torchao.py", "with torchao", evidence=_RUN),
     Rule("transformers", "quark *", True, "quantizers/quantizer_quark.py", "with amd-quark"),
     Rule("transformers", "fbgemm_fp8 channel dynamic", True, "integrations/fbgemm_fp8.py", "with fbgemm-gpu"),
     Rule(

@@ -14,7 +14,7 @@ from fp8pack.planning.calibration import Calibration
 from fp8pack.planning.contents import Contents, Quantized
 from fp8pack.planning.decide import MAX_GRANULE_NBYTES, Decision, granularity_of, settle
 from fp8pack.planning.engines import check_targets, choose_scheme, judge_engines
-from fp8pack.planning.layout import Output, ShardPlan, Stored, arrange
+from fp8pack.planning.layout import Output, Stored, arrange
 from fp8pack.planning.model import ModelFacts
 from fp8pack.planning.plan import Action, Packing, PackPlan, Plan, QuantMethod, TensorPlan
 from fp8pack.planning.policy import UNKNOWN_LINEAR, fused_module, judge, spellings
@@ -68,10 +68,12 @@ def make_plan(
     kept = _kept_linears(tensors, contents.facts)
     engines = judge_engines(recipe.storage, packed, contents.facts, tp=request.tp, gpu=request.gpu, kept=kept)
     check_targets(engines, recipe.storage, request.targets)
+    metadata = method.metadata(tensors, recipe.storage)
+    shards = arrange([_output(tensor) for tensor in tensors], max_shard_nbytes)
     return PackPlan(
         contents.facts,
         tuple(tensors),
-        _arrange(tensors, method, max_shard_nbytes),
+        tuple(replace(shard, metadata=metadata) for shard in shards),
         recipe.as_data(),
         selection_of(request),
         (*([] if contents.quantized else _warnings(tensors)), *notes),
@@ -207,19 +209,6 @@ def _mark(tensors: Sequence[TensorPlan], storage: Storage, method: QuantMethod) 
         markers = method.markers(tensor.spec, own, is_first=tensor is first)
         marked.append(replace(tensor, markers=markers))
     return marked
-
-
-def _arrange(tensors: Sequence[TensorPlan], method: QuantMethod, max_shard_nbytes: int | None) -> tuple[ShardPlan, ...]:
-    """The shards, with what the convention says in their headers."""
-    by_data = {tensor.data.name: tensor for tensor in tensors}
-    shards = arrange([_output(tensor) for tensor in tensors], max_shard_nbytes)
-    return tuple(
-        replace(
-            shard,
-            metadata=method.metadata([by_data[stored.name] for stored in shard.tensors if stored.name in by_data]),
-        )
-        for shard in shards
-    )
 
 
 def _calibrate(tensors: list[TensorPlan], recipe: Recipe, method: QuantMethod) -> tuple[list[TensorPlan], list[str]]:

@@ -166,8 +166,8 @@ class QuantMethod(Protocol):
         """Return the small tensors that announce a packed weight; `is_first`: of all."""
         ...
 
-    def metadata(self, tensors: Sequence[TensorPlan]) -> dict[str, str]:
-        """Return what the header of a file says, as free text, of the tensors in it."""
+    def metadata(self, tensors: Sequence[TensorPlan], storage: Storage) -> dict[str, str]:
+        """Return what the header of every file says, as free text, of the tensors of all."""
         ...
 
     def config(self, plan: PackPlan) -> dict[str, Any] | None:

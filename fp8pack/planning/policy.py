@@ -79,6 +79,7 @@ _STAYS = tuple(
             "state",
             "state-space parameter stays",
         ),
+        (r"(^|\.)_extra_state\w*$", "extra_state", "Transformer Engine's pickled state stays, unread"),
     )
 )
 

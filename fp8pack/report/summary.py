@@ -12,7 +12,6 @@ _MAX_LINES = 4
 
 def plan_lines(facts: dict[str, Any]) -> list[str]:
     """Return the lines that stand before the work: the model, the scheme and why, what is packed, kept and left out."""
-    recipe = facts["recipe"]
     head = [
         facts["model"],
         facts["architecture"],
@@ -20,8 +19,8 @@ def plan_lines(facts: dict[str, Any]) -> list[str]:
         f"{facts['num_tensors']} tensors",
         format_size(facts["source_nbytes"]),
     ]
-    lines = ["  ".join(part for part in head if part)]
-    lines += _unpack_lines(facts) if "unpack" in recipe else _pack_lines(facts)
+    is_unpacking = "unpack" in facts["recipe"]
+    lines = [_unpack_line(facts)] if is_unpacking else ["  ".join(part for part in head if part), *_pack_lines(facts)]
     lines += [f"left out {line}" for line in _left_out(facts["left_out"])]
     lines += [f"warning  {warning}" for warning in facts["warnings"]]
     lines += [
@@ -31,12 +30,10 @@ def plan_lines(facts: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _unpack_lines(facts: dict[str, Any]) -> list[str]:
-    sizes = [format_size(facts[key]) for key in ("source_nbytes", "output_nbytes", "free_nbytes")]
-    return [
-        f"unpack   {facts['num_unpacked']} tensors to {facts['recipe']['unpack']}: "
-        f"{sizes[0]} become {sizes[1]}, {sizes[2]} are free"
-    ]
+def _unpack_line(facts: dict[str, Any]) -> str:
+    before, after, free = (format_size(facts[key]) for key in ("source_nbytes", "output_nbytes", "free_nbytes"))
+    head = [facts["model"], facts["architecture"], f"{facts['num_unpacked']} FP8 tensors of {facts['num_tensors']}"]
+    return "  ".join(part for part in (*head, f"{before} become {after}, {free} are free") if part)
 
 
 def _pack_lines(facts: dict[str, Any]) -> list[str]:

@@ -56,6 +56,8 @@ def load_packed(path: str | Path, device: str | torch.device = "cpu") -> "Packed
     """
     source = open_checkpoint(Path(path))
     contents = read_contents(source)
+    if not contents.quantized:
+        raise InputError(f"{source.path} holds no FP8 weight: pack it with `fp8pack pack`")
     manifest_path = find_manifest(source.path)
     manifest = read_manifest(manifest_path) if manifest_path else None
     if manifest is not None:

@@ -14,7 +14,18 @@ from fp8pack.cli.app import app
 PACK_OPTIONS = {
     *("--output", "--scheme", "--format", "--granularity", "--quant-method", "--scale-rounding", "--activations"),
     *("--calibration", "--kv-cache", "--percentile", "--margin", "--warmup"),
-    *("--recipe", "--ignore", "--exclude", "--only", "--pack", "--target", "--tp", "--copy", "--max-shard-size"),
+    *(
+        "--recipe",
+        "--ignore",
+        "--exclude",
+        "--only",
+        "--pack",
+        "--target",
+        "--tp",
+        "--gpu",
+        "--copy",
+        "--max-shard-size",
+    ),
     *("--workers", "--max-memory", "--device", "--resume", "--no-resume", "--deadline", "--overwrite", "--dry-run"),
     *("--json", "--quiet", "--verbose", "--help"),
 }
@@ -24,7 +35,13 @@ CALIBRATE_OPTIONS = {
     *("--json", "--quiet", "--help"),
 }
 MERGE_OPTIONS = {"--output", "--overwrite", "--json", "--quiet", "--help"}
-INSPECT_OPTIONS = {"--against", "--fail-if", "--json", "--help"}
+CONVERT_OPTIONS = PACK_OPTIONS - {"--recipe"}
+UNPACK_OPTIONS = {
+    *("--output", "--dtype", "--copy", "--max-shard-size", "--workers", "--max-memory", "--resume", "--no-resume"),
+    *("--deadline", "--overwrite", "--dry-run", "--json", "--quiet", "--verbose", "--help"),
+}
+INSPECT_OPTIONS = {"--against", "--fail-if", "--target", "--tp", "--gpu", "--json", "--help"}
+DIFF_OPTIONS = {"--fail-if", "--json", "--help"}
 
 
 def fp8pack(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -132,7 +149,7 @@ def test_inspect_fails_with_8_when_a_bound_is_broken(make_checkpoint: MakeCheckp
 def test_inspect_shows_every_tensor_packed_or_not(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     source = make_checkpoint()
     fp8pack("pack", source, "-o", tmp_path / "out", "-q")
-    for folder, words in ((source, "not packed by fp8pack"), (tmp_path / "out", "14 packed")):
+    for folder, words in ((source, "not packed: no tensor is FP8"), (tmp_path / "out", "14 packed")):
         shown = fp8pack("inspect", folder)
         assert shown.returncode == 0, shown.stderr
         assert words in shown.stdout
@@ -156,7 +173,15 @@ def test_packing_and_inspecting_never_import_torch(make_checkpoint: MakeCheckpoi
 
 def test_the_options_are_these_and_a_new_one_needs_a_reason() -> None:
     runner = CliRunner(env={"COLUMNS": "300", "TERM": "dumb"})
-    frozen = {"calibrate": CALIBRATE_OPTIONS, "merge": MERGE_OPTIONS, "pack": PACK_OPTIONS, "inspect": INSPECT_OPTIONS}
+    frozen = {
+        "calibrate": CALIBRATE_OPTIONS,
+        "merge": MERGE_OPTIONS,
+        "pack": PACK_OPTIONS,
+        "unpack": UNPACK_OPTIONS,
+        "convert": CONVERT_OPTIONS,
+        "inspect": INSPECT_OPTIONS,
+        "diff": DIFF_OPTIONS,
+    }
     for command, options in frozen.items():
         assert options_in(runner.invoke(app, [command, "--help"]).stdout) == options, command
 

@@ -1,6 +1,5 @@
 """The libraries that will read the files: transformers and compressed-tensors, on the demo model."""
 
-import json
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -58,24 +57,6 @@ def test_transformers_computes_what_our_dequantized_weights_compute(scheme: str,
     if scheme == "FP8_BLOCK":
         torch.testing.assert_close(logits, expected, rtol=0.02, atol=0.25)
     assert (logits.argmax(-1) == expected.argmax(-1)).float().mean() > 0.9
-
-
-@pytest.mark.parametrize("scheme", ["FP8_DYNAMIC", "W8A16", "MXFP8"])
-def test_compressed_tensors_validates_our_config_and_decompresses_to_our_values(scheme: str, tmp_path: Path) -> None:
-    pytest.importorskip("compressed_tensors")
-    from compressed_tensors.compressors import BaseCompressor
-    from compressed_tensors.quantization import QuantizationConfig
-
-    fp8pack.pack(DEMO, Request(scheme=scheme), WriteOptions(tmp_path / "out"))
-    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
-    validated = QuantizationConfig.model_validate(config)
-    group = validated.config_groups["group_0"]
-    assert validated.ignore == ["lm_head"]
-    compressor = BaseCompressor.get_value_from_registry(config["format"])
-    for name, packed in fp8pack.load_packed(tmp_path / "out").items():
-        if isinstance(packed, fp8pack.PackedTensor):
-            theirs = compressor.decompress({"weight": packed.data, "weight_scale": packed.scale}, group)["weight"]
-            assert torch.equal(theirs.float(), packed.dequantize(theirs.dtype).float()), name
 
 
 def test_perplexity_of_the_packed_demo_model_stays_near_that_of_bf16(tmp_path: Path) -> None:

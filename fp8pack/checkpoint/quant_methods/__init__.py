@@ -11,6 +11,7 @@ from fp8pack.checkpoint.quant_methods.fp8pack import Fp8Pack
 from fp8pack.checkpoint.quant_methods.modelopt import ModelOpt
 from fp8pack.checkpoint.quant_methods.mxfp8 import Mxfp8
 from fp8pack.checkpoint.quant_methods.quark import Quark
+from fp8pack.checkpoint.quant_methods.torchao import TorchAo
 from fp8pack.errors import RecipeError
 from fp8pack.planning.recipe import Recipe, Rule
 from fp8pack.planning.storage import Storage
@@ -20,6 +21,7 @@ METHODS: tuple[Convention, ...] = (
     CompressedTensors(),
     ModelOpt(),
     Mxfp8(),
+    TorchAo(),
     Quark(),
     ComfyUi(),
     ComfyUiScaled(),

@@ -63,7 +63,7 @@ class Convention:
         """Return none."""
         return ()
 
-    def metadata(self, tensors: Sequence[TensorPlan]) -> dict[str, str]:
+    def metadata(self, tensors: Sequence[TensorPlan], storage: Storage) -> dict[str, str]:
         """Return nothing."""
         return {}
 

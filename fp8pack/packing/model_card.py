@@ -1,0 +1,182 @@
+"""The model card of an FP8 checkpoint: what was done to it, how good it is, and how each engine serves it.
+
+The card stands above the text of the base model's own, whose licence and language it inherits. Nothing in it depends on
+where or when it was written, since its digest is part of the root.
+"""
+
+import re
+import shlex
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+from fp8pack.checkpoint.source import Source
+from fp8pack.numerics.metrics import sqnr_db
+from fp8pack.planning.engines import NAMES
+from fp8pack.planning.plan import Action, PackPlan
+from fp8pack.units import format_size
+
+CARD_NAME = "README.md"
+_INHERITED = (
+    *("license", "license_name", "license_link", "language", "pipeline_tag", "library_name"),
+    *("datasets", "extra_gated_prompt", "extra_gated_fields"),
+)
+_MAX_HEAD = 100_000  # characters of YAML
+_SERVING = {
+    "vllm": ("", "vllm serve ."),
+    "sglang": ("", "python -m sglang.launch_server --model-path ."),
+    "tensorrt-llm": ("", "trtllm-serve ."),
+    "tgi": ("", "text-generation-launcher --model-id ."),
+    "lmdeploy": ("", "lmdeploy serve api_server ."),
+    "transformers": (
+        "python",
+        "from transformers import {architecture}\n\nmodel = {architecture}.from_pretrained('.')",
+    ),
+    "cublaslt": ("python", "import fp8pack\n\npacked = fp8pack.load_packed('.', device='cuda')"),
+}
+_ACTIVATIONS = {
+    "dynamic": "scaled as they come",
+    "static": "calibrated scales",
+    "none": "not quantized: weight-only",
+}
+Energies = Mapping[str, tuple[float, float]]
+
+
+def model_card(verb: str, plan: PackPlan, source: Source, energies: Energies, base: str) -> bytes:
+    """Return the text of README.md.
+
+    verb: `pack` or `convert`. energies: signal and noise of every weight that was quantized, over the rows that were
+        measured. base: the text of the base model's card, empty if it has none.
+    """
+    head, body = _split(base)
+    model = _base_model(source)
+    parts = [
+        f"---\n{_head(head, model, plan)}---",
+        f"# {model.rpartition('/')[2] or plan.facts.architecture or 'A model'} in FP8",
+        _what(verb, plan, model),
+        _stayed(plan),
+        _quality(plan, energies),
+        _serving(plan),
+        f"---\n\n{body.strip()}" if body.strip() else "",
+    ]
+    return ("\n\n".join(part for part in parts if part) + "\n").encode()
+
+
+def _split(text: str) -> tuple[dict[str, Any], str]:
+    """The front matter of a card, as far as it is one, and the text below it."""
+    match = re.match(r"---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", text, re.DOTALL)
+    if match is None or len(match[1]) > _MAX_HEAD:
+        return {}, text
+    try:
+        head = yaml.safe_load(match[1])
+    except (yaml.YAMLError, RecursionError, ValueError):
+        return {}, text
+    return (head if isinstance(head, dict) else {}), text[match.end() :]
+
+
+def _base_model(source: Source) -> str:
+    """The id of the model, if the hub cache or config.json says it."""
+    place = source.path.absolute()
+    if place.parent.name == "snapshots" and place.parent.parent.name.startswith("models--"):
+        return place.parent.parent.name.removeprefix("models--").replace("--", "/", 1)
+    name = (source.config or {}).get("_name_or_path")
+    return name if isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name) else ""
+
+
+def _head(base: Mapping[str, Any], model: str, plan: PackPlan) -> str:
+    head = {key: base[key] for key in _INHERITED if key in base}
+    if model:
+        head |= {"base_model": model, "base_model_relation": "quantized"}
+    tags = base.get("tags")
+    known = [tag for tag in tags if isinstance(tag, str)] if isinstance(tags, list) else []
+    head["tags"] = list(dict.fromkeys([*known, "fp8", plan.recipe.quant_method, "fp8pack"]))
+    return str(yaml.safe_dump(head, sort_keys=False, allow_unicode=True))
+
+
+def _what(verb: str, plan: PackPlan, model: str) -> str:
+    recipe, before, after = plan.recipe, plan.source_nbytes, plan.output_nbytes
+    carried = sum(tensor.packing is not None and tensor.packing.carried for tensor in plan.packed)
+    rows = [
+        ("weights", f"{recipe.format.name.upper()}, scales: {recipe.granularity}"),
+        ("activations", _ACTIVATIONS[recipe.activations]),
+        ("KV cache", "calibrated scales" if recipe.kv_cache else "as the engine is told"),
+        ("quant method", f"`{recipe.quant_method}`"),
+        ("size", f"{format_size(before)} before, {format_size(after)} after ({after / before - 1:+.0%})"),
+    ]
+    if carried:
+        rows.insert(1, ("carried", f"the FP8 bytes of {carried} weights are those of the source"))
+    table = "\n".join(f"| {key} | {value} |" for key, value in rows)
+    return (
+        f"{model or 'The base model'}, quantized with fp8pack.\n\n| | |\n|---|---|\n{table}\n\n"
+        f"```\n{_command(verb, plan, model)}\n```"
+    )
+
+
+def _command(verb: str, plan: PackPlan, model: str) -> str:
+    """The command that makes this checkpoint, with every part of its recipe that no other part implies."""
+    recipe, selection = plan.recipe, plan.selection
+    words = ["fp8pack", verb, model or "MODEL"]
+    if recipe.scheme != "custom":
+        words += ["--scheme", recipe.scheme]
+    else:
+        words += ["--format", recipe.format.name, "--granularity", recipe.granularity.name]
+        words += ["--scale-rounding", recipe.scale_rounding.value, "--activations", recipe.activations]
+        words += ["--quant-method", recipe.quant_method]
+    if recipe.spelling:
+        words += ["--target", recipe.spelling]
+    if recipe.calibration is not None:
+        options = recipe.activation_options
+        words += ["--calibration", "FILE", *(["--kv-cache"] if recipe.kv_cache else [])]
+        words += ["--percentile", f"{options.percentile:g}"] if options.percentile is not None else []
+        words += ["--margin", str(options.margin)] if options.margin else []
+        words += ["--warmup", str(options.warmup)] if options.warmup else []
+    for flag in ("ignore", "only", "pack"):
+        words += [word for pattern in selection.get(flag, ()) for word in (f"--{flag}", pattern)]
+    if selection.keys() & {"rules", "keep_first_layers", "keep_last_layers"}:
+        words += ["--recipe", "FILE"]
+    return shlex.join(words)
+
+
+def _stayed(plan: PackPlan) -> str:
+    kept = [tensor for tensor in plan.tensors if tensor.action != Action.PACKED]
+    counts = Counter((tensor.role, tensor.reason) for tensor in kept if tensor.role != "activation_scale")
+    lines = [f"| {role} | {count} | {reason.removeprefix('policy: ')} |" for (role, reason), count in counts.items()]
+    if not lines:
+        return ""
+    return "## What stayed as it was\n\n| role | tensors | why |\n|---|---|---|\n" + "\n".join(lines)
+
+
+def _quality(plan: PackPlan, energies: Energies) -> str:
+    """The SQNR by role: what quantizing took away, as far as it was measured."""
+    roles: dict[str, list[float]] = defaultdict(list)
+    for tensor in plan.packed:
+        signal, noise = energies.get(tensor.spec.name, (0.0, 0.0))
+        if noise > 0:
+            roles[tensor.role].append(sqnr_db(signal, noise))
+    if not roles:
+        return ""
+    rows = [
+        f"| {role} | {len(found)} | {sum(found) / len(found):.1f} | {min(found):.1f} |"
+        for role, found in sorted(roles.items())
+    ]
+    return (
+        "## What it cost\n\nSignal-to-quantization-noise ratio of the weights in dB, over a sample of their rows.\n\n"
+        "| role | weights | mean | worst |\n|---|---|---|---|\n" + "\n".join(rows)
+    )
+
+
+def _serving(plan: PackPlan) -> str:
+    lines = []
+    for verdict in plan.engines:
+        if verdict.tp and verdict.engine in _SERVING:
+            about = [verdict.note] if verdict.note else []
+            about += [f"tensor-parallel size {', '.join(map(str, verdict.tp))}"] if len(verdict.tp) > 1 else []
+            note = f" ({'; '.join(about)})" if about else ""
+            language, command = _SERVING[verdict.engine]
+            command = command.format(architecture=plan.facts.architecture)
+            lines.append(f"{NAMES[verdict.engine]}{note}:\n\n```{language}\n{command}\n```")
+    if not lines:
+        return ""
+    return "## How to serve it\n\nIn this directory; read in the engines' code, not run.\n\n" + "\n\n".join(lines)
