@@ -81,7 +81,7 @@ says. **No engine was run.** How each row is known:
 
 | words | meaning |
 |---|---|
-| library run in tests/interop | transformers, with compressed-tensors or torchao, read what fp8pack writes of the demo model |
+| library run in tests/interop | transformers (with compressed-tensors, torchao) read what fp8pack writes of the demo |
 | engine's code as read | a person can look it up in the file named, at the version named |
 | inferred from the engine's code | what follows from that code, stated by nobody |
 | reported in the issue | what users of the engine say there |

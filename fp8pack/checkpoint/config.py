@@ -36,13 +36,11 @@ def set_quantization_config(text: bytes, quantization: dict[str, Any] | None) ->
 
 def _strip(document: dict[str, Any]) -> dict[str, Any]:
     """The document without the quantization that it announces, at its top or in a section such as text_config."""
-    return {
-        key: {inner: entry for inner, entry in value.items() if inner not in _OLD_KEYS}
-        if isinstance(value, dict)
-        else value
-        for key, value in document.items()
-        if key not in _OLD_KEYS
-    }
+    stripped = {key: value for key, value in document.items() if key not in _OLD_KEYS}
+    for key, section in stripped.items():
+        if isinstance(section, dict) and any(section.get(old) for old in _OLD_KEYS):
+            stripped[key] = {inner: value for inner, value in section.items() if inner not in _OLD_KEYS}
+    return stripped
 
 
 def _replace(document: dict[str, Any], stripped: dict[str, Any], quantization: dict[str, Any]) -> dict[str, Any]:

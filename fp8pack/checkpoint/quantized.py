@@ -29,6 +29,7 @@ _KV_SCALE = re.compile(
     r"(?P<attention>.+?)(\.(k|v|qkv)_proj)?(\.attn)?\."
     r"((?P<kind>[kv])(_cache\.scale|_scale|_fake_quantizer\.qscale_act)|(?P<both>kv_scale)|(?P<output>output_scale))$"
 )
+_OTHER_SCALE = re.compile(r"\.(q_scale|prob_output_scale|output_scale|[qkv]_zero_point)$")  # that nothing here serves
 _MARKER = re.compile(r"(^|\.)(comfy_quant|scaled_fp8)$")
 _PACKED_OTHERWISE = re.compile(r"\.(weight|weight_packed|qweight)$|\.experts\.\w+_blocks$")
 _REGION_KEYS = ("weight_block_size", "block_structure", "block_size", "group_size")
@@ -53,6 +54,7 @@ def read_contents(source: Source) -> Contents:
     kv_scales = dict(_kv_scales(source.specs, hidden)) if weights else {}
     hidden.update(spec.name for spec in kv_scales.values())
     plain = [tensors.get(spec.name, spec) for spec in source.specs if spec.name not in hidden]
+    others = tuple(spec.name for spec in plain if weights and _OTHER_SCALE.search(spec.name))
     unread = tuple(spec.name for spec in plain if _is_packed_otherwise(spec))
     quantized = {found.spec.name: found.quantized for found in weights}
     if not unread and not method.startswith("comfyui"):  # whose converters leave scales of 1 beside BF16 weights
@@ -63,6 +65,7 @@ def read_contents(source: Source) -> Contents:
         source.facts,
         quantized,
         kv_scales,
+        others,
         unread,
         _activations(config, quantized),
         _spelling(method, quantized),

@@ -19,8 +19,10 @@ from fp8pack.numerics.metrics import energies, sqnr_db
 from fp8pack.packing.workers import Stop, available_cores, run_threads
 from fp8pack.planning.calibration_facts import calibration_facts
 from fp8pack.planning.contents import Contents, Quantized
+from fp8pack.planning.engine_rules import scale_problem
 from fp8pack.planning.engines import NAMES, judge_engines, parse_targets
 from fp8pack.planning.experts import split_experts
+from fp8pack.planning.layout import Stored
 from fp8pack.planning.policy import judge
 from fp8pack.planning.spec import FLOAT_DTYPES, TensorSpec
 
@@ -80,7 +82,7 @@ def inspect(
     with ValueReader(opened, contents) as reader:
         tensors = [_entry(spec, contents, manifest, reader) | _sqnr(sqnr, spec.name) for spec in contents.tensors]
     verdicts = _verdicts(opened, contents, parse_targets(targets), tp, gpu)
-    return _facts(opened, contents, manifest, tensors) | {"engines": verdicts}
+    return _facts(opened, contents, manifest, tensors) | {"engines": verdicts, "warnings": _warnings(contents)}
 
 
 def check_targets(facts: dict[str, Any]) -> None:
@@ -217,3 +219,18 @@ def _verdicts(
         for verdict in verdicts
         if not targets or verdict.engine in targets
     ]
+
+
+def _warnings(contents: Contents) -> list[str]:
+    """Scales that are not what the readers of their convention want; only somebody else's are."""
+    storage = contents.storage
+    if storage is None:
+        return []
+    problems = []
+    for spec in contents.tensors:
+        scale = contents.quantized[spec.name].scale if spec.name in contents.quantized else None
+        if scale is not None and len(spec.shape) == 2:
+            stored = Stored(scale.name, scale.dtype, scale.shape)
+            problems.append(scale_problem(storage, spec.name, spec.shape, stored))
+    found = [problem for problem in problems if problem]
+    return [f"{found[0]}; {len(found)} scales are not what engines' code was read to want"] if found else []

@@ -19,10 +19,7 @@ from fp8pack.planning.plan import Action, PackPlan
 from fp8pack.units import format_size
 
 CARD_NAME = "README.md"
-_INHERITED = (
-    *("license", "license_name", "license_link", "language", "pipeline_tag", "library_name"),
-    *("datasets", "extra_gated_prompt", "extra_gated_fields"),
-)
+_INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag", "library_name", "datasets")
 _MAX_HEAD = 100_000  # characters of YAML
 _SERVING = {
     "vllm": ("", "vllm serve ."),
@@ -86,13 +83,18 @@ def _base_model(source: Source) -> str:
 
 
 def _head(base: Mapping[str, Any], model: str, plan: PackPlan) -> str:
-    head = {key: base[key] for key in _INHERITED if key in base}
+    head: dict[str, Any] = {key: base[key] for key in _INHERITED if key in base and _is_plain(base[key])}
     if model:
         head |= {"base_model": model, "base_model_relation": "quantized"}
-    tags = base.get("tags")
-    known = [tag for tag in tags if isinstance(tag, str)] if isinstance(tags, list) else []
+    tags = base.get("tags", [])
+    known = tags if isinstance(tags, list) and _is_plain(tags) else []
     head["tags"] = list(dict.fromkeys([*known, "fp8", plan.recipe.quant_method, "fp8pack"]))
     return str(yaml.safe_dump(head, sort_keys=False, allow_unicode=True))
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether it is a text or a list of texts, as every key that is inherited has."""
+    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(entry, str) for entry in value))
 
 
 def _what(verb: str, plan: PackPlan, model: str) -> str:

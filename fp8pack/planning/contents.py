@@ -38,7 +38,8 @@ class Contents:
 
     method: the convention that announces itself, empty if none does. tensors: everything but scales and markers, FP8
     weights under the name that they have in every other convention. quantized: of the FP8 ones. kv_scales: the
-    multipliers of K and V by point (`….self_attn.k`). unread: weights that are packed in a way that fp8pack does not
+    multipliers of K and V by point (`….self_attn.k`). other_scales: tensors that are scales of other activations, such
+    as Q. unread: weights that are packed in a way that fp8pack does not
     read, such as FP4.
     """
 
@@ -47,6 +48,7 @@ class Contents:
     facts: ModelFacts
     quantized: Mapping[str, Quantized] = field(default_factory=dict)
     kv_scales: Mapping[str, TensorSpec] = field(default_factory=dict)
+    other_scales: tuple[str, ...] = ()
     unread: tuple[str, ...] = ()
     activations: str = "dynamic"
     spelling: str = ""

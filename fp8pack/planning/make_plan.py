@@ -87,6 +87,8 @@ def make_unpack_plan(contents: Contents, dtype: str, *, max_shard_nbytes: int | 
     """Return the plan of turning every FP8 tensor of a checkpoint into floats of a dtype (BF16, F16, F32)."""
     tensors = []
     for spec in contents.tensors:
+        if spec.name in contents.other_scales:
+            continue
         quantized = contents.quantized.get(spec.name)
         role = judge(replace(spec, dtype="BF16"), contents.facts).role
         if quantized is None:
@@ -95,7 +97,10 @@ def make_unpack_plan(contents: Contents, dtype: str, *, max_shard_nbytes: int | 
             tensors.append(_unpack(spec, role, "FP8 in the source", quantized, dtype))
     _check_names(tensors)
     shards = arrange([_output(tensor) for tensor in tensors], max_shard_nbytes)
-    return Plan(contents.facts, tuple(tensors), shards, {"unpack": dtype}, {}, ())
+    inputs = [quantized.input_scale.name for quantized in contents.quantized.values() if quantized.input_scale]
+    scales = [*inputs, *(spec.name for spec in contents.kv_scales.values()), *contents.other_scales]
+    notes = [f"{len(scales)} scales of activations are left out, such as {scales[0]}"] if scales else []
+    return Plan(contents.facts, tuple(tensors), shards, {"unpack": dtype}, {}, tuple(notes))
 
 
 @dataclass(frozen=True, slots=True)

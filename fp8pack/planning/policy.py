@@ -112,7 +112,7 @@ def judge(spec: TensorSpec, facts: ModelFacts) -> Verdict:
     if spec.dtype not in FLOAT_DTYPES:
         return Verdict("other", False, f"dtype {spec.dtype} stays")
     if len(spec.shape) == 3 and re.search(r"(^|\.)experts\.\w+(\.weight)?$", spec.name):
-        return Verdict("experts", False, "policy: fused 3-D experts stay until they are split")
+        return Verdict("experts", False, "policy: fused 3-D experts stay where nothing says how they lie")
     if not spec.name.endswith(".weight") or len(spec.shape) != 2:
         return _judge_other(spec)
     if _is_conv1d(module, spec, facts):

@@ -32,7 +32,8 @@ def print_inspection(facts: dict[str, Any]) -> None:
     for tensor in facts["tensors"]:
         table.add_row(*(Text(printable(cell)) for cell in _cells(tensor, static, measured)))
     console.print(table)
-    for line in ("", *_totals(facts), *engine_lines(facts["engines"])):
+    warnings = [f"warning  {warning}" for warning in facts["warnings"]]
+    for line in ("", *_totals(facts), *warnings, *engine_lines(facts["engines"])):
         print_line(console, line)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors
+import yaml
 from safetensors import safe_open
 
 from fp8pack.checkpoint.source import read_json
@@ -318,15 +319,25 @@ def test_87_an_architecture_cannot_send_control_sequences_to_the_terminal(built:
 
 
 @pytest.mark.parametrize(
-    "text",
-    ["---\nlicense: !!python/object/apply:os.system ['false']\n---\n", "---\na: &a [*a,*a]\n", "---\nnever closed"],
-    ids=["python-object", "alias-bomb", "no-closing-line"],
+    ("text", "kept"),
+    [
+        ("---\nlicense: !!python/object/apply:os.system ['false']\n---\nbody", "license: !!python"),
+        ("---\nlicense: &a [*a,*a]\nlanguage: {a: b}\ntags: 3\n---\nbody", "body"),
+        ("---\nlicense: mit\nnever closed", "never closed"),
+        ("---\n- a\n- list\n---\nbody", "body"),
+    ],
+    ids=["python-object", "alias-bomb", "no-closing-line", "a-list"],
 )
-def test_95_a_readme_is_copied_byte_for_byte_and_never_parsed(text: str, built: Any, tmp_path: Path) -> None:
+def test_95_nothing_of_a_hostile_model_card_is_inherited_and_its_text_is_kept(
+    text: str, kept: str, built: Any, tmp_path: Path
+) -> None:
     model = built.single(tmp_path / "model")
     (model / "README.md").write_text(text)
     pack_into(model, tmp_path / "out")
-    assert (tmp_path / "out" / "README.md").read_text() == text
+    card = (tmp_path / "out" / "README.md").read_text()
+    head = card.split("---\n")[1]
+    assert not {"license", "language"} & yaml.safe_load(head).keys()
+    assert kept in card.split("---\n", 2)[2]
 
 
 # Side files: what they may link to, and what they may be.
@@ -371,7 +382,9 @@ def test_a_hub_snapshot_whose_links_lead_into_blobs_is_packed(built: Any, tmp_pa
         path.rename(repository / "blobs" / f"{number:064}")
         (snapshot / path.name).symlink_to(f"../../blobs/{number:064}")
     pack_into(snapshot, tmp_path / "out")
-    assert set(files_of(tmp_path / "out")) == {"config.json", "fp8pack.json", "model.safetensors", "tokenizer.json"}
+    names = {"README.md", "config.json", "fp8pack.json", "model.safetensors", "tokenizer.json"}
+    assert set(files_of(tmp_path / "out")) == names
+    assert "base_model: org/name\nbase_model_relation: quantized\n" in (tmp_path / "out" / "README.md").read_text()
     assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
 
 
