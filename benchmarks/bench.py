@@ -129,6 +129,34 @@ def bench_disk(bench: Bench) -> list[Row]:
     ]
 
 
+def bench_convert(bench: Bench) -> list[Row]:
+    """Rows 10 and 11: FP8 in, floats or FP8 out, against a copy of what is written, on tmpfs; and their memory."""
+    _check_memory(bench)
+    forget_all(bench.disk)
+    folder, fp8 = bench.tmpfs, "models/fp8"
+    source = bench.make_llama(folder, bench.size)
+    line = f"fp8pack pack {source} -o {fp8} --scheme FP8_BLOCK -q --overwrite"
+    call(["sh", "-c", line], cwd=folder)
+    bench.commands.setdefault("models", []).append(line)
+    cases = {
+        "10. unpack / `cp -r` of what it writes": (f"fp8pack unpack {fp8} -o {PACKED}", source),
+        "11. convert, bytes carried / `cp -r`": (
+            f"fp8pack convert {fp8} -o {PACKED} --quant-method compressed-tensors",
+            fp8,
+        ),
+        "11. convert, quantized anew / `cp -r`": (f"fp8pack convert {fp8} -o {PACKED} --scheme FP8_DYNAMIC", fp8),
+    }
+    rows = []
+    for name, (convert, copied) in cases.items():
+        commands = (Command(convert, folder, PACKED), Command(f"cp -r {copied} {COPY}", folder, COPY))
+        converts, copies = bench.measure(name, commands, bench.rounds)
+        rows.append(_ratio(name, {"fp8pack": converts, "cp": copies}, bound=1.5 if "anew" in name else 1.0))
+        peaks = [cost.peak_nbytes / 2**20 for cost in converts]
+        memory, passed = f"{name.split(' /')[0]}: peak memory, MiB", max(peaks) * 2**20 <= MAX_PEAK_NBYTES
+        rows.append(Row(memory, "≤ 300", f"{median(peaks):.0f}", _range(peaks, "{:.0f}"), passed))
+    return rows
+
+
 def _against_copy(bench: Bench, folder: Path, name: str, flags: str, *, bound: float) -> Row:
     if folder == bench.tmpfs:
         _check_memory(bench)
@@ -140,9 +168,14 @@ def _against_copy(bench: Bench, folder: Path, name: str, flags: str, *, bound: f
         Command(f"cp -r {source} {COPY}{end}", folder, COPY, warm),
     )
     packs, copies = bench.measure(name, commands, bench.rounds)
-    ratios = [pack.wall / copy.wall for pack, copy in zip(packs, copies, strict=True)]
-    value = wall(packs) / wall(copies)
-    costs = {"fp8pack": packs, "cp": copies}
+    return _ratio(name, {"fp8pack": packs, "cp": copies}, bound=bound)
+
+
+def _ratio(name: str, costs: dict[str, list[Cost]], *, bound: float) -> Row:
+    """The row of one command's wall time over another's, of runs that took turns."""
+    ours, theirs = costs.values()
+    ratios = [one.wall / other.wall for one, other in zip(ours, theirs, strict=True)]
+    value = wall(ours) / wall(theirs)
     return Row(name, f"≤ {bound:.2f}", f"{value:.2f}", _range(ratios, "{:.2f}"), value <= bound, costs)
 
 
@@ -286,6 +319,7 @@ def bench_oracle(bench: Bench) -> list[Row]:
 
 BENCHES: dict[str, Callable[[Bench], list[Row]]] = {
     "tmpfs": bench_tmpfs,
+    "convert": bench_convert,
     "two-pass": bench_two_pass,
     "disk": bench_disk,
     "peer": bench_peer,

@@ -67,10 +67,9 @@ def diff(a: str | Path, b: str | Path) -> dict[str, Any]:
 
 def _open(path: Path) -> _Side:
     source = open_checkpoint(path)
-    contents = read_contents(source)
-    specs, quantized = split_experts(contents.tensors, contents.facts, contents.quantized)
-    contents = Contents(contents.method, specs, contents.facts, quantized)
-    return _Side(source, contents, {spec.name: spec for spec in sorted(specs, key=lambda spec: spec.name)})
+    contents = split_experts(read_contents(source))
+    specs = sorted(contents.tensors, key=lambda spec: spec.name)
+    return _Side(source, contents, {spec.name: spec for spec in specs})
 
 
 def _compare(name: str, a: _Side, b: _Side) -> dict[str, Any]:

@@ -163,8 +163,8 @@ def _sqnr(measured: dict[str, float], name: str) -> dict[str, float]:
 def _measure(opened: Source, contents: Contents, against: Path) -> dict[str, float]:
     """The SQNR of every FP8 weight over all of its elements."""
     source = open_checkpoint(against)
-    specs, _ = split_experts(source.specs, source.facts, {})
-    origins = {spec.name: spec for spec in specs} | {spec.name: spec for spec in source.specs}
+    whole = Contents("", source.specs, source.facts)
+    origins = {spec.name: spec for spec in (*split_experts(whole).tensors, *whole.tensors)}
     found: dict[str, float] = {}
 
     def work(spec: TensorSpec) -> None:
@@ -173,7 +173,7 @@ def _measure(opened: Source, contents: Contents, against: Path) -> dict[str, flo
             raise InputError(
                 f"{source.path} holds no weight {spec.name!r} of shape {list(spec.shape)}: it is not the source"
             )
-        with ValueReader(opened, contents) as ours, ValueReader(source, Contents("", specs, source.facts)) as theirs:
+        with ValueReader(opened, contents) as ours, ValueReader(source, whole) as theirs:
             signal = noise = 0.0
             for lo, hi in strips(spec):
                 exact = theirs.values(origin, lo, hi)
@@ -202,9 +202,11 @@ def _verdicts(
         if targets:
             raise InputError(f"{opened.path} holds no FP8 weight: any engine that knows the model loads it")
         return []
-    specs, quantized = split_experts(contents.tensors, contents.facts, contents.quantized)
+    split = split_experts(contents)
     packed = [
-        (spec, judge(replace(spec, dtype="BF16"), contents.facts).role) for spec in specs if spec.name in quantized
+        (spec, judge(replace(spec, dtype="BF16"), contents.facts).role)
+        for spec in split.tensors
+        if spec.name in split.quantized
     ]
     verdicts = judge_engines(storage, packed, contents.facts, tp=tp, gpu=gpu)
     return [

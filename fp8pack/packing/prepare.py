@@ -23,7 +23,7 @@ from fp8pack.planning.decide import decide
 from fp8pack.planning.experts import split_experts
 from fp8pack.planning.make_plan import choose_recipe, make_plan, make_unpack_plan
 from fp8pack.planning.plan import Plan
-from fp8pack.planning.recipe import Recipe, Request, parse_scheme, resolve_conversion
+from fp8pack.planning.recipe import Request, parse_scheme, resolve_conversion
 
 DEFAULT_MEMORY = 256 << 20
 UNPACKED_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
@@ -87,11 +87,13 @@ def prepare_pack(model: Path, request: Request, options: WriteOptions) -> Prepar
         OutputError, SpaceError: the output cannot stand where it is asked for.
     """
     source = open_source(model)
-    specs, _ = split_experts(source.specs, source.facts, {})
-    contents = Contents("", specs, source.facts)
+    contents = split_experts(Contents("", source.specs, source.facts))
     decisions = decide(contents, request)
     recipe = choose_recipe(decisions, source.facts, request, _calibration(source, request))
-    return _prepare(source, contents, request, recipe=recipe, job=_Job("pack", recipe.suffix, "fp8"), options=options)
+    method, limit = find_method(recipe, request.rules), options.max_shard_nbytes
+    plan = make_plan(decisions, contents, request, recipe=recipe, method=method, max_shard_nbytes=limit)
+    announcement = _Announcement(method.config(plan), method.files(plan))
+    return _place(source, plan, announcement, _Job("pack", recipe.suffix, "fp8"), options)
 
 
 def prepare_convert(checkpoint: Path, request: Request, options: WriteOptions) -> Prepared:
@@ -100,12 +102,14 @@ def prepare_convert(checkpoint: Path, request: Request, options: WriteOptions) -
     storage = contents.storage
     if storage is None:
         raise InputError(f"{source.path} holds no FP8 weight: `fp8pack pack` makes some")
-    specs, quantized = split_experts(contents.tensors, contents.facts, contents.quantized)
-    contents = replace(contents, tensors=specs, quantized=quantized)
+    contents = split_experts(contents)
     calibration = _calibration(source, request, carries_static=contents.activations == "static")
     recipe = resolve_conversion(request, storage, calibration)
-    job = _Job("convert", recipe.suffix, recipe.suffix)
-    return _prepare(source, contents, request, recipe=recipe, job=job, options=options)
+    method, limit = find_method(recipe, request.rules), options.max_shard_nbytes
+    decisions = decide(contents, request)
+    plan = make_plan(decisions, contents, request, recipe=recipe, method=method, max_shard_nbytes=limit)
+    announcement = _Announcement(method.config(plan), method.files(plan))
+    return _place(source, plan, announcement, _Job("convert", recipe.suffix, recipe.suffix), options)
 
 
 def prepare_unpack(checkpoint: Path, dtype: str, options: WriteOptions) -> Prepared:
@@ -125,22 +129,6 @@ def prepare_unpack(checkpoint: Path, dtype: str, options: WriteOptions) -> Prepa
     plan = make_unpack_plan(contents, UNPACKED_DTYPES[dtype], max_shard_nbytes=options.max_shard_nbytes)
     job = _Job("unpack", UNPACKED_DTYPES[dtype], UNPACKED_DTYPES[dtype].lower())
     return _place(source, plan, _Announcement(), job, options)
-
-
-def _prepare(
-    source: Source, contents: Contents, request: Request, *, recipe: Recipe, job: _Job, options: WriteOptions
-) -> Prepared:
-    method = find_method(recipe, request.rules)
-    plan = make_plan(
-        decide(contents, request),
-        contents,
-        request,
-        recipe=recipe,
-        method=method,
-        max_shard_nbytes=options.max_shard_nbytes,
-    )
-    announcement = _Announcement(method.config(plan), method.files(plan))
-    return _place(source, plan, announcement, job, options)
 
 
 def _open_quantized(checkpoint: Path) -> tuple[Source, Contents]:

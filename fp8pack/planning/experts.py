@@ -6,13 +6,12 @@ gpt-oss takes gate and up by turns, and has biases. A part is a view: nothing is
 """
 
 import re
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 
 from fp8pack.errors import InputError
 from fp8pack.numerics.granularity import CHANNEL, TENSOR
-from fp8pack.planning.contents import Quantized
+from fp8pack.planning.contents import Contents, Quantized
 from fp8pack.planning.model import ModelFacts
 from fp8pack.planning.spec import DTYPE_BITS, TensorSpec
 
@@ -42,25 +41,23 @@ class _Layout:
     interleaved: bool
 
 
-def split_experts(
-    specs: Iterable[TensorSpec], facts: ModelFacts, quantized: Mapping[str, Quantized]
-) -> tuple[tuple[TensorSpec, ...], dict[str, Quantized]]:
-    """Return the tensors with fused experts taken apart, and how those that are FP8 become values.
+def split_experts(contents: Contents) -> Contents:
+    """Return the contents with fused experts taken apart, and how those that are FP8 become values.
 
     Experts stay fused where nothing says how they lie: neither the hidden size nor the model's type.
 
     Raises:
         InputError: scales of fused FP8 experts do not come apart.
     """
-    found: list[TensorSpec] = []
-    remaining = dict(quantized)
-    for spec in specs:
-        parts = _split(spec, facts, quantized.get(spec.name))
-        found += [part for part, _ in parts] or [spec]
+    tensors: list[TensorSpec] = []
+    quantized = dict(contents.quantized)
+    for spec in contents.tensors:
+        parts = _split(spec, contents.facts, quantized.get(spec.name))
+        tensors += [part for part, _ in parts] or [spec]
         if parts:
-            remaining.pop(spec.name, None)
-            remaining |= {part.name: stored for part, stored in parts if stored is not None}
-    return tuple(found), remaining
+            quantized.pop(spec.name, None)
+            quantized |= {part.name: stored for part, stored in parts if stored is not None}
+    return replace(contents, tensors=tuple(tensors), quantized=quantized)
 
 
 def _split(spec: TensorSpec, facts: ModelFacts, quantized: Quantized | None) -> list[Split]:

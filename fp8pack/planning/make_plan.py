@@ -18,7 +18,7 @@ from fp8pack.planning.layout import Output, Stored, arrange
 from fp8pack.planning.model import ModelFacts
 from fp8pack.planning.plan import Action, Packing, PackPlan, Plan, QuantMethod, TensorPlan
 from fp8pack.planning.policy import UNKNOWN_LINEAR, fused_module, judge, spellings
-from fp8pack.planning.recipe import Recipe, Request, resolve, selection_of
+from fp8pack.planning.recipe import USUAL_GRANULARITY, Recipe, Request, parse_scheme, resolve, selection_of
 from fp8pack.planning.spec import DTYPE_BITS, TensorSpec
 from fp8pack.planning.storage import Storage
 from fp8pack.units import ceil_div
@@ -37,6 +37,9 @@ def choose_recipe(
             that nothing is asked of.
     """
     packed = [(decision.spec, decision.role) for decision in decisions if decision.packed]
+    usual = USUAL_GRANULARITY.get((request.quant_method or "").lower().replace("_", "-"))
+    if usual and request.granularity is None and parse_scheme(request.scheme) is None:
+        request = replace(request, granularity=usual)
     scheme, reason = choose_scheme(request, packed, facts)
     return resolve(request, scheme, reason, calibration)
 

@@ -80,6 +80,7 @@ SCHEMES = (FP8_BLOCK, FP8_DYNAMIC, FP8, MXFP8, W8A16)
 
 
 MAX_MARGIN = 8
+USUAL_GRANULARITY = {"mxfp8": MX, "torchao": CHANNEL, "comfyui": TENSOR, "comfyui-scaled": TENSOR}  # holding no blocks
 WRITABLE = (
     "fp8",
     "compressed-tensors",

@@ -18,7 +18,9 @@ def engine_lines(engines: list[dict[str, Any]]) -> list[str]:
     loads = [
         ", ".join(names) + (f" at TP {' '.join(map(str, sizes))}" if sizes else "") for sizes, names in groups.items()
     ]
-    lines = [f"loads in {'; '.join(loads)}" if loads else "loads in load_packed() only"]
+    lines = [f"loads in {'; '.join(loads)}"] if loads else []
+    if not loads and not any(engine.get("asked") for engine in engines):
+        lines = ["loads in load_packed() only"]
     refusals: dict[tuple[str, str], list[str]] = {}
     for engine in engines:
         if not engine["tp"]:
