@@ -60,6 +60,7 @@ _SAFETENSORS: dict[str, Any] = {
     "F8_E4M3": ml_dtypes.float8_e4m3fn,
     "F8_E5M2": ml_dtypes.float8_e5m2,
     "F8_E8M0": ml_dtypes.float8_e8m0fnu,
+    "F8_E4M3FNUZ": ml_dtypes.float8_e4m3fnuz,
     "BF16": ml_dtypes.bfloat16,
     "F16": np.float16,
     "F32": np.float32,

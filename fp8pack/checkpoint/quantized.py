@@ -8,17 +8,19 @@ headers, config.json and its like; Transformer Engine's pickled `_extra_state` i
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
 from fp8pack.checkpoint.manifest_schema import PackedEntry, find_manifest, read_manifest
-from fp8pack.checkpoint.source import Source, read_json
-from fp8pack.errors import InputError
+from fp8pack.checkpoint.source import ShardReader, Source, read_json
+from fp8pack.errors import InputError, RecipeError
 from fp8pack.numerics.formats import E4M3, E5M2, Float8Format
 from fp8pack.numerics.granularity import BLOCK_128, CHANNEL, MX, TENSOR, Granularity, parse_granularity
 from fp8pack.numerics.swizzle import padded
 from fp8pack.planning.contents import Contents, Quantized
+from fp8pack.planning.experts import TRANSPOSED
 from fp8pack.planning.spec import TensorSpec
 
 _FORMATS: Mapping[str, Float8Format] = {"F8_E4M3": E4M3, "F8_E5M2": E5M2}
@@ -30,8 +32,12 @@ _KV_SCALE = re.compile(
     r"((?P<kind>[kv])(_cache\.scale|_scale|_fake_quantizer\.qscale_act)|(?P<both>kv_scale)|(?P<output>output_scale))$"
 )
 _OTHER_SCALE = re.compile(r"\.(q_scale|prob_output_scale|output_scale|[qkv]_zero_point)$")  # that nothing here serves
+_LONE_SCALE = re.compile(
+    r"\.(_?weight_scale|weight_scale_inv|scale_weight|qscale_weight)$|\.experts\.\w+_scale(_inv)?$"
+)
 _MARKER = re.compile(r"(^|\.)(comfy_quant|scaled_fp8)$")
 _PACKED_OTHERWISE = re.compile(r"\.(weight|weight_packed|qweight)$|\.experts\.\w+_blocks$")
+_MAX_MARKER_NBYTES = 4096
 _REGION_KEYS = ("weight_block_size", "block_structure", "block_size", "group_size")
 
 
@@ -67,7 +73,7 @@ def read_contents(source: Source) -> Contents:
         kv_scales,
         others,
         unread,
-        _activations(config, quantized),
+        _activations(config, quantized, _marked_weight_only(source, reader)),
         _spelling(method, quantized),
         config.get("scale_fmt") == "ue8m0" or all(entry.has_exponents for entry in quantized.values()),
     )
@@ -114,18 +120,21 @@ class _Reader:
         self.specs = {spec.name: spec for spec in source.specs}
         self.markers = [spec.name for spec in source.specs if _MARKER.search(spec.name)]
         self._method, self._regions = method, regions
+        self._transposed = source.facts.model_type in TRANSPOSED
         self._entries = _manifest_entries(source)
         self._tiled = _tiled_layers(source, self.markers)
 
     def weights(self) -> Iterator[_Weight]:
         """Yield every FP8 weight."""
-        payloads = [spec for spec in self.specs.values() if spec.dtype in _FORMATS and not _is_scale(spec.name)]
-        announced = self._method or any(self._find_scale(spec) for spec in payloads)
+        payloads = [
+            spec
+            for spec in self.specs.values()
+            if spec.dtype in _FORMATS and not _is_scale(spec.name) and not _MARKER.search(spec.name)
+        ]
+        scaled = self._method or any(self._find_scale(spec) for spec in payloads)
         for payload in payloads:
-            if _MARKER.search(payload.name):
-                continue
             scale = self._find_scale(payload)
-            if scale is None and self._method:
+            if scale is None and (self._method or (scaled and len(payload.shape) > 1)):
                 raise InputError(f"{payload.file}: {payload.name!r} is {payload.dtype} and has no scale")
             format, name = _FORMATS[payload.dtype], _own_name(payload.name)
             spec = replace(payload, name=name)
@@ -135,7 +144,7 @@ class _Reader:
             module = name.removesuffix(".weight")
             tiled = module in self._tiled and scale.dtype in ("U8", "F8_E8M0")
             granularity = self._granularity(spec, scale, tiled)
-            input_scale = self._find(module, name, _INPUT_SCALES) if announced else None
+            input_scale = self._find(module, name, _INPUT_SCALES)
             yield _Weight(payload, spec, Quantized(format, granularity, scale, tiled, input_scale))
 
     def _find_scale(self, payload: TensorSpec) -> TensorSpec | None:
@@ -162,8 +171,10 @@ class _Reader:
             found = parse_granularity(entry.granularity)
             stored = padded(found.scale_shape(shape)) if tiled else found.scale_shape(shape)
             found = found if prod(stored) == prod(scale.shape) else None
+        elif tiled:
+            found = MX if len(shape) == 2 and scale.shape == padded(MX.scale_shape(shape)) else None
         elif len(shape) == 2:
-            found = MX if tiled and scale.shape == padded(MX.scale_shape(shape)) else self._of_matrix(shape, scale)
+            found = self._of_matrix(shape, scale)
         elif len(shape) == 3:
             found = self._of_experts(shape, scale)
         elif prod(scale.shape) == 1:
@@ -204,8 +215,11 @@ class _Reader:
             return TENSOR
         if prod(stored) == count:
             return Granularity(f"block:{n}x{k}", n, k)
-        if prod(stored) == count * k and stored != (count, n, 1):
+        flat = tuple(dim for dim in stored if dim != 1)
+        if stored == (count, 1, k) or (flat == (count, k) and (n != k or self._transposed)):
             return Granularity(f"block:{n}x1", n, 1)  # fbgemm: [E, H, 2I] with a scale for each output
+        if flat == (count, n):
+            return CHANNEL
         if len(stored) != 3 or stored[0] != count:
             return None
         inner: Granularity | None = self._of_matrix((n, k), replace(scale, shape=stored[1:]))
@@ -261,21 +275,27 @@ def plain_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
 
 
 def _regions(config: dict[str, Any]) -> list[Granularity]:
-    """Every region that a configuration names, under whatever key, in its order."""
+    """Every region that a configuration names for weights, under whatever key, in its order."""
     found: list[Granularity] = []
-    if isinstance(named := config.get("granularity"), str):
-        found.append(parse_granularity(named))
+    if config.get("quant_method") == "fp8pack":
+        with suppress(RecipeError):
+            found.append(parse_granularity(str(config.get("granularity"))))
     if str(config.get("quant_algo")).lower() in ("fp8_pb_wo", "fp8_pb_real"):  # ModelOpt's names of blocks
         found.append(BLOCK_128)
-    for key, value in _walk(config, 0):
-        if key not in _REGION_KEYS:
-            continue
-        match value:
-            case [int(rows), int(cols)] if rows > 0 and cols > 0:
-                found.append(Granularity(f"block:{rows}x{cols}", rows, cols) if rows > 1 else _group(cols))
-            case int(cols) if cols > 0:
-                found.append(_group(cols))
+    found += [region for key, value in _walk(config, 0) if key in _REGION_KEYS and (region := _region(value))]
     return list(dict.fromkeys(found))
+
+
+def _region(value: Any) -> Granularity | None:
+    """The region of a size as configurations write it: [128, 128], "128x128", 32."""
+    match value:
+        case str() if found := re.fullmatch(r"(\d{1,6})x(\d{1,9})", value):
+            return _region([int(found[1]), int(found[2])])
+        case [int(rows), int(cols)] if rows > 0 and cols > 0:
+            return Granularity(f"block:{rows}x{cols}", rows, cols) if rows > 1 else _group(cols)
+        case int(cols) if cols > 0:
+            return _group(cols)
+    return None
 
 
 def _group(cols: int) -> Granularity:
@@ -283,20 +303,41 @@ def _group(cols: int) -> Granularity:
 
 
 def _walk(value: Any, depth: int) -> Iterator[tuple[str, Any]]:
+    """The entries of a document, but for what it says of activations."""
     if depth < 8 and isinstance(value, dict):
         for key, inner in value.items():
-            yield key, inner
-            yield from _walk(inner, depth + 1)
+            if not key.startswith(("act_", "input_", "output_", "kv_cache_")):
+                yield key, inner
+                yield from _walk(inner, depth + 1)
 
 
-def _activations(config: dict[str, Any], quantized: Mapping[str, Quantized]) -> str:
+def _marked_weight_only(source: Source, reader: "_Reader") -> bool:
+    """Whether ComfyUI's markers ask for products in full precision: JSON in the new ones, two elements in the old."""
+    for name in reader.markers:
+        spec = reader.specs[name]
+        if name.endswith("scaled_fp8"):
+            return prod(spec.shape) == 2
+        if spec.nbytes <= _MAX_MARKER_NBYTES:
+            with closing(ShardReader(source.directory / spec.file)) as opened:
+                text = bytearray(spec.nbytes)
+                opened.readinto(memoryview(text), spec.begin)
+            return _parse(text.decode(errors="replace")).get("full_precision_matrix_mult") is True
+    return False
+
+
+def _activations(config: dict[str, Any], quantized: Mapping[str, Quantized], marked: bool) -> str:
     if any(entry.input_scale for entry in quantized.values()):
         return "static"
-    groups = config.get("config_groups")
-    weight_only = isinstance(groups, dict) and all(
-        isinstance(group, dict) and group.get("input_activations") is None for group in groups.values()
-    )
-    return "none" if (groups and weight_only) or config.get("activation_scheme") == "none" else "dynamic"
+    match config:
+        case {"config_groups": dict(groups)} if groups:  # compressed-tensors, ModelOpt
+            weight_only = all(isinstance(g, dict) and g.get("input_activations") is None for g in groups.values())
+        case {"global_quant_config": {"weight": dict(), "input_tensors": inputs}}:  # Quark
+            weight_only = inputs is None
+        case {"quant_type": {"default": {"_type": str(kind)}}}:  # torchao
+            weight_only = "WeightOnly" in kind
+        case _:
+            weight_only = marked or config.get("activation_scheme") == "none"
+    return "none" if weight_only else "dynamic"
 
 
 def _spelling(method: str, quantized: Mapping[str, Quantized]) -> str:
@@ -330,8 +371,8 @@ def _is_scale(name: str) -> bool:
 
 
 def _is_packed_otherwise(spec: TensorSpec) -> bool:
-    """Whether it is FP4 or an integer format: whole numbers, or sub-byte floats, where a weight should be."""
-    if spec.dtype.startswith(("F4", "F6")):
+    """Whether it is FP4, an integer format, or FP8 as AMD's older GPUs have it, where a weight should be."""
+    if spec.dtype.startswith(("F4", "F6")) or spec.dtype.endswith("FNUZ"):
         return True
     return spec.dtype in ("U8", "I8", "I32") and len(spec.shape) > 1 and bool(_PACKED_OTHERWISE.search(spec.name))
 
@@ -339,5 +380,5 @@ def _is_packed_otherwise(spec: TensorSpec) -> bool:
 def _refuse_lone_scales(plain: list[TensorSpec]) -> None:
     """A scale whose weight is no FP8 tensor means that one of the two was lost."""
     for spec in plain:
-        if spec.name.endswith((".weight_scale_inv", ".weight_scale", ".scale_weight", ".qscale_weight")):
+        if _LONE_SCALE.search(spec.name):
             raise InputError(f"{spec.file}: {spec.name!r} is a scale without an FP8 weight")

@@ -60,13 +60,13 @@ class ValueReader:
         return found
 
     def bits(self, spec: TensorSpec, lo: int, hi: int) -> NDArray[Any]:
-        """Return rows of a tensor as they are stored: unsigned integers of its width [hi - lo, K]."""
-        cols, itemsize = spec.matrix[1], DTYPE_BITS[spec.dtype] // 8
-        rows = np.empty((hi - lo, cols), np.dtype(f"u{itemsize}"))
+        """Return rows of a tensor as they are stored: unsigned integers of its width [hi - lo, K], or bytes."""
+        cols, width = spec.matrix[1], DTYPE_BITS[spec.dtype]
+        rows = np.empty((hi - lo, cols * width // max(8, width)), np.dtype(f"u{max(8, width) // 8}"))
         if spec.strides is not None:
             gather(self._open(spec.file), spec, rows, (lo, 0))
         elif rows.size:
-            self._open(spec.file).readinto(rows.data.cast("B"), spec.begin + lo * cols * itemsize)
+            self._open(spec.file).readinto(rows.data.cast("B"), spec.begin + lo * rows.nbytes // (hi - lo))
         return rows
 
     def scales(self, spec: TensorSpec) -> NDArray[np.float32]:

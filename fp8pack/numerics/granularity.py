@@ -22,9 +22,9 @@ class Granularity:
         return self.name
 
     def region(self, shape: tuple[int, ...]) -> tuple[int, int]:
-        """Return the rows and columns of one full region of a weight of this shape."""
+        """Return the rows and columns of one full region of a weight of this shape, at least 1 of each."""
         n, k = shape
-        return (n if self.rows is None else self.rows), (k if self.cols is None else self.cols)
+        return (max(1, n) if self.rows is None else self.rows), (max(1, k) if self.cols is None else self.cols)
 
     def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, int]:
         """Return the grid of scales of a weight [N, K]; a ragged edge counts as a whole region."""

@@ -27,7 +27,7 @@ from fp8pack.planning.spec import DTYPE_BITS, TensorSpec
 from fp8pack.units import ceil_div
 
 SAMPLE_ROWS = 8  # rows of each band whose error is measured
-F16_OVERFLOW = 65520.0  # from here on float16 rounds to infinity
+OVERFLOW = {"F16": 65520.0, "BF16": (2 - 2**-8) * 2.0**127, "F32": math.inf}  # what rounds to infinity, and beyond
 _NAN = np.uint32(0x7FC00000)
 
 
@@ -117,14 +117,15 @@ class BandWorker:
             amax = found if math.isnan(found) else max(amax, found)
             if math.isnan(amax):
                 return BandResult(spec.name, band.index, "", amax=amax)
-            if lo == begin:
-                rows, regions = slice(SAMPLE_ROWS), slice(ceil_div(SAMPLE_ROWS, region_rows))
-                energies = error_energy(
+            if (sampled := begin + SAMPLE_ROWS - lo) > 0:
+                rows, regions = slice(sampled), slice(ceil_div(sampled, region_rows))
+                measured = error_energy(
                     *(weight[rows], payload[rows], part[regions]),
                     dtype=dtype,
                     region=packing.granularity.region(weight.shape),
                     format=packing.format,
                 )
+                energies = (energies[0] + measured[0], energies[1] + measured[1])
             data = payload.data.cast("B")
             hasher.update(data)
             _move(writer.write, data, band, itemsize=1, begin=place.payload_begin, lo=lo)
@@ -164,7 +165,7 @@ class BandWorker:
             weight = np.frombuffer(data, bits).reshape(payload.shape)
             found = self._dequantize(band, payload, lo, weight)
             amax = found if math.isnan(found) else max(amax, found)
-            if math.isnan(amax) or (dtype == "F16" and amax >= F16_OVERFLOW):
+            if not amax < OVERFLOW[dtype]:
                 return BandResult(spec.name, band.index, "", amax=math.nan)
             stored = weight.view(np.float32).astype(np.float16) if dtype == "F16" else weight
             data = stored.data.cast("B")

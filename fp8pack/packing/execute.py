@@ -186,15 +186,15 @@ class Execution:
             raise stop.errors[0]
         if self.is_done or stop.is_set():
             return
-        names = sorted(self._offenders)
-        if not self._plan.packed:
-            raise InputError(
-                f"{len(names)} weights hold a NaN, or values that the dtype does not reach: {', '.join(names)}"
-            )
-        flags = " ".join(f"--ignore {name}" for name in names)
-        raise InputError(
-            f"a NaN or infinity in {len(names)} of the weights; finished work is kept, {flags} packs the rest"
-        )
+        raise InputError(self._describe_offenders())
+
+    def _describe_offenders(self) -> str:
+        """What is wrong with weights that could not be worked: those that were to be packed can be left out."""
+        packed = sorted(tensor.spec.name for tensor in self._plan.packed if tensor.spec.name in self._offenders)
+        if others := sorted(self._offenders.difference(packed)):
+            return f"{len(others)} weights hold a NaN, or values that the dtype does not reach: {', '.join(others)}"
+        flags = " ".join(f"--ignore {name}" for name in packed)
+        return f"a NaN or infinity in {len(packed)} of the weights; finished work is kept, {flags} packs the rest"
 
     def _jobs(self, work: ShardWork, scales: dict[str, np.float32]) -> Iterator[tuple[ShardWork, Band]]:
         for band in work.missing():

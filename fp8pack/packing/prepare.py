@@ -90,7 +90,7 @@ def prepare_pack(model: Path, request: Request, options: WriteOptions) -> Prepar
     contents = split_experts(Contents("", source.specs, source.facts))
     decisions = decide(contents, request)
     recipe = choose_recipe(decisions, source.facts, request, _calibration(source, request))
-    method, limit = find_method(recipe, request.rules), options.max_shard_nbytes
+    method, limit = find_method(recipe, request.rules), _shard_limit(source, options)
     plan = make_plan(decisions, contents, request, recipe=recipe, method=method, max_shard_nbytes=limit)
     announcement = _Announcement(method.config(plan), method.files(plan))
     return _place(source, plan, announcement, _Job("pack", recipe.suffix, "fp8"), options)
@@ -99,13 +99,13 @@ def prepare_pack(model: Path, request: Request, options: WriteOptions) -> Prepar
 def prepare_convert(checkpoint: Path, request: Request, options: WriteOptions) -> Prepared:
     """Look at an FP8 checkpoint and decide how to turn it into another; raises as `prepare_pack` does."""
     source, contents = _open_quantized(checkpoint)
+    contents = split_experts(contents)
     storage = contents.storage
     if storage is None:
         raise InputError(f"{source.path} holds no FP8 weight: `fp8pack pack` makes some")
-    contents = split_experts(contents)
     calibration = _calibration(source, request, carries_static=contents.activations == "static")
     recipe = resolve_conversion(request, storage, calibration)
-    method, limit = find_method(recipe, request.rules), options.max_shard_nbytes
+    method, limit = find_method(recipe, request.rules), _shard_limit(source, options)
     decisions = decide(contents, request)
     plan = make_plan(decisions, contents, request, recipe=recipe, method=method, max_shard_nbytes=limit)
     announcement = _Announcement(method.config(plan), method.files(plan))
@@ -126,7 +126,7 @@ def prepare_unpack(checkpoint: Path, dtype: str, options: WriteOptions) -> Prepa
     source, contents = _open_quantized(checkpoint)
     if not contents.quantized:
         raise InputError(f"{source.path} holds no FP8 weight: there is nothing to unpack")
-    plan = make_unpack_plan(contents, UNPACKED_DTYPES[dtype], max_shard_nbytes=options.max_shard_nbytes)
+    plan = make_unpack_plan(contents, UNPACKED_DTYPES[dtype], max_shard_nbytes=_shard_limit(source, options))
     job = _Job("unpack", UNPACKED_DTYPES[dtype], UNPACKED_DTYPES[dtype].lower())
     return _place(source, plan, _Announcement(), job, options)
 
@@ -160,6 +160,11 @@ def _place(source: Source, plan: Plan, announcement: _Announcement, job: _Job, o
     return Prepared(job.verb, source, side_files, plan, documents, output, options)
 
 
+def _shard_limit(source: Source, options: WriteOptions) -> int | None:
+    """A single file stays one."""
+    return None if source.is_single_file else options.max_shard_nbytes
+
+
 def _documents(source: Source, announcement: _Announcement) -> dict[str, bytes]:
     """config.json and what stands beside it, and Mistral's own configuration without what it said of the source."""
     documents: dict[str, bytes] = {}
@@ -171,6 +176,8 @@ def _documents(source: Source, announcement: _Announcement) -> dict[str, bytes]:
     if not source.is_single_file and (source.directory / _MISTRAL_CONFIG).exists():
         params = read_json(source.directory / _MISTRAL_CONFIG)
         if params.pop("quantization", None):
+            if source.config is None and announcement.config is not None:
+                params["quantization"] = announcement.config
             documents[_MISTRAL_CONFIG] = (json.dumps(params, indent=4, ensure_ascii=False) + "\n").encode()
     return documents
 

@@ -60,7 +60,8 @@ class Contents:
         if not self.quantized:
             return None
         (format, granularity), _ = Counter(
-            (quantized.format, quantized.granularity) for quantized in self.quantized.values()
+            (quantized.format, quantized.granularity)
+            for quantized in (self.quantized[spec.name] for spec in self.tensors if spec.name in self.quantized)
         ).most_common(1)[0]
         return Storage(
             self.method,

@@ -49,11 +49,11 @@ def decide(contents: Contents, request: Request) -> list[Decision]:
         if hits[0]:
             decision = replace(decision, packed=False, reason=f"--ignore {hits[0].text}")
         elif hits[1]:
-            decision = _overrule(decision, hits[1], f"--pack {hits[1].text}")
+            decision = _overrule(decision, hits[1], f"--pack {hits[1].text}", contents)
             if decision.packed:
                 idle.discard(hits[1])
         elif hits[2]:
-            decision = _apply(decision, by_pattern[hits[2]])
+            decision = _apply(decision, by_pattern[hits[2]], contents)
         elif (
             decision.packed
             and layer is not None
@@ -94,17 +94,19 @@ def _judge(spec: TensorSpec, contents: Contents) -> Verdict:
     return Verdict(role, is_linear, "FP8 in the source" + ("" if is_linear else ", but no matrix of a linear"))
 
 
-def _apply(decision: Decision, rule: Rule) -> Decision:
+def _apply(decision: Decision, rule: Rule, contents: Contents) -> Decision:
     if rule.action == RuleAction.KEEP:
         return replace(decision, packed=False, reason=f"rule: keep {rule.pattern.text}")
-    return _overrule(decision, rule.pattern, f"rule: pack {rule.pattern.text}", rule)
+    decided = _overrule(decision, rule.pattern, f"rule: pack {rule.pattern.text}", contents)
+    return replace(decided, rule=rule) if decided.packed else decided
 
 
-def _overrule(decision: Decision, pattern: Pattern, reason: str, rule: Rule | None = None) -> Decision:
+def _overrule(decision: Decision, pattern: Pattern, reason: str, contents: Contents) -> Decision:
     """Pack what a pattern means: a name must mean a matrix, a glob or expression passes over everything else."""
     spec = decision.spec
-    if len(spec.shape) == 2 and spec.dtype in FLOAT_DTYPES and 0 not in spec.shape and spec.name.endswith(".weight"):
-        return replace(decision, packed=True, reason=reason, rule=rule)
+    has_values = spec.dtype in FLOAT_DTYPES or spec.name in contents.quantized
+    if len(spec.shape) == 2 and has_values and 0 not in spec.shape and spec.name.endswith(".weight"):
+        return replace(decision, packed=True, reason=reason)
     if pattern.exact:
         raise RecipeError(
             f"{spec.name}: {spec.dtype} {list(spec.shape)} cannot be packed ({reason}): only 2-D float weights can"
@@ -121,7 +123,7 @@ def _rejoin(decisions: Sequence[Decision]) -> list[Decision]:
         if fused is None or fused.name in split or _is_bias_of(fused.name, split):
             whole[decision.spec.name] = decision
         else:
-            whole.setdefault(fused.name, replace(decision, spec=fused))
+            whole.setdefault(fused.name, replace(decision, spec=fused, role="experts"))
     return list(whole.values())
 
 

@@ -27,7 +27,7 @@ _PARTS = {
     "w3": ("w3",),
 }
 _TAKES_HIDDEN = ("gate_up_proj", "gate_proj", "up_proj", "w13", "w1", "w3")  # K is the hidden size
-_TRANSPOSED = ("llama4", "llama4_text", "qwen3_vl_moe", "qwen3_vl_moe_text", "qwen3_omni_moe", "gpt_oss")
+TRANSPOSED = ("llama4", "llama4_text", "qwen3_vl_moe", "qwen3_vl_moe_text", "qwen3_omni_moe", "gpt_oss")
 _INTERLEAVED = ("gpt_oss",)
 
 Split = tuple[TensorSpec, Quantized | None]
@@ -42,21 +42,21 @@ class _Layout:
 
 
 def split_experts(contents: Contents) -> Contents:
-    """Return the contents with fused experts taken apart, and how those that are FP8 become values.
+    """Return the contents with fused experts taken apart, and how those that are FP8 become values, apart or whole.
 
     Experts stay fused where nothing says how they lie: neither the hidden size nor the model's type.
 
     Raises:
-        InputError: scales of fused FP8 experts do not come apart.
+        InputError: scales of fused FP8 experts do not come apart, or an expert stands alone as well.
     """
     tensors: list[TensorSpec] = []
-    quantized = dict(contents.quantized)
+    quantized, names = dict(contents.quantized), {spec.name for spec in contents.tensors}
     for spec in contents.tensors:
         parts = _split(spec, contents.facts, quantized.get(spec.name))
         tensors += [part for part, _ in parts] or [spec]
-        if parts:
-            quantized.pop(spec.name, None)
-            quantized |= {part.name: stored for part, stored in parts if stored is not None}
+        quantized |= {part.name: stored for part, stored in parts if stored is not None}
+        if twice := next((part.name for part, _ in parts if part.name in names), None):
+            raise InputError(f"{twice!r} stands alone as well as in {spec.name!r}: remove one of them")
     return replace(contents, tensors=tuple(tensors), quantized=quantized)
 
 
@@ -66,7 +66,7 @@ def _split(spec: TensorSpec, facts: ModelFacts, quantized: Quantized | None) -> 
         return []
     experts, leaf, count = match["experts"], match["leaf"], spec.shape[0]
     if match["bias"]:
-        if not facts.hidden_size and facts.model_type not in _TRANSPOSED:
+        if not facts.hidden_size and facts.model_type not in TRANSPOSED:
             return []
         interleaved = facts.model_type in _INTERLEAVED
         parts = [_bias(spec, experts, i, leaf, interleaved) for i in range(count)]
@@ -80,7 +80,7 @@ def _split(spec: TensorSpec, facts: ModelFacts, quantized: Quantized | None) -> 
 def _layout(spec: TensorSpec, leaf: str, facts: ModelFacts) -> _Layout | None:
     """Where the hidden size stands; the model's type decides where it stands twice."""
     _, rows, cols = spec.shape
-    hidden, known = facts.hidden_size, facts.model_type in _TRANSPOSED
+    hidden, known = facts.hidden_size, facts.model_type in TRANSPOSED
     interleaved = facts.model_type in _INTERLEAVED
     if hidden not in (rows, cols):
         return _Layout(known, interleaved) if known else None

@@ -3,14 +3,14 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import prod
 
 from fp8pack.errors import InputError, RecipeError
 from fp8pack.numerics.granularity import MX
 from fp8pack.numerics.scaling import ScaleRounding
 from fp8pack.numerics.swizzle import TILE
-from fp8pack.planning.activation_scales import ActivationScale, ActivationScales, Kind, Observed
+from fp8pack.planning.activation_scales import ActivationScale, ActivationScales, Observed
 from fp8pack.planning.calibration import Calibration
+from fp8pack.planning.carry import activation_scales, agree, can_carry
 from fp8pack.planning.contents import Contents, Quantized
 from fp8pack.planning.decide import MAX_GRANULE_NBYTES, Decision, granularity_of, settle
 from fp8pack.planning.engines import check_targets, choose_scheme, judge_engines
@@ -60,11 +60,12 @@ def make_plan(
         InputError: the source holds a tensor that bears the name of a scale, or the calibration does not fit it.
     """
     planner = _Planner(recipe, method, contents)
-    tensors = [planner.plan(decision) for decision in settle(decisions, recipe, method)]
+    tensors = agree([planner.plan(decision) for decision in settle(decisions, recipe, method)])
     if not any(tensor.packing for tensor in tensors):
         raise RecipeError(_nothing_to_pack(tensors))
-    tensors, notes = _calibrate(tensors, recipe, method)
-    tensors += planner.carried_scales(tensors)
+    keeps_inputs = contents.activations == "static" and request.activations is None and request.scheme == "auto"
+    tensors, notes = _calibrate(tensors, recipe, method, inputs=recipe.activations == "static" and not keeps_inputs)
+    tensors += activation_scales(tensors, contents, recipe, method)
     tensors = _mark(tensors, recipe.storage, method)
     _check_names(tensors)
     packed = [(tensor.spec, tensor.role) for tensor in tensors if tensor.packing]
@@ -72,7 +73,7 @@ def make_plan(
     engines = judge_engines(recipe.storage, packed, contents.facts, tp=request.tp, gpu=request.gpu, kept=kept)
     check_targets(engines, recipe.storage, request.targets)
     metadata = method.metadata(tensors, recipe.storage)
-    shards = arrange([_output(tensor) for tensor in tensors], max_shard_nbytes)
+    shards = arrange(_outputs(tensors), max_shard_nbytes)
     return PackPlan(
         contents.facts,
         tuple(tensors),
@@ -99,7 +100,7 @@ def make_unpack_plan(contents: Contents, dtype: str, *, max_shard_nbytes: int | 
         else:
             tensors.append(_unpack(spec, role, "FP8 in the source", quantized, dtype))
     _check_names(tensors)
-    shards = arrange([_output(tensor) for tensor in tensors], max_shard_nbytes)
+    shards = arrange(_outputs(tensors), max_shard_nbytes)
     inputs = [quantized.input_scale.name for quantized in contents.quantized.values() if quantized.input_scale]
     scales = [*inputs, *(spec.name for spec in contents.kv_scales.values()), *contents.other_scales]
     notes = [f"{len(scales)} scales of activations are left out, such as {scales[0]}"] if scales else []
@@ -133,62 +134,18 @@ class _Planner:
             fused_module(spec.name) or spec.name,
             tiled=tiled,
         )
-        if quantized is not None and self._is_carried(spec, quantized, packing):
-            packing = replace(packing, carried=True)
+        if quantized is not None:
+            carried = can_carry(spec, quantized, packing, powers_of_two=self.contents.powers_of_two)
+            packing = replace(packing, carried=carried)
         rows, cols = _band_shape(spec, granularity.rows or 1, granularity.cols or 1)
         if tiled:
             rows, cols = ceil_div(rows, TILE[0]) * TILE[0], spec.shape[1]
         data = self.method.payload(spec, format)
         return TensorPlan(spec, Action.PACKED, decision.role, decision.reason, data, rows, cols, packing, quantized)
 
-    def _is_carried(self, spec: TensorSpec, quantized: Quantized, packing: Packing) -> bool:
-        """Whether the bytes can stay: each region lies within one of the source, and its scale can be written."""
-        if quantized.format != packing.format or quantized.scale is None:
-            return False
-        within = all(
-            theirs % ours == 0 or theirs == whole
-            for theirs, ours, whole in zip(
-                quantized.granularity.region(spec.shape),
-                packing.granularity.region(spec.shape),
-                spec.shape,
-                strict=True,
-            )
-        )
-        powers_of_two = quantized.has_exponents or self.contents.powers_of_two
-        return within and (powers_of_two or packing.rounding == ScaleRounding.NONE)
-
-    def carried_scales(self, tensors: Sequence[TensorPlan]) -> list[TensorPlan]:
-        """The scales of activations that the source holds, under this convention's names, if not calibrated."""
-        calibrated = {(a.kind, a.point) for tensor in tensors for a in tensor.activations}
-        plans = []
-        if self.recipe.activations == "static" and self.recipe.calibration is None:
-            for tensor in tensors:
-                if tensor.packing:
-                    plans.append(self._carried_input_scale(tensor))
-        for point, spec in self.contents.kv_scales.items() if self.recipe.kv_cache else ():
-            attention, _, kind = point.rpartition(".")
-            side: Kind = "k" if kind == "k" else "v"
-            if (side, point) not in calibrated:
-                stored = self.method.kv_scale(attention, side, f"{attention}.{side}_proj.weight")
-                plans.append(_carry(spec, stored, f"scale of {side.upper()} in the source"))
-        return plans
-
-    def _carried_input_scale(self, tensor: TensorPlan) -> TensorPlan:
-        name = tensor.spec.name
-        if tensor.quantized is None or tensor.quantized.input_scale is None:
-            raise InputError(f"{name} has no input scale: --activations dynamic, or --calibration FILE")
-        return _carry(tensor.quantized.input_scale, self.method.input_scale(name), f"scale of what enters {name}")
-
 
 def _copy(spec: TensorSpec, role: str, reason: str) -> TensorPlan:
     return TensorPlan(spec, Action.COPIED, role, reason, Stored(spec.name, spec.dtype, spec.shape), BAND_NBYTES)
-
-
-def _carry(spec: TensorSpec, stored: Stored, reason: str) -> TensorPlan:
-    """A scale of activations that is copied under another name and in another shape of as many elements."""
-    shape = stored.shape if prod(stored.shape) == prod(spec.shape) else spec.shape
-    copy = Stored(stored.name, spec.dtype, shape)
-    return TensorPlan(replace(spec, name=stored.name), Action.COPIED, "activation_scale", reason, copy, BAND_NBYTES)
 
 
 def _unpack(spec: TensorSpec, role: str, reason: str, quantized: Quantized, dtype: str) -> TensorPlan:
@@ -219,8 +176,13 @@ def _mark(tensors: Sequence[TensorPlan], storage: Storage, method: QuantMethod) 
     return marked
 
 
-def _calibrate(tensors: list[TensorPlan], recipe: Recipe, method: QuantMethod) -> tuple[list[TensorPlan], list[str]]:
-    """Add the scales of activations to the tensors that they are stored beside; return also what is worth knowing."""
+def _calibrate(
+    tensors: list[TensorPlan], recipe: Recipe, method: QuantMethod, *, inputs: bool
+) -> tuple[list[TensorPlan], list[str]]:
+    """Add the scales of activations to the tensors that they are stored beside; return also what is worth knowing.
+
+    inputs: whether what enters weights is among them.
+    """
     if recipe.calibration is None:
         return tensors, []
     scales = ActivationScales(recipe.calibration, recipe.activation_options, recipe.format)
@@ -231,12 +193,12 @@ def _calibrate(tensors: list[TensorPlan], recipe: Recipe, method: QuantMethod) -
     if recipe.kv_cache:
         roles = {tensor.spec.name: tensor.role for tensor in tensors}
         added |= scales.of_kv_cache(roles, method.kv_scale)
-    if recipe.activations == "static":
+    if inputs:
         weights = [(tensor.spec.name, method.input_scale(tensor.spec.name)) for tensor in tensors if tensor.packing]
-        inputs = scales.of_inputs(weights)
-        for name, (scale, _) in inputs.items():
+        found = scales.of_inputs(weights)
+        for name, (scale, _) in found.items():
             added[name] = [scale, *added.get(name, [])]
-        notes += _calibration_notes({name: observed for name, (_, observed) in inputs.items()})
+        notes += _calibration_notes({name: observed for name, (_, observed) in found.items()})
     return [replace(tensor, activations=tuple(added.get(tensor.spec.name, ()))) for tensor in tensors], notes
 
 
@@ -285,9 +247,23 @@ def _keeps(tensor: TensorPlan) -> str:
     return f"--ignore {tensor.spec.name} keeps its weight"
 
 
-def _output(tensor: TensorPlan) -> Output:
-    scale = tensor.packing.scale if tensor.packing else None
-    return Output(tensor.spec, tensor.data, scale, tuple(constant.stored for constant in tensor.constants))
+def _outputs(tensors: Sequence[TensorPlan]) -> list[Output]:
+    """What becomes of each tensor; scales that are carried lie beside their weight, wherever they lay."""
+    names = {tensor.spec.name for tensor in tensors}
+    beside: dict[str, list[Stored]] = {}
+    for tensor in tensors:
+        if tensor.beside in names:
+            beside.setdefault(tensor.beside, []).append(tensor.data)
+    return [
+        Output(
+            tensor.spec,
+            tensor.data,
+            tensor.packing.scale if tensor.packing else None,
+            (*(constant.stored for constant in tensor.constants), *beside.get(tensor.spec.name, ())),
+        )
+        for tensor in tensors
+        if tensor.beside not in names
+    ]
 
 
 def _kept_linears(tensors: Sequence[TensorPlan], facts: ModelFacts) -> tuple[str, ...]:

@@ -55,7 +55,7 @@ class TensorPlan:
 
     A band has `band_rows` rows and `band_cols` columns of a weight, all columns unless its rows are very long; of
     anything copied, `band_rows` bytes. `data` is the payload or copy as it is stored; `quantized` says how FP8 bytes of
-    the source become values, None where they are floats or are copied.
+    the source become values, None where they are floats or are copied. `beside` names a weight whose shard it shares.
     """
 
     spec: TensorSpec
@@ -69,6 +69,7 @@ class TensorPlan:
     quantized: Quantized | None = None
     activations: tuple[ActivationScale, ...] = ()
     markers: tuple[Constant, ...] = ()
+    beside: str = ""
 
     @property
     def matrix(self) -> tuple[int, int]:
@@ -132,6 +133,11 @@ class QuantMethod(Protocol):
     @property
     def name(self) -> str:
         """The value of `quantization_config.quant_method`, or the name of a convention without one."""
+        ...
+
+    @property
+    def holds_head_scales(self) -> bool:
+        """Whether K and V may have a scale for each head."""
         ...
 
     def expresses(self, storage: Storage) -> bool:

@@ -56,10 +56,10 @@ def load_packed(path: str | Path, device: str | torch.device = "cpu") -> "Packed
     """
     source = open_checkpoint(Path(path))
     contents = read_contents(source)
-    if not contents.quantized:
-        raise InputError(f"{source.path} holds no FP8 weight: pack it with `fp8pack pack`")
     manifest_path = find_manifest(source.path)
     manifest = read_manifest(manifest_path) if manifest_path else None
+    if not contents.quantized and manifest is None:
+        raise InputError(f"{source.path} holds no FP8 weight: pack it with `fp8pack pack`")
     if manifest is not None:
         check_headers(source.specs, manifest)
     files = {file.name: _map(source.directory / file.name, torch.device(device)) for file in source.files}

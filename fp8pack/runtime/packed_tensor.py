@@ -54,6 +54,8 @@ class PackedTensor:
 
         The product is taken in float32 and rounded once.
         """
+        dtype = dtype or self.source_dtype
+        if not self.data.numel():
+            return torch.empty(self.shape, dtype=dtype, device=self.data.device)
         rows = self.data.reshape(-1, self.shape[-1])
-        values = torch_codec.dequantize(rows, self.multiplier, self.block)
-        return values.reshape(self.shape).to(dtype or self.source_dtype)
+        return torch_codec.dequantize(rows, self.multiplier, self.block).reshape(self.shape).to(dtype)

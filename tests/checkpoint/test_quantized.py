@@ -523,6 +523,19 @@ def test_fused_mx_experts_of_32_rows_are_mx(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read_tensors(tmp_path / "out")[f"{EXPERTS}.down_proj"], parts[2])
 
 
+@pytest.mark.parametrize("shape", [(128, 96), (96, 96)], ids=str)
+def test_modelopts_channel_scales_of_fused_experts_have_two_dimensions(shape: tuple[int, int], tmp_path: Path) -> None:
+    """[E, N] beside [E, N, K], as [N] stands beside [N, K]; where N = K, the model's type says what comes last."""
+    parts = fused([packed("channel", shape, seed=i) for i in range(3)])
+    name = f"{EXPERTS}.gate_up_proj"
+    tensors: Tensors = {name: parts[0], f"{name}_weight_scale": parts[1].reshape(3, -1)}
+    quantization = MODELOPT | {"quant_algo": "FP8_PER_CHANNEL_PER_TOKEN"}
+    config = llama_config() | {"hidden_size": shape[1], "quantization_config": quantization}
+    folder = write_model(tmp_path / "model", tensors, config)
+    fp8pack.unpack(folder, "float32", WriteOptions(tmp_path / "out"))
+    np.testing.assert_array_equal(read_tensors(tmp_path / "out")[name], parts[2])
+
+
 # Mixed layers.
 
 
@@ -803,6 +816,10 @@ OTHERS: dict[str, tuple[dict[str, Any], Tensors]] = {
             f"{EXPERTS}.0.w1.scale": np.ones((64, 2), E8M0),
         },
     ),
+    "FP8 of AMD's older GPUs": (
+        {"quant_method": "fp8", "activation_scheme": "dynamic"},
+        {WEIGHT: np.zeros((64, 64), ml_dtypes.float8_e4m3fnuz), f"{MODULE}.weight_scale": np.ones((), np.float32)},
+    ),
     "GPTQ": (
         {"quant_method": "gptq", "bits": 4},
         {f"{MODULE}.qweight": np.zeros((8, 64), np.int32), f"{MODULE}.scales": np.ones((1, 64), np.float16)},
@@ -851,10 +868,45 @@ def test_of_files_without_a_word_one_weight_that_lost_its_scale_is_not_taken_for
     assert other in message
 
 
+def test_two_tensors_that_claim_one_name_are_refused(tmp_path: Path) -> None:
+    """torchao's `_weight_qdata` is `weight`; a file that holds both would be written with one of them twice."""
+    case = CASES["torchao, row"]()
+    tensors = case.tensors | {WEIGHT: random_weight((64, 64))}
+    folder = write_model(tmp_path / "model", tensors, case.config, metadata=case.metadata)
+    message = refusal(folder, what=lambda path: fp8pack.unpack(path, options=WriteOptions(tmp_path / "out")))
+    assert WEIGHT in message
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("grid", [(), (1,), (0, 1)], ids=str)
+def test_an_fp8_weight_without_elements_is_no_error_anywhere(grid: tuple[int, ...], tmp_path: Path) -> None:
+    case = CASES["compressed-tensors, channel"]()
+    name = "model.layers.1.mlp.up_proj.weight"
+    empty: Tensors = {name: np.zeros((0, 64), ml_dtypes.float8_e4m3fn), f"{name}_scale": np.ones(grid, np.float32)}
+    folder = write_model(tmp_path / "model", case.tensors | empty, case.config)
+    assert fp8pack.load_packed(folder)[name].dequantize(torch.float32).shape == (0, 64)
+    fp8pack.unpack(folder, options=WriteOptions(tmp_path / "out"))
+    assert read_tensors(tmp_path / "out")[name].shape == (0, 64)
+    fp8pack.convert(folder, Request(quant_method="modelopt"), WriteOptions(tmp_path / "converted"))
+    assert fp8pack.inspect(folder)["totals"]["num_packed"] == 2
+    assert fp8pack.diff(folder, folder)["totals"]["num_equal"] == 4
+
+
+def test_fp8_bytes_of_amds_older_gpus_are_never_passed_on_as_they_are(tmp_path: Path) -> None:
+    """They mean half of what the same bytes mean elsewhere, and nothing would say so."""
+    case = CASES["unscaled"]()
+    odd: Tensors = {"blocks.1.ffn.0.weight": np.ones((64, 64), ml_dtypes.float8_e4m3fnuz)}
+    folder = write_model(tmp_path / "model", case.tensors | odd)
+    message = refusal(folder, what=lambda path: fp8pack.unpack(path, options=WriteOptions(tmp_path / "out")))
+    assert "blocks.1.ffn.0.weight" in message
+
+
 @pytest.mark.parametrize(
     "quantization",
     [
         {"quant_method": "x", "granularity": "PerRow()"},
+        {"quant_method": "fp8pack", "granularity": 7},
+        {"quant_method": "fp8pack"},
         {"quant_method": None, "group_size": True},
         {"quant_method": ["fp8"], "weight_block_size": [0, -1]},
         {"quant_method": "fp8", "weight_block_size": [10**40, 10**40], "config_groups": [1]},

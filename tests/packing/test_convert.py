@@ -1,9 +1,13 @@
 """From one FP8 convention to another: bytes that are carried stay, everything else is dequantized and packed anew."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import ml_dtypes
@@ -12,18 +16,22 @@ import oracle
 import pytest
 import torch
 from checkpoints import Tensors, llama_config, random_weight, read_tensors, write_model, write_shard
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from numpy.typing import NDArray
+from typer.testing import CliRunner
 
 import fp8pack
 from fp8pack.checkpoint.calibration_file import write_calibration
 from fp8pack.checkpoint.quant_methods import METHODS
 from fp8pack.checkpoint.quantized import read_contents
 from fp8pack.checkpoint.source import open_checkpoint
-from fp8pack.errors import Fp8PackError, InputError, RecipeError
+from fp8pack.cli.app import app
+from fp8pack.errors import Fp8PackError, InputError, OutputError, RecipeError
 from fp8pack.numerics.formats import parse_format
 from fp8pack.numerics.granularity import parse_granularity
 from fp8pack.numerics.scaling import ScaleRounding
-from fp8pack.packing import codecs
+from fp8pack.packing import bands, codecs, execute
 from fp8pack.packing.prepare import WriteOptions
 from fp8pack.planning import make_plan
 from fp8pack.planning.calibration import Calibration, Site
@@ -255,6 +263,43 @@ def test_bytes_are_carried_where_scales_become_finer(
         assert loaded[name].granularity == fine
         assert loaded[name].data.view(torch.uint8).numpy().tobytes() == packed[name][0].tobytes()
         np.testing.assert_array_equal(loaded[name].dequantize(torch.float32).numpy(), values)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    shape=st.tuples(st.sampled_from([1, 2, 7, 32, 64, 130]), st.sampled_from([1, 5, 32, 96, 128, 300])),
+    theirs=st.sampled_from(["tensor", "channel", "group:32", "group:48", "block:32x32", "block:128x128", "block:7x5"]),
+    ours=st.sampled_from(
+        ["tensor", "channel", "group:16", "group:96", "block:16x32", "block:64x64", "block:7x5", "mx"]
+    ),
+    rounding=st.sampled_from(["none", "up"]),
+)
+def test_any_regions_are_carried_if_each_lies_within_one_of_theirs_and_else_packed_anew(
+    shape: tuple[int, int], theirs: str, ours: str, rounding: str
+) -> None:
+    shapes = {f"{LAYER}.mlp.down_proj": shape}
+    with TemporaryDirectory() as folder:
+        source = source_of(Path(folder) / "source", theirs, rounding=rounding, shapes=shapes)
+        request = asked(ours, "fp8pack", scale_rounding=ScaleRounding(rounding) if ours != "mx" else None)
+        facts = fp8pack.convert(source, request, WriteOptions(Path(folder) / "out"))
+        loaded = fp8pack.load_packed(Path(folder) / "out")
+        ((name, values),) = values_of(quantized(theirs, rounding, shapes=shapes), theirs).items()
+        number = np.arange(values.size, dtype=np.float32)
+        regions = [
+            oracle.spread(number[: rows * cols].reshape(rows, cols), region, shape)
+            for region in (oracle.region_of(theirs, shape), oracle.region_of(ours, shape))
+            for rows, cols in [(-(-shape[0] // region[0]), -(-shape[1] // region[1]))]
+        ]
+        pairs = np.unique(np.stack([grid.ravel() for grid in regions]), axis=1).shape[1]
+        within = pairs == np.unique(regions[1]).size
+        carried = within and (rounding == "up" or ours != "mx")
+        found = loaded[name].dequantize(torch.float32).numpy().copy()
+        assert facts["num_carried"] == int(carried)
+        if not carried:
+            codes, scales = oracle.quantize(values, "e4m3", ours, "up" if ours == "mx" else rounding)
+            spread = oracle.spread(scales, oracle.region_of(ours, shape), shape)
+            values = codes.view(E4M3).astype(np.float32) * spread
+        np.testing.assert_array_equal(found, values)
 
 
 def test_a_block_that_reaches_over_a_weights_edge_covers_its_rows_and_columns(tmp_path: Path) -> None:
@@ -618,17 +663,19 @@ def test_modelopt_keeps_the_scales_of_a_fused_projection_at_the_attention(tmp_pa
     }
 
 
-def calibrate(source: Path) -> Path:
-    """A calibration by hand: K and V with an amax of 448 and 896."""
-    sites = []
-    for kind, bits in (("k", 0x43E0), ("v", 0x4460)):
-        top = np.array([bits], np.uint16)
-        sites.append(
-            Site((f"{ATTENTION}.{kind}",), 64, top, np.array([64], np.int64), top, np.ones(1), top)
-        )  # fmt: skip
+def site(points: tuple[str, ...], bits: int) -> Site:
+    top = np.array([bits], np.uint16)
+    return Site(points, 64, top, np.array([64], np.int64), top, np.ones(1), top)
+
+
+def calibrate(source: Path, fingerprint: str | None = None, *, inputs: bool = False) -> Path:
+    """A calibration by hand: K and V with an amax of 448 and 896, and what enters weights with one of 224."""
+    sites = [site((f"{ATTENTION}.{kind}",), bits) for kind, bits in (("k", 0x43E0), ("v", 0x4460))]
+    if inputs:
+        sites += [site((f"{module}.input",), 0x4360) for module in LINEARS]
     path = source.parent / "calibration.safetensors"
-    fingerprint = open_checkpoint(source).fingerprint
-    write_calibration(path, Calibration(fingerprint, ("blake3:a",), {"max_length": 64}, tuple(sites)))
+    own = open_checkpoint(source).fingerprint if fingerprint is None else fingerprint
+    write_calibration(path, Calibration(own, ("blake3:a",), {"max_length": 64}, tuple(sites)))
     return path
 
 
@@ -660,6 +707,29 @@ def test_calibrated_scales_of_k_and_v_take_the_place_of_those_in_the_source(tmp_
     found = convert(source, tmp_path / "out", request)
     k, v, _ = KV_NAMES["quark"]
     assert (found[k].item(), found[v].item()) == (1.0, 2.0)
+
+
+def test_scales_of_k_and_v_are_added_beside_the_static_scales_of_the_source(tmp_path: Path) -> None:
+    """A calibration that knows nothing of what enters the weights leaves those scales as they are."""
+    source = source_of(tmp_path / "source", "tensor", "static")
+    before = convert(source, tmp_path / "before", asked(method="modelopt"))
+    request = Request(quant_method="modelopt", kv_cache=True, calibration=calibrate(source))
+    after = convert(source, tmp_path / "after", request)
+    k, v, _ = KV_NAMES["modelopt"]
+    assert (after.pop(k).item(), after.pop(v).item()) == (1.0, 2.0)
+    assert {name: t.tobytes() for name, t in after.items()} == {name: t.tobytes() for name, t in before.items()}
+
+
+@pytest.mark.parametrize("granularity", ["block:128x128", "channel", "tensor"])
+def test_dynamic_activations_become_static_by_a_calibration_as_in_a_pack(granularity: str, tmp_path: Path) -> None:
+    source = source_of(tmp_path / "source", granularity)
+    fp8pack.unpack(source, "float32", WriteOptions(tmp_path / "floats"))
+    request = Request(scheme="FP8", kv_cache=True, calibration=calibrate(source, "", inputs=True))
+    found = convert(source, tmp_path / "out", request)
+    assert {found[f"{module}.input_scale"].item() for module in LINEARS} == {0.5}
+    if granularity != "tensor":  # whose scales are carried, each its own
+        fp8pack.pack(tmp_path / "floats", request, WriteOptions(tmp_path / "expected"))
+        assert as_bytes(tmp_path / "out") == as_bytes(tmp_path / "expected")
 
 
 # Mixtures.
@@ -796,6 +866,76 @@ def test_the_same_again_is_complete_and_a_limit_on_shards_changes_no_tensor(tmp_
     assert as_bytes(tmp_path / "small") == as_bytes(tmp_path / "out")
 
 
+# Interrupted.
+
+
+@pytest.mark.parametrize(("granularity", "method"), [("channel", "compressed-tensors"), ("block:128x128", "fp8")])
+def test_a_conversion_that_was_cut_off_continues_to_the_same_bytes(
+    granularity: str, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bytes that are carried, and bytes that are made anew."""
+    source, request = source_of(tmp_path / "source", "channel", shards=2), asked(granularity, method)
+    convert(source, tmp_path / "whole", request)
+    monkeypatch.setattr(execute, "CHECKPOINT_NBYTES", 1)
+    left = iter(range(5))
+    with monkeypatch.context() as patched:
+        for name in ("carry", "pack"):
+            genuine = getattr(bands.BandWorker, name)
+
+            def cut_off(*arguments: Any, genuine: Any = genuine) -> Any:
+                if next(left, None) is None:
+                    raise KeyboardInterrupt
+                return genuine(*arguments)
+
+            patched.setattr(bands.BandWorker, name, cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            fp8pack.convert(source, request, WriteOptions(tmp_path / "out", workers=1))
+    assert not (tmp_path / "out").exists()
+    other = asked("group:64", "fp8pack")
+    with pytest.raises(OutputError, match="another recipe"):
+        fp8pack.convert(source, other, WriteOptions(tmp_path / "out"))
+    facts = fp8pack.convert(source, request, WriteOptions(tmp_path / "out"))
+    assert facts["resumed_nbytes"] > 0
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == {
+        path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()
+    }
+
+
+MEASURED = """
+import json, resource, sys
+from pathlib import Path
+import fp8pack
+out, small, large = map(Path, sys.argv[1:])
+asked = fp8pack.Request(scheme="FP8_DYNAMIC"), fp8pack.Request(quant_method="compressed-tensors")
+peaks = []
+for source in (small, large):
+    for i, request in enumerate(asked):
+        options = fp8pack.WriteOptions(out / f"{source.name}-{i}", workers=2)
+        fp8pack.convert(source, request, options)
+    peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+print(json.dumps(peaks))
+"""
+
+
+def test_memory_does_not_grow_with_the_tensor(tmp_path: Path) -> None:
+    """96 MiB of FP8, carried and quantized anew."""
+    small = source_of(tmp_path / "small", "block:128x128")
+    name = f"{LAYER}.mlp.down_proj.weight"
+    tensors: Tensors = {
+        name: np.full((12288, 8192), 0x38, np.uint8).view(E4M3),
+        f"{name}_scale_inv": np.full((96, 64), 0.5, np.float32),
+    }
+    quantization = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+    large = write_model(tmp_path / "large", tensors, config_of(quantization_config=quantization))
+    ran = subprocess.run(
+        [sys.executable, "-c", MEASURED, str(tmp_path), str(small), str(large)],
+        capture_output=True, text=True, check=False, env=os.environ | {"MALLOC_ARENA_MAX": "2"},
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    before, after = json.loads(ran.stdout)
+    assert after - before < 96 << 20
+
+
 # Refusals.
 
 
@@ -847,6 +987,20 @@ def test_floats_alone_are_refused_with_the_way_out(tmp_path: Path) -> None:
     source = write_model(tmp_path / "source", float_weights() | others(), config_of())
     with pytest.raises(InputError, match="fp8pack pack"):
         fp8pack.convert(source, asked(method="fp8", granularity="block:128x128"), WriteOptions(tmp_path / "out"))
+
+
+def test_the_commands_print_the_output_alone_and_an_error_is_one_line(tmp_path: Path) -> None:
+    source = source_of(tmp_path / "source", "channel")
+    for command, flags in (("convert", ["--quant-method", "compressed_tensors"]), ("unpack", ["--dtype", "float16"])):
+        ran = CliRunner().invoke(app, [command, str(source), "-o", str(tmp_path / command), "-q", *flags])
+        assert ran.exit_code == 0, ran.output
+        assert ran.stdout == f"{tmp_path / command}\n"
+        ran = CliRunner().invoke(app, [command, str(source), "-o", str(tmp_path / command), "-q", *flags, "--json"])
+        assert json.loads(ran.stdout)["already_complete"]
+        fp8pack.inspect(tmp_path / command)
+    ran = CliRunner().invoke(app, ["convert", str(source), "--quant-method", "mxfp8"])
+    assert isinstance(ran.exception, RecipeError)
+    assert ran.stdout == ""
 
 
 @pytest.mark.parametrize("name", ["comfyui", "comfyui-scaled", "torchao"])

@@ -234,6 +234,18 @@ def test_packed_experts_are_held_against_their_fused_source(layout: str, tmp_pat
     assert 28 < compared["totals"]["sqnr_min"] < 40
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_checkpoint_that_holds_an_expert_fused_and_alone_is_refused(layout: str, tmp_path: Path) -> None:
+    """Two tensors would be written under one name."""
+    tensors = single_experts()
+    name = f"{EXPERTS}.1.up_proj.weight"
+    source = write_model(tmp_path / "model", fuse(tensors, layout) | {name: tensors[name]} | rest(), config_of(layout))
+    with pytest.raises(InputError) as caught:
+        fp8pack.pack(source, asked("channel"), WriteOptions(tmp_path / "out"))
+    assert name in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
 MEASURED = """
 import json, resource, sys
 from pathlib import Path

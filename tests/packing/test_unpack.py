@@ -314,6 +314,14 @@ def test_a_tensor_without_elements_is_carried_over(tmp_path: Path) -> None:
     check(read_tensors(tmp_path / "out"), tensors)
 
 
+def test_what_was_unpacked_can_be_looked_at(checkpoint: Path, tmp_path: Path) -> None:
+    fp8pack.unpack(checkpoint, options=WriteOptions(tmp_path / "out"))
+    facts = fp8pack.inspect(tmp_path / "out")
+    assert facts["totals"]["num_packed"] == 0
+    assert facts["totals"]["num_tensors"] == len(read_tensors(tmp_path / "out"))
+    assert fp8pack.diff(checkpoint, tmp_path / "out")["only_in_a"] == []
+
+
 # Outputs that exist, and what is asked for.
 
 

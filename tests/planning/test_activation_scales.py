@@ -338,7 +338,8 @@ def test_k_and_v_of_every_family_lie_beside_the_weight_that_makes_them(family: s
     shapes: Shapes = {f"{attention}.{leaf}.weight": (256, 256) for leaf in leaves}
     shapes["model.layers.0.mlp.up_proj.weight"] = (256, 256)
     plain = {"fp8": {"scheme": "FP8_BLOCK"}, "compressed-tensors": {"scheme": "FP8_DYNAMIC"}}
-    plain["mxfp8"] = {"scheme": "MXFP8", "quant_method": "mxfp8"}
+    plain |= {"mxfp8": {"scheme": "MXFP8", "quant_method": "mxfp8"}}
+    plain |= {"torchao": {"scheme": "FP8_DYNAMIC", "quant_method": "torchao"}}
     asked = plain.get(method.name, {"scheme": "FP8", "quant_method": method.name})
     plan = plan_of(sites_of(shapes, attention), shapes, replace(QWEN, num_layers=0), kv_cache=True, **asked)
     kinds = [(a.kind, a.stored, tensor.spec.name) for tensor in plan.tensors for a in tensor.activations]

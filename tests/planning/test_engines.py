@@ -951,7 +951,14 @@ def test_every_rule_says_where_it_was_read_and_why() -> None:
 
 def test_only_what_tests_of_libraries_ran_counts_as_run() -> None:
     run = {(rule.engine, kind) for rule in READERS if rule.evidence == Evidence.RUN for kind in rule.kinds.split(", ")}
-    kinds = ("channel dynamic", "channel none", "mx dynamic", "block:128x128 dynamic", "tensor dynamic", "tensor static")
+    kinds = (
+        "channel dynamic",
+        "channel none",
+        "mx dynamic",
+        "block:128x128 dynamic",
+        "tensor dynamic",
+        "tensor static",
+    )
     expected = {("transformers", f"compressed-tensors {kind}") for kind in kinds}
     others = ("fp8 block:128x128 dynamic", "fp8/transformers tensor dynamic", "mxfp8 mx dynamic", "torchao *")
     assert run == expected | {("transformers", kind) for kind in others}

@@ -8,6 +8,7 @@ mx       `<weight>_scale` U8 [N, K/32], value 2^(byte - 127)   likewise
 Scales are float32: llm-compressor divides by BF16 scales in BF16, which misrounds about 3 % of the bytes.
 """
 
+from math import prod
 from typing import Any
 
 from fp8pack.checkpoint.quant_methods.convention import Convention
@@ -28,6 +29,7 @@ class CompressedTensors(Convention):
     """The convention of vLLM's own quantizers."""
 
     name = "compressed-tensors"
+    holds_head_scales = True
 
     def expresses(self, storage: Storage) -> bool:
         """Return whether it is e4m3; static activations go with tensor and channel scales only."""
@@ -71,9 +73,15 @@ class CompressedTensors(Convention):
             "quantization_status": "compressed",
             "config_groups": {"group_0": group},
             "ignore": list(plan.kept_linears),
-            "kv_cache_scheme": {**_FLOAT8, "strategy": "tensor"} if plan.recipe.kv_cache else None,
+            "kv_cache_scheme": {**_FLOAT8, "strategy": _kv_strategy(plan)} if plan.recipe.kv_cache else None,
             "version": _VERSION,
         }
+
+
+def _kv_strategy(plan: PackPlan) -> str:
+    """One scale for K and one for V, or one for each head, as a conversion may have carried them."""
+    of_heads = any(tensor.role == "activation_scale" and prod(tensor.data.shape) > 1 for tensor in plan.tensors)
+    return "attn_head" if of_heads else "tensor"
 
 
 def _strategy(granularity: Granularity) -> dict[str, Any]:

@@ -15,11 +15,13 @@ from fp8pack.planning.storage import Storage
 class Convention:
     """`weight` and `weight_scale`, float32 multipliers, [] for a whole tensor, U8 exponents for mx; announced in JSON.
 
-    holds_mixed: whether weights may differ in format and granularity.
+    holds_mixed: whether weights may differ in format and granularity. holds_head_scales: whether K and V may have a
+    scale for each head.
     """
 
     name = ""
     holds_mixed = False
+    holds_head_scales = False
 
     def expresses(self, storage: Storage) -> bool:
         """See QuantMethod."""

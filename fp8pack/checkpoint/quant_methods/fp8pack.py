@@ -18,6 +18,7 @@ class Fp8Pack(Convention):
 
     name = "fp8pack"
     holds_mixed = True
+    holds_head_scales = True
 
     def expresses(self, storage: Storage) -> bool:
         """Return whether it is anything but mx scales that are no powers of two: E8M0 holds nothing else."""
