@@ -31,7 +31,9 @@ _KV_SCALE = re.compile(
     r"(?P<attention>.+?)(\.(k|v|qkv)_proj)?(\.attn)?\."
     r"((?P<kind>[kv])(_cache\.scale|_scale|_fake_quantizer\.qscale_act)|(?P<both>kv_scale)|(?P<output>output_scale))$"
 )
-_OTHER_SCALE = re.compile(r"\.(q_scale|prob_output_scale|output_scale|[qkv]_zero_point)$")  # that nothing here serves
+_OTHER_SCALE = re.compile(  # that nothing here serves, also where a weight is no FP8
+    r"\.(q_scale|prob_output_scale|output_scale|[qkv]_zero_point|input_scale|activation_scale|scale_input|qscale_act)$"
+)
 _LONE_SCALE = re.compile(
     r"\.(_?weight_scale|weight_scale_inv|scale_weight|qscale_weight)$|\.experts\.\w+_scale(_inv)?$"
 )

@@ -210,7 +210,7 @@ def _verdicts(
     packed = [
         (spec, judge(replace(spec, dtype="BF16"), contents.facts).role)
         for spec in split.tensors
-        if spec.name in split.quantized
+        if spec.name in split.quantized and len(spec.shape) == 2
     ]
     verdicts = judge_engines(storage, packed, contents.facts, tp=tp, gpu=gpu)
     return [

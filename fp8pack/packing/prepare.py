@@ -103,6 +103,10 @@ def prepare_convert(checkpoint: Path, request: Request, options: WriteOptions) -
     storage = contents.storage
     if storage is None:
         raise InputError(f"{source.path} holds no FP8 weight: `fp8pack pack` makes some")
+    if fused := next((s for s in contents.tensors if len(s.shape) == 3 and s.name in contents.quantized), None):
+        raise InputError(
+            f"{fused.file}: the experts in {fused.name!r} do not come apart: `fp8pack unpack` it, then pack"
+        )
     calibration = _calibration(source, request, carries_static=contents.activations == "static")
     recipe = resolve_conversion(request, storage, calibration)
     method, limit = find_method(recipe, request.rules), _shard_limit(source, options)

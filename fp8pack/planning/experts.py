@@ -44,10 +44,11 @@ class _Layout:
 def split_experts(contents: Contents) -> Contents:
     """Return the contents with fused experts taken apart, and how those that are FP8 become values, apart or whole.
 
-    Experts stay fused where nothing says how they lie: neither the hidden size nor the model's type.
+    Experts stay fused where nothing says how they lie, neither the hidden size nor the model's type, and where a scale
+    is that of two of them.
 
     Raises:
-        InputError: scales of fused FP8 experts do not come apart, or an expert stands alone as well.
+        InputError: an expert stands alone as well.
     """
     tensors: list[TensorSpec] = []
     quantized, names = dict(contents.quantized), {spec.name for spec in contents.tensors}
@@ -69,12 +70,12 @@ def _split(spec: TensorSpec, facts: ModelFacts, quantized: Quantized | None) -> 
         if not facts.hidden_size and facts.model_type not in TRANSPOSED:
             return []
         interleaved = facts.model_type in _INTERLEAVED
-        parts = [_bias(spec, experts, i, leaf, interleaved) for i in range(count)]
-        return [(part, None) for expert in parts for part in expert]
+        return [(part, None) for i in range(count) for part in _bias(spec, experts, i, leaf, interleaved)]
     layout = _layout(spec, leaf, facts)
     if layout is None or (len(_PARTS[leaf]) == 2 and spec.shape[2 if layout.transposed else 1] % 2):
         return []
-    return [part for i in range(count) for part in _matrices(spec, f"{experts}.{i}", leaf, layout, quantized)]
+    parts = [part for i in range(count) for part in _matrices(spec, f"{experts}.{i}", leaf, layout, quantized)]
+    return [] if quantized and any(stored is None for _, stored in parts) else parts
 
 
 def _layout(spec: TensorSpec, leaf: str, facts: ModelFacts) -> _Layout | None:
@@ -126,8 +127,11 @@ def _view(spec: TensorSpec, name: str, shape: tuple[int, ...], offset: int, stri
 
 def _scales(
     spec: TensorSpec, part: TensorSpec, quantized: Quantized, index: int, first: int, layout: _Layout
-) -> Quantized:
-    """How a part becomes values: its piece of the fused scales. `first` is its first row of N."""
+) -> Quantized | None:
+    """How a part becomes values: its piece of the fused scales, None if a scale is also that of another part.
+
+    first: its first row of N.
+    """
     scale, region, (_, rows, cols) = quantized.scale, quantized.granularity, spec.shape
     entry = replace(quantized, input_scale=_of_expert(quantized.input_scale, index, spec.shape[0]))
     if scale is None or region == TENSOR:
@@ -143,7 +147,7 @@ def _scales(
         grid_rows, grid_cols = region.scale_shape((rows, cols))
         begin = (index * grid_rows + first // (region.rows or 1)) * grid_cols
         return replace(entry, scale=_piece(scale, region.scale_shape(part.shape), begin))
-    raise InputError(f"{spec.name} has {region} scales that do not come apart with its experts")
+    return None
 
 
 def _of_expert(scale: TensorSpec | None, index: int, count: int) -> TensorSpec | None:

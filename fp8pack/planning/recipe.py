@@ -193,7 +193,8 @@ def resolve_conversion(request: Request, storage: Storage, calibration: Calibrat
     """
     scheme = parse_scheme(request.scheme)
     parts = (request.format, request.granularity, request.scale_rounding, request.activations, request.quant_method)
-    if scheme is None and not any(parts) and not request.kv_cache and not request.targets:
+    others = (request.kv_cache, request.targets, request.ignore, request.only, request.rules)
+    if scheme is None and not any((*parts, *others)):
         raise RecipeError("nothing to convert to: name a --scheme, a --quant-method or a --granularity, or --kv-cache")
     if scheme is None:
         same_regions = request.granularity in (None, storage.granularity)

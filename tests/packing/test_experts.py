@@ -450,6 +450,9 @@ def test_fused_experts_with_interleaved_scales_are_refused_and_unpacked_all_the_
         fp8pack.convert(source, Request(scheme="FP8_DYNAMIC"), WriteOptions(tmp_path / "out"))
     assert len(str(caught.value).splitlines()) == 1
     fp8pack.unpack(source, options=WriteOptions(tmp_path / "floats"))
+    assert fp8pack.inspect(source)["totals"]["num_packed"] == 2
+    facts = fp8pack.diff(source, source)
+    assert facts["totals"]["num_equal"] == facts["totals"]["num_tensors"]
 
 
 def test_fused_fp8_experts_are_compared_with_single_ones(tmp_path: Path) -> None:
