@@ -1,9 +1,9 @@
 """Options that several commands share, each declared once; and how they become requests."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,6 +14,10 @@ from fp8pack.numerics.scaling import ScaleRounding
 from fp8pack.planning.engines import parse_targets
 from fp8pack.planning.patterns import Pattern
 from fp8pack.planning.recipe import MAX_MARGIN, WRITABLE, Request
+from fp8pack.units import parse_duration, parse_size
+
+if TYPE_CHECKING:
+    from fp8pack.packing.prepare import WriteOptions
 
 RECIPE, WRITING, OUTPUT = "Recipe", "Writing", "What is printed"
 
@@ -114,33 +118,44 @@ Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Nothing but errors o
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="A line for every tensor.", rich_help_panel=OUTPUT)]
 
 
-def make_request(recipe: Path | None, **flags: Any) -> Request:
-    """Return the request of a recipe file, if there is one, and the flags, which overrule it.
+def request_of(params: Mapping[str, Any]) -> Request:
+    """Return what the parameters of `pack` or `convert` ask for: a recipe file, if there is one, and the flags over it.
 
-    flags: the fields of Request, as texts where the command line has texts.
+    params: by the names of the function's parameters, as typer's context has them.
     """
-    request = Request()
-    if recipe is not None:
-        from fp8pack.planning.recipe_file import parse_recipe  # pydantic and YAML, for this flag only
+    request = _read_recipe(params["recipe"]) if params.get("recipe") else Request()
+    given: dict[str, Any] = {}
+    for name, field in _FIELDS.items():
+        value = params.get(name)
+        if value and (name, value) != ("scheme", "auto"):
+            given[field] = _PARSERS[name](value) if name in _PARSERS else value
+    return replace(request, **given)
 
-        try:
-            request = parse_recipe(recipe.read_text(encoding="utf-8"), recipe.name)
-        except (OSError, UnicodeDecodeError) as error:
-            raise RecipeError(f"{recipe} cannot be read: {error}") from None
-    parsers: dict[str, Callable[[Any], Any]] = {
-        "format": parse_format,
-        "granularity": parse_granularity,
-        "scale_rounding": _parse_rounding,
-        "activations": _parse_activations,
-        "targets": parse_targets,
-        "ignore": _patterns,
-        "only": _patterns,
-        "pack": _patterns,
-    }
-    given = {name: value for name, value in flags.items() if value and (name, value) != ("scheme", "auto")}
-    return replace(
-        request, **{name: parsers[name](value) if name in parsers else value for name, value in given.items()}
+
+def write_options_of(params: Mapping[str, Any]) -> "WriteOptions":
+    """Return how to write, from the parameters of a command that writes a checkpoint."""
+    from fp8pack.packing.prepare import WriteOptions  # imports NumPy and BLAKE3, which --help must not wait for
+
+    return WriteOptions(
+        output=params["output"],
+        workers=params["workers"],
+        max_memory=parse_size(params["max_memory"]),
+        max_shard_nbytes=parse_size(params["max_shard_size"]) if params["max_shard_size"] else None,
+        device=params.get("device", "cpu"),
+        copy=tuple(params["copy"] or ()),
+        resume=params["resume"],
+        overwrite=params["overwrite"],
+        deadline_seconds=parse_duration(params["deadline"]) if params["deadline"] else None,
     )
+
+
+def _read_recipe(path: Path) -> Request:
+    from fp8pack.planning.recipe_file import parse_recipe  # pydantic and YAML, for this flag only
+
+    try:
+        return parse_recipe(path.read_text(encoding="utf-8"), path.name)
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} cannot be read: {error}") from None
 
 
 def _patterns(texts: list[str]) -> tuple[Pattern, ...]:
@@ -157,3 +172,18 @@ def _parse_activations(text: str) -> str:
     if text.lower() in ("dynamic", "static", "none"):
         return text.lower()
     raise RecipeError(f"--activations {text!r} is not known: choose dynamic, static or none")
+
+
+_FIELDS = {name: name for name in ("scheme", "format", "granularity", "quant_method", "scale_rounding", "activations")}
+_FIELDS |= {name: name for name in ("calibration", "kv_cache", "percentile", "margin", "warmup", "tp", "gpu")}
+_FIELDS |= {"ignore": "ignore", "only": "only", "pack_too": "pack", "target": "targets"}
+_PARSERS: dict[str, Callable[[Any], Any]] = {
+    "format": parse_format,
+    "granularity": parse_granularity,
+    "scale_rounding": _parse_rounding,
+    "activations": _parse_activations,
+    "target": parse_targets,
+    "ignore": _patterns,
+    "only": _patterns,
+    "pack_too": _patterns,
+}

@@ -6,10 +6,10 @@ from typing import Annotated
 import typer
 
 from fp8pack.cli import options
-from fp8pack.units import parse_duration, parse_size
 
 
 def pack(
+    ctx: typer.Context,
     model: Annotated[
         Path,
         typer.Argument(
@@ -63,37 +63,13 @@ def pack(
     matches nothing is an error unless ? stands before it.
     """
     from fp8pack.cli.write import write  # these import NumPy and BLAKE3, which --help must not wait for
-    from fp8pack.packing.prepare import WriteOptions, prepare_pack
+    from fp8pack.packing.prepare import prepare_pack
 
-    request = options.make_request(
-        recipe,
-        scheme=scheme,
-        format=format,
-        granularity=granularity,
-        quant_method=quant_method,
-        scale_rounding=scale_rounding,
-        activations=activations,
-        calibration=calibration,
-        kv_cache=kv_cache,
-        percentile=percentile,
-        margin=margin,
-        warmup=warmup,
-        ignore=ignore,
-        only=only,
-        pack=pack_too,
-        targets=target,
-        tp=tp,
-        gpu=gpu,
+    how = options.write_options_of(ctx.params)
+    write(
+        prepare_pack(model, options.request_of(ctx.params), how),
+        dry_run=dry_run,
+        as_json=as_json,
+        quiet=quiet,
+        verbose=verbose,
     )
-    how = WriteOptions(
-        output=output,
-        workers=workers,
-        max_memory=parse_size(max_memory),
-        max_shard_nbytes=parse_size(max_shard_size) if max_shard_size else None,
-        device=device,
-        copy=tuple(copy or ()),
-        resume=resume,
-        overwrite=overwrite,
-        deadline_seconds=parse_duration(deadline) if deadline else None,
-    )
-    write(prepare_pack(model, request, how), dry_run=dry_run, as_json=as_json, quiet=quiet, verbose=verbose)

@@ -6,10 +6,10 @@ from typing import Annotated
 import typer
 
 from fp8pack.cli import options
-from fp8pack.units import parse_duration, parse_size
 
 
 def unpack(
+    ctx: typer.Context,
     checkpoint: Annotated[
         Path, typer.Argument(help="An FP8 checkpoint of any convention, by whatever tool.", show_default=False)
     ],
@@ -29,16 +29,7 @@ def unpack(
 ) -> None:
     """Turn an FP8 checkpoint back into floats: value = fp8 * scale in float32, rounded once."""
     from fp8pack.cli.write import write  # these import NumPy and BLAKE3, which --help must not wait for
-    from fp8pack.packing.prepare import WriteOptions, prepare_unpack
+    from fp8pack.packing.prepare import prepare_unpack
 
-    how = WriteOptions(
-        output=output,
-        workers=workers,
-        max_memory=parse_size(max_memory),
-        max_shard_nbytes=parse_size(max_shard_size) if max_shard_size else None,
-        copy=tuple(copy or ()),
-        resume=resume,
-        overwrite=overwrite,
-        deadline_seconds=parse_duration(deadline) if deadline else None,
-    )
+    how = options.write_options_of(ctx.params)
     write(prepare_unpack(checkpoint, dtype, how), dry_run=dry_run, as_json=as_json, quiet=quiet, verbose=verbose)

@@ -192,6 +192,20 @@ def _dequantize(payload, scales, weight, row_scales, rows, cols, top, left, kind
 
 
 @_inline
+def _largest_codes(payload, largest, rows, cols, top, left):
+    n, k = payload.shape
+    for r in range(n):
+        codes, found = payload[r], largest[(r + top) // rows]
+        for j in range(found.size):
+            part = codes[max(0, j * cols - left) : min(k, (j + 1) * cols - left)]
+            most = np.uint8(0)
+            for c in range(part.size):
+                magnitude = np.uint8(part[c] & np.uint8(0x7F))
+                most = magnitude if magnitude > most else most
+            found[j] = most if most > found[j] else found[j]
+
+
+@_inline
 def _observe(values, prompts, channel_amax, channel_squares, histogram, prompt_amax, begin, end):
     least, most = np.uint16(0xFFFF), np.uint16(0)
     for r in range(values.shape[0]):
@@ -219,12 +233,13 @@ def _observe(values, prompts, channel_amax, channel_squares, histogram, prompt_a
 def compile_kernels(bits: Literal["uint16", "uint32"]) -> str:
     """Return LLVM IR of the kernels for weights of these raw bits, optimised for this processor.
 
-    It defines three C functions, with pointers to contiguous arrays:
+    It defines four C functions, with pointers to contiguous arrays:
         float fp8pack_quantize(weight, payload, scales, peaks, row_scales, values, n, k, rows, cols, kind, mask,
                                infinity, max, emax, smallest, addend, shift, rounding, fixed)
         float fp8pack_amax(weight, peaks, n, k, kind, mask, infinity)
         float fp8pack_dequantize(payload, scales, weight, row_scales, n, k, scale_rows, scale_cols, rows, cols, top,
                                  left, kind, shift, widening, largest)
+        void fp8pack_largest_codes(payload, largest, n, k, scale_rows, scale_cols, rows, cols, top, left)
     """
     u, p = getattr(types, bits), types.CPointer
     f, i, w = types.float32, types.int64, types.uint32
@@ -255,9 +270,14 @@ def compile_kernels(bits: Literal["uint16", "uint32"]) -> str:
             arrays[0], arrays[1], arrays[2], carray(row_scales, (k,)), rows, cols, top, left, kind, target
         )
 
+    @cfunc(types.void(p(types.uint8), p(types.uint8), *grid, i, i, i, i), error_model="numpy")
+    def largest_codes(payload, largest, n, k, scale_rows, scale_cols, rows, cols, top, left):
+        _largest_codes(carray(payload, (n, k)), carray(largest, (scale_rows, scale_cols)), rows, cols, top, left)
+
     module = _self_contained(quantize, "fp8pack_quantize")
     module.link_in(_self_contained(amax, "fp8pack_amax"))
     module.link_in(_self_contained(dequantize, "fp8pack_dequantize"))
+    module.link_in(_self_contained(largest_codes, "fp8pack_largest_codes"))
     return str(module)
 
 

@@ -32,12 +32,14 @@ _SIGN_MASK: Final = {"BF16": 0x7FFF, "F16": 0x7FFF, "F32": 0x7FFFFFFF}
 _INFINITY: Final = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F800000}
 _ROUNDING: Final = {ScaleRounding.NONE: 0, ScaleRounding.UP: 1, ScaleRounding.FLOOR: 2}
 _DIGEST_NBYTES = 32
+_WEIGHT_KERNELS = ("quantize", "amax", "dequantize", "largest_codes")
 
 _P, _F, _I, _U = ctypes.c_void_p, ctypes.c_float, ctypes.c_int64, ctypes.c_uint32
 _SIGNATURES: Final = {
     "quantize": (_F, *[_P] * 6, *[_I] * 5, _U, _U, _F, _I, _U, _U, _U, _I, _I),
     "amax": (_F, _P, _P, _I, _I, _I, _U, _U),
     "dequantize": (_F, *[_P] * 4, *[_I] * 9, _U, _F, _U),
+    "largest_codes": (None, _P, _P, *[_I] * 8),
     "observe": (_I, *[_P] * 6, *[_I] * 5),
 }
 
@@ -115,6 +117,19 @@ def dequantize_rows(
     )
 
 
+def largest_codes(
+    payload: NDArray[np.uint8], grid: tuple[int, int], *, region: tuple[int, int], offset: tuple[int, int] = (0, 0)
+) -> NDArray[np.uint8]:
+    """Return the largest byte of each region of a payload, without its sign: FP8 magnitudes sort as their bytes do.
+
+    Shapes: payload [N, K] uint8; the result has the shape `grid`, of the regions that these rows and columns lie in, as
+        in `dequantize_rows`.
+    """
+    largest = np.zeros(grid, np.uint8)
+    _kernels("uint16").call["largest_codes"](*_pointers(payload, largest), *payload.shape, *grid, *region, *offset)
+    return largest
+
+
 def load_observer() -> Callable[..., int]:
     """Return the C function that adds activations to statistics in one pass; it lets go of the GIL.
 
@@ -168,7 +183,7 @@ def _load(module: Module) -> _Kernels:
         ir = compile_observer() if module == "observe" else compile_kernels(module)
         machine_code = machine.emit_object(llvm.parse_assembly(ir))
         _write_cached(path, machine_code)
-    return _Kernels(machine_code, machine, ("observe",) if module == "observe" else ("quantize", "amax", "dequantize"))
+    return _Kernels(machine_code, machine, ("observe",) if module == "observe" else _WEIGHT_KERNELS)
 
 
 def _pointers(*arrays: Array) -> tuple[int, ...]:

@@ -18,6 +18,7 @@ from fp8pack.checkpoint.scales import offset_in_region, read_scales
 from fp8pack.checkpoint.shard_writer import ShardWriter
 from fp8pack.checkpoint.source import ShardReader, gather
 from fp8pack.numerics import native
+from fp8pack.numerics.formats import value_table
 from fp8pack.numerics.granularity import TENSOR
 from fp8pack.numerics.metrics import error_energy
 from fp8pack.packing.codecs import BITS_DTYPE, Codec
@@ -140,8 +141,7 @@ class BandWorker:
         hasher, amax, writer = blake3(), 0.0, self._open_writer(place.file)
         for lo, hi in self._strips(band):
             payload = self._read(band, lo, hi)
-            values = np.frombuffer(self._buffer("values", 2 * payload.size), np.uint16).reshape(payload.shape)
-            found = self._dequantize(band, payload, lo, values)
+            found = self._amax_of_codes(band, payload, lo)
             amax = found if math.isnan(found) else max(amax, found)
             if math.isnan(amax):
                 return BandResult(spec.name, band.index, "", amax=amax)
@@ -248,6 +248,18 @@ class BandWorker:
             format=quantized.format,
             offset=offset_in_region(spec, quantized, lo, band.cols[0]),
         )
+
+    def _amax_of_codes(self, band: Band, payload: NDArray[np.uint8], lo: int) -> float:
+        """Return the amax of FP8 rows from `lo` on, NaN if they hold a NaN or infinity."""
+        spec, quantized = band.tensor.spec, band.tensor.quantized
+        if quantized is None:
+            raise ValueError(f"{spec.name} holds no FP8 bytes")
+        scales = read_scales(self._read_bytes, spec, quantized, (lo, lo + payload.shape[0]), band.cols)
+        region, offset = quantized.granularity.region(spec.matrix), offset_in_region(spec, quantized, lo, band.cols[0])
+        largest = native.largest_codes(payload, scales.shape, region=region, offset=offset)
+        if largest.max() >= quantized.format.nan_codes[0]:
+            return math.nan
+        return float((value_table(quantized.format)[largest] * scales).max())
 
     def _read(self, band: Band, lo: int, hi: int) -> NDArray[Any]:
         """Rows of a weight as they lie in the source: raw bits of floats, or FP8 bytes."""

@@ -15,6 +15,7 @@ from fp8pack.numerics.formats import FORMATS, Float8Format
 from fp8pack.numerics.native import dequantize_rows
 from fp8pack.numerics.scaling import decode_e8m0, encode_e8m0
 from fp8pack.numerics.swizzle import padded, swizzle, unswizzle
+from fp8pack.units import ceil_div
 
 ALL_BYTES = np.arange(256, dtype=np.uint8)
 SCALES = (
@@ -176,3 +177,22 @@ def test_tiles_are_those_of_torchs_own_description() -> None:
     grid = np.random.default_rng(0).integers(0, 256, (256, 12), np.uint8)
     blocked = torch.from_numpy(grid).view(2, 4, 32, 3, 4).transpose(1, 3).contiguous().flatten()
     np.testing.assert_array_equal(swizzle(grid).ravel(), blocked.numpy())
+
+
+@given(
+    shape=st.tuples(st.integers(1, 70), st.integers(1, 90)),
+    region=st.tuples(st.integers(1, 80), st.integers(1, 100)),
+    corner=st.tuples(st.integers(0, 79), st.integers(0, 99)),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_the_largest_code_of_each_region_is_that_of_the_region_in_numpy(
+    shape: tuple[int, int], region: tuple[int, int], corner: tuple[int, int], seed: int
+) -> None:
+    payload = np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
+    offset = corner[0] % region[0], corner[1] % region[1]
+    grid = ceil_div(shape[0] + offset[0], region[0]), ceil_div(shape[1] + offset[1], region[1])
+    padded = np.zeros((grid[0] * region[0], grid[1] * region[1]), np.uint8)
+    padded[offset[0] : offset[0] + shape[0], offset[1] : offset[1] + shape[1]] = payload & 0x7F
+    expected = padded.reshape(grid[0], region[0], grid[1], region[1]).max((1, 3))
+    found = native.largest_codes(payload, grid, region=region, offset=offset)
+    np.testing.assert_array_equal(found, expected)
