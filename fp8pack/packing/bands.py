@@ -23,6 +23,7 @@ from fp8pack.numerics.granularity import TENSOR
 from fp8pack.numerics.metrics import error_energy
 from fp8pack.packing.codecs import BITS_DTYPE, Codec
 from fp8pack.packing.scales import encode_scales, refine
+from fp8pack.planning.contents import Quantized
 from fp8pack.planning.plan import Packing, TensorPlan
 from fp8pack.planning.spec import DTYPE_BITS, TensorSpec
 from fp8pack.units import ceil_div
@@ -135,9 +136,7 @@ class BandWorker:
 
     def carry(self, band: Band, packing: Packing, place: Place) -> BandResult:
         """Write the FP8 bytes of a band as they are, and their scales under the convention's name and shape."""
-        spec, quantized = band.tensor.spec, band.tensor.quantized
-        if quantized is None:
-            raise ValueError(f"{spec.name} holds no FP8 bytes")
+        spec, quantized = band.tensor.spec, _quantized(band)
         hasher, amax, writer = blake3(), 0.0, self._open_writer(place.file)
         for lo, hi in self._strips(band):
             payload = self._read(band, lo, hi)
@@ -236,9 +235,7 @@ class BandWorker:
 
     def _dequantize(self, band: Band, payload: NDArray[np.uint8], lo: int, weight: NDArray[Any]) -> float:
         """Fill a weight with the values of rows from `lo` on; return their amax, NaN if they hold a NaN or infinity."""
-        spec, quantized = band.tensor.spec, band.tensor.quantized
-        if quantized is None:
-            raise ValueError(f"{spec.name} holds no FP8 bytes")
+        spec, quantized = band.tensor.spec, _quantized(band)
         rows = (lo, lo + payload.shape[0])
         return native.dequantize_rows(
             payload,
@@ -251,9 +248,7 @@ class BandWorker:
 
     def _amax_of_codes(self, band: Band, payload: NDArray[np.uint8], lo: int) -> float:
         """Return the amax of FP8 rows from `lo` on, NaN if they hold a NaN or infinity."""
-        spec, quantized = band.tensor.spec, band.tensor.quantized
-        if quantized is None:
-            raise ValueError(f"{spec.name} holds no FP8 bytes")
+        spec, quantized = band.tensor.spec, _quantized(band)
         scales = read_scales(self._read_bytes, spec, quantized, (lo, lo + payload.shape[0]), band.cols)
         region, offset = quantized.granularity.region(spec.matrix), offset_in_region(spec, quantized, lo, band.cols[0])
         largest = native.largest_codes(payload, scales.shape, region=region, offset=offset)
@@ -291,6 +286,12 @@ class BandWorker:
         if name not in self._buffers or self._buffers[name].size < nbytes:
             self._buffers[name] = np.empty(nbytes, np.uint8)
         return self._buffers[name][:nbytes].data
+
+
+def _quantized(band: Band) -> Quantized:
+    if band.tensor.quantized is None:
+        raise ValueError(f"{band.tensor.spec.name} holds no FP8 bytes")
+    return band.tensor.quantized
 
 
 def _move(
