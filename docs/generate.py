@@ -9,6 +9,7 @@ from fp8pack.checkpoint.manifest_schema import Manifest
 from fp8pack.numerics.formats import E4M3
 from fp8pack.numerics.granularity import parse_granularity
 from fp8pack.planning.engine_rules import (
+    EXPERTS,
     KV_CACHE,
     LISTS,
     ON_GPU,
@@ -138,6 +139,7 @@ def _row(rule: Rule) -> Sequence[str]:
 def _model_rules() -> list[str]:
     renaming = [(NAMES[engine], ", ".join(f"`{name}`" for name in loaders)) for engine, loaders in RENAMING.items()]
     weights = [(NAMES[rule.engine], ", ".join(rule.only), *_row(rule)[1:]) for rule in WEIGHTS]
+    experts = [(NAMES[rule.engine], ", ".join(rule.only), _code(rule.kinds), *_row(rule)[1:]) for rule in EXPERTS]
     caches = [
         (NAMES[rule.engine], _code(rule.kinds), ", ".join(rule.only), rule.text, rule.evidence.value, rule.source)
         for rule in KV_CACHE
@@ -160,6 +162,9 @@ def _model_rules() -> list[str]:
         _table(("engine", "classes"), renaming),
         "## Weights of a role\n",
         _table(("engine", "role", "loads", "what it does, and the remedy", "how known", "where"), weights),
+        "## Experts\n\nfp8pack writes experts one by one. Where a class holds those of a layer in one tensor, its "
+        "loader has to put them together. What no row names was read to do so, or holds them one by one itself.\n",
+        _table(("engine", "classes", "stored as", "loads", "why not, and the remedy", "how known", "where"), experts),
         "## The list of modules that stay\n\n"
         "Full names of the checkpoint satisfy all of them. Members of a fused module (q/k/v, gate/up, the experts of a "
         "layer) stay together or not at all: vLLM, SGLang, TensorRT-LLM, TGI and LMDeploy fuse them. An FP8 module "

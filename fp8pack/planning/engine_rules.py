@@ -427,6 +427,45 @@ WEIGHTS = (
     ),
 )
 
+_ONE_BY_ONE = "was not read to take experts of this class one by one"
+_KEEP_EXPERTS = "--ignore '*experts*'"
+
+# Classes that hold the experts of a layer in one tensor, by architecture: who reads those of our files, one by one.
+EXPERTS = (
+    Rule(
+        "transformers",
+        "fp8 *, fp8/transformers *, mxfp8 *, torchao *, quark *",
+        False,
+        "conversion_mapping.py",
+        "has no conversion from experts one by one for Llama 4",
+        "--quant-method compressed-tensors",
+        only=("Llama4*",),
+    ),
+    Rule(
+        "transformers",
+        "*",
+        False,
+        "conversion_mapping.py",
+        "has no conversion from experts one by one for this class",
+        _KEEP_EXPERTS,
+        only=("GptOss*", "Qwen3VLMoe*"),
+    ),
+    Rule(
+        "vllm",
+        "fp8 *, fp8/transformers *, compressed-tensors *, modelopt *, mxfp8 *, torchao *",
+        False,
+        "models/gpt_oss.py",
+        "reads experts of gpt-oss one by one in quark files only",
+        "--quant-method quark",
+        _INFERRED,
+        ("GptOss*",),
+    ),
+    *(
+        Rule(engine, "*", False, "models/", _ONE_BY_ONE, _KEEP_EXPERTS, _INFERRED, ("GptOss*",))
+        for engine in ("sglang", "tensorrt-llm", "tgi", "lmdeploy")
+    ),
+)
+
 _BEFORE_ADA = ("sm75", "sm80", "sm86")
 _BEFORE_SM100 = ("sm75", "sm80", "sm86", "sm89", "sm90")
 _FNUZ = "turned into e4m3fnuz at load"

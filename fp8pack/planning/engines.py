@@ -15,6 +15,7 @@ from fp8pack.numerics.formats import E4M3, E5M2
 from fp8pack.numerics.granularity import BLOCK_128, CHANNEL, MX, TENSOR, Granularity
 from fp8pack.numerics.scaling import ScaleRounding
 from fp8pack.planning.engine_rules import (
+    EXPERTS,
     KV_CACHE,
     LAST_PARTS,
     ON_GPU,
@@ -236,6 +237,9 @@ def _weights(engine: str, case: _Case) -> _Findings:
     for role, name in first.items():
         for rule in rules_for(WEIGHTS, engine, case.kind, role):
             yield _Refusal(f"{name} is FP8, and it {rule.text}", rule.remedy)
+    if any(role.startswith("expert") for role in first):
+        for rule in rules_for(EXPERTS, engine, case.kind, case.facts.architecture):
+            yield _Refusal(f"it {rule.text}", rule.remedy)
 
 
 def _shapes(engine: str, case: _Case) -> _Findings:

@@ -6,6 +6,7 @@ gpt-oss takes gate and up by turns, and has biases. A part is a view: nothing is
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -51,9 +52,10 @@ def split_experts(contents: Contents) -> Contents:
         InputError: an expert stands alone as well.
     """
     tensors: list[TensorSpec] = []
+    layouts = _layouts(contents)
     quantized, names = dict(contents.quantized), {spec.name for spec in contents.tensors}
     for spec in contents.tensors:
-        parts = _split(spec, contents.facts, quantized.get(spec.name))
+        parts = _split(spec, contents.facts, layouts, quantized.get(spec.name))
         tensors += [part for part, _ in parts] or [spec]
         quantized |= {part.name: stored for part, stored in parts if stored is not None}
         if twice := next((part.name for part, _ in parts if part.name in names), None):
@@ -61,33 +63,44 @@ def split_experts(contents: Contents) -> Contents:
     return replace(contents, tensors=tuple(tensors), quantized=quantized)
 
 
-def _split(spec: TensorSpec, facts: ModelFacts, quantized: Quantized | None) -> list[Split]:
+def _layouts(contents: Contents) -> dict[str, _Layout]:
+    """How the experts of each layer lie.
+
+    The hidden size is K of gate and up, and N of down. A tensor with the same size twice does not tell; another of the
+    layer does, since 2I and I are not both the hidden size; without any of them the model's type decides.
+    """
+    facts, known = contents.facts, contents.facts.model_type in TRANSPOSED
+    interleaved = facts.model_type in _INTERLEAVED
+    found: dict[str, _Layout] = {}
+    for spec in contents.tensors:
+        match = _FUSED.match(spec.name)
+        if match is None or match["bias"] or match["leaf"] not in _PARTS or len(spec.shape) != 3:
+            continue
+        _, rows, cols = spec.shape
+        hidden_first = rows == facts.hidden_size
+        if rows != cols and facts.hidden_size in (rows, cols):
+            takes_hidden = match["leaf"] in _TAKES_HIDDEN
+            found[match["experts"]] = _Layout(hidden_first == takes_hidden, interleaved)
+        elif known:
+            found.setdefault(match["experts"], _Layout(True, interleaved))
+    return found
+
+
+def _split(
+    spec: TensorSpec, facts: ModelFacts, layouts: Mapping[str, _Layout], quantized: Quantized | None
+) -> list[Split]:
     match = _FUSED.match(spec.name)
     if match is None or match["leaf"] not in _PARTS or len(spec.shape) != (2 if match["bias"] else 3):
         return []
-    experts, leaf, count = match["experts"], match["leaf"], spec.shape[0]
+    experts, leaf, count, layout = match["experts"], match["leaf"], spec.shape[0], layouts.get(match["experts"])
+    if layout is None:
+        return []
     if match["bias"]:
-        if not facts.hidden_size and facts.model_type not in TRANSPOSED:
-            return []
-        interleaved = facts.model_type in _INTERLEAVED
-        return [(part, None) for i in range(count) for part in _bias(spec, experts, i, leaf, interleaved)]
-    layout = _layout(spec, leaf, facts)
-    if layout is None or (len(_PARTS[leaf]) == 2 and spec.shape[2 if layout.transposed else 1] % 2):
+        return [(part, None) for i in range(count) for part in _bias(spec, experts, i, leaf, layout.interleaved)]
+    if len(_PARTS[leaf]) == 2 and spec.shape[2 if layout.transposed else 1] % 2:
         return []
     parts = [part for i in range(count) for part in _matrices(spec, f"{experts}.{i}", leaf, layout, quantized)]
     return [] if quantized and any(stored is None for _, stored in parts) else parts
-
-
-def _layout(spec: TensorSpec, leaf: str, facts: ModelFacts) -> _Layout | None:
-    """Where the hidden size stands; the model's type decides where it stands twice."""
-    _, rows, cols = spec.shape
-    hidden, known = facts.hidden_size, facts.model_type in TRANSPOSED
-    interleaved = facts.model_type in _INTERLEAVED
-    if hidden not in (rows, cols):
-        return _Layout(known, interleaved) if known else None
-    if rows == cols:
-        return _Layout(known, interleaved)
-    return _Layout((rows if leaf in _TAKES_HIDDEN else cols) == hidden, interleaved)
 
 
 def _matrices(spec: TensorSpec, expert: str, leaf: str, layout: _Layout, quantized: Quantized | None) -> list[Split]:

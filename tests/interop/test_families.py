@@ -12,6 +12,7 @@ from transformers.utils import logging
 
 import fp8pack
 from fp8pack.packing.prepare import WriteOptions
+from fp8pack.planning.patterns import Pattern
 from fp8pack.planning.recipe import Request
 
 SIZES: dict[str, Any] = {
@@ -50,6 +51,19 @@ def make_model(family: str) -> Any:
         case "deepseek_v3":
             sizes = SIZES | MLA | ROUTING | {"moe_intermediate_size": 128, "n_shared_experts": 1}
             return causal(t.DeepseekV3Config(num_key_value_heads=4, **sizes))
+        case "llama4":
+            experts = {"num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size_mlp": 256}
+            return t.Llama4ForCausalLM(t.Llama4TextConfig(pad_token_id=0, head_dim=64, **experts, **TEXT))
+        case "gpt_oss":
+            experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
+            return t.GptOssForCausalLM(t.GptOssConfig(head_dim=64, **experts, **TEXT))
+        case "qwen3_vl_moe":  # where I is the hidden size, so that down alone does not tell how it lies
+            rotary = {"rope_type": "default", "mrope_section": [8, 12, 12]}
+            sizes = {"moe_intermediate_size": 256, "num_experts": 4, "num_experts_per_tok": 2, "head_dim": 64}
+            vision = {"depth": 1, "hidden_size": 64, "intermediate_size": 128, "num_heads": 2, "out_hidden_size": 256}
+            text = TEXT | sizes | {"rope_scaling": rotary}
+            config = t.Qwen3VLMoeConfig(text_config=text, vision_config=vision | {"deepstack_visual_indexes": [0]})
+            return t.Qwen3VLMoeForConditionalGeneration(config)
         case _:
             vision = t.CLIPVisionConfig(image_size=56, patch_size=14, **VISION)
             return t.LlavaForConditionalGeneration(
@@ -81,3 +95,56 @@ def test_transformers_loads_what_we_pack_of_every_family(family: str, scheme: st
         expected, found = (m(input_ids=tokens).logits.float() for m in (model, loaded))
     assert torch.isfinite(found).all()
     assert (found - expected).norm() / expected.norm() < 0.15
+
+
+FUSED = [
+    ("llama4", {"scheme": "FP8_DYNAMIC"}, True),
+    ("llama4", {"scheme": "FP8_BLOCK"}, False),
+    ("gpt_oss", {"scheme": "FP8_DYNAMIC"}, False),
+    ("gpt_oss", {"scheme": "FP8_DYNAMIC", "ignore": (Pattern("*experts*"),)}, True),
+    ("qwen3_vl_moe", {"scheme": "FP8_BLOCK"}, False),
+    ("qwen3_vl_moe", {"scheme": "FP8_BLOCK", "ignore": (Pattern("*experts*"),)}, True),
+]
+
+
+@pytest.mark.parametrize(("family", "asked", "loads"), FUSED, ids=str)
+def test_transformers_finds_every_weight_of_fused_experts_where_we_say_so(
+    family: str, asked: dict[str, Any], loads: bool, tmp_path: Path
+) -> None:
+    model = make_model(family).to(torch.bfloat16).eval()
+    model.save_pretrained(tmp_path / "source")
+    facts = fp8pack.pack(tmp_path / "source", Request(**asked), WriteOptions(tmp_path / "out"))
+    verdict = next(engine for engine in facts["engines"] if engine["engine"] == "transformers")
+    loaded, report = type(model).from_pretrained(tmp_path / "out", dtype=torch.bfloat16, output_loading_info=True)
+    assert bool(verdict["tp"]) is (not report["missing_keys"]) is loads
+    if loads:
+        tokens = torch.arange(5, 25)[None]
+        with torch.no_grad():
+            expected, found = (m(input_ids=tokens).logits.float() for m in (model, loaded.eval()))
+        assert (found - expected).norm() / expected.norm() < 0.25  # a token may be routed to another expert
+
+
+@pytest.mark.parametrize("family", ["llama4", "gpt_oss", "qwen3_vl_moe"])
+def test_experts_taken_apart_are_those_that_the_model_computes_with(family: str, tmp_path: Path) -> None:
+    """The layer by its own code in transformers, with one expert at a time, against the weights that we store."""
+    model = make_model(family).to(torch.float32).eval()
+    model.save_pretrained(tmp_path / "source")
+    fp8pack.pack(tmp_path / "source", Request(scheme="FP8_DYNAMIC"), WriteOptions(tmp_path / "out"))
+    packed = fp8pack.load_packed(tmp_path / "out")
+    experts = next(module for path, module in model.named_modules() if path.endswith("experts"))
+    prefix = next(name for name in packed if ".experts.0.gate_proj.weight" in name).split(".experts.")[0]
+    hidden = torch.randn(1, 256, generator=torch.Generator().manual_seed(0))
+    for i in range(4):
+        gate, up, down = (
+            packed[f"{prefix}.experts.{i}.{leaf}_proj.weight"].dequantize(torch.float32)
+            for leaf in ("gate", "up", "down")
+        )
+        wide = experts.gate_up_proj[i]
+        theirs = hidden @ wide if wide.shape[0] == 256 and family != "qwen3_vl_moe" else hidden @ wide.T
+        halves = (theirs[:, ::2], theirs[:, 1::2]) if family == "gpt_oss" else theirs.chunk(2, dim=-1)
+        for ours, half in zip((hidden @ gate.T, hidden @ up.T), halves, strict=True):
+            assert (ours - half).norm() / half.norm() < 0.1
+        inner = torch.randn(1, down.shape[1], generator=torch.Generator().manual_seed(i))
+        narrow = experts.down_proj[i]
+        expected = inner @ (narrow.T if family == "qwen3_vl_moe" else narrow)
+        assert (inner @ down.T - expected).norm() / expected.norm() < 0.1

@@ -12,6 +12,7 @@ from fp8pack.numerics.formats import E4M3, E5M2
 from fp8pack.numerics.granularity import BLOCK_128, CHANNEL, MX, TENSOR, parse_granularity
 from fp8pack.numerics.scaling import ScaleRounding
 from fp8pack.planning.engine_rules import (
+    EXPERTS,
     KV_CACHE,
     LISTS,
     ON_GPU,
@@ -937,7 +938,7 @@ def test_scales_of_other_conventions_are_not_judged() -> None:
 
 
 def test_every_rule_says_where_it_was_read_and_why() -> None:
-    for rule in (*READERS, *WEIGHTS, *ON_GPU, *KV_CACHE):
+    for rule in (*READERS, *WEIGHTS, *EXPERTS, *ON_GPU, *KV_CACHE):
         assert rule.engine in NAMES
         assert rule.source
         assert rule.loads or rule.text
@@ -962,7 +963,7 @@ def test_only_what_tests_of_libraries_ran_counts_as_run() -> None:
     expected = {("transformers", f"compressed-tensors {kind}") for kind in kinds}
     others = ("fp8 block:128x128 dynamic", "fp8/transformers tensor dynamic", "mxfp8 mx dynamic", "torchao *")
     assert run == expected | {("transformers", kind) for kind in others}
-    assert not any(rule.evidence == Evidence.RUN for rule in (*WEIGHTS, *ON_GPU, *KV_CACHE))
+    assert not any(rule.evidence == Evidence.RUN for rule in (*WEIGHTS, *EXPERTS, *ON_GPU, *KV_CACHE))
 
 
 def test_every_rule_of_a_gpu_names_one_that_is_known() -> None:
