@@ -13,6 +13,9 @@ from fp8pack.numerics.formats import parse_format
 from fp8pack.planning.spec import TensorSpec
 
 Digest = Annotated[str, Field(pattern=r"^blake3:[0-9a-f]{64}$")]
+GranularityName = Annotated[
+    str, Field(pattern=r"^(tensor|channel|mx|group:[1-9]\d{0,8}|block:[1-9]\d{0,4}x[1-9]\d{0,8})$")
+]
 Shape = list[Annotated[int, Field(ge=0)]]
 
 
@@ -80,7 +83,7 @@ class PackedEntry(_Entry):
     reason: str
     file: str
     format: Literal["e4m3", "e5m2"]
-    granularity: str
+    granularity: GranularityName
     block: tuple[int, int]
     layout: Literal["row-major [N, K]"]
     tensor: str | None = None

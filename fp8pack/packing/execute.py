@@ -13,9 +13,9 @@ from threading import Lock
 import numpy as np
 from blake3 import blake3
 
+from fp8pack.checkpoint.announcement import plain_metadata
 from fp8pack.checkpoint.header import build_header
 from fp8pack.checkpoint.journal import BandResult, Journal, Progress
-from fp8pack.checkpoint.quantized import plain_metadata
 from fp8pack.checkpoint.shard_writer import ShardWriter, check_shard, sync_file
 from fp8pack.checkpoint.source import Source
 from fp8pack.errors import InputError

@@ -1,0 +1,170 @@
+"""What a checkpoint announces of its quantization: in config.json, in files beside it, in headers and markers."""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import closing, suppress
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from fp8pack.checkpoint.source import ShardReader, Source, read_json
+from fp8pack.errors import RecipeError
+from fp8pack.numerics.granularity import BLOCK_128, MX, Granularity, parse_granularity
+
+_MARKER = re.compile(r"(^|\.)(comfy_quant|scaled_fp8)$")
+_MAX_MARKER_NBYTES = 4096
+_REGION_KEYS = ("weight_block_size", "block_structure", "block_size", "group_size")
+
+
+@dataclass(frozen=True, slots=True)
+class Announcement:
+    """What is said of FP8 weights, as far as names, dtypes and shapes leave it open.
+
+    method: `quant_method`, or the name of a convention without one; empty if nothing is announced. markers: tensors
+    that say something, and hold no weight. regions: those that a configuration names, of weights, in its order. tiled:
+    modules whose exponents lie in the order of numerics/swizzle.py. weight_only: activations are not quantized.
+    """
+
+    method: str
+    markers: frozenset[str]
+    regions: tuple[Granularity, ...]
+    tiled: frozenset[str]
+    weight_only: bool
+    powers_of_two: bool
+
+
+def read_announcement(source: Source) -> Announcement:
+    """Return what a checkpoint announces, looked for where engines look."""
+    markers = frozenset(spec.name for spec in source.specs if _MARKER.search(spec.name))
+    config = _find_config(source, markers)
+    return Announcement(
+        str(config.get("quant_method", "")).lower(),
+        markers,
+        tuple(_regions(config)),
+        _tiled_modules(source, markers),
+        _is_weight_only(source, config, markers),
+        config.get("scale_fmt") == "ue8m0",
+    )
+
+
+def plain_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
+    """Return the free text of a file without what a convention says there of its tensors."""
+    own = ("tensor_names", "_quantization_metadata", "quant_format")
+    return {key: text for key, text in metadata.items() if key not in own and '"_type"' not in text}
+
+
+def _find_config(source: Source, markers: frozenset[str]) -> dict[str, Any]:
+    """What is announced, with `quant_method`: in config.json or a section of it, in a file of its own, in headers."""
+    config = source.config or {}
+    for section in (config, *(value for value in config.values() if isinstance(value, dict))):
+        for key in ("quantization_config", "compression_config"):
+            found = section.get(key)
+            if isinstance(found, dict) and found:
+                return {"quant_method": "compressed-tensors", **found}
+    if source.is_single_file:
+        return _from_headers(source, markers)
+    for name, key, method in (
+        ("hf_quant_config.json", "quantization", "modelopt"),
+        ("quantization_config.json", "", "auto-round"),
+        ("params.json", "quantization", "mistral"),
+    ):
+        if (source.directory / name).exists():
+            document = read_json(source.directory / name)
+            found = document.get(key) if key else document
+            if isinstance(found, dict) and found:
+                return {"quant_method": method, **found}
+    return _from_headers(source, markers)
+
+
+def _from_headers(source: Source, markers: frozenset[str]) -> dict[str, Any]:
+    if any("tensor_names" in file.metadata for file in source.files):
+        return {"quant_method": "torchao"}
+    if any("_quantization_metadata" in file.metadata for file in source.files):
+        return {"quant_method": "comfyui"}
+    if any(name.endswith("comfy_quant") for name in markers):
+        return {"quant_method": "comfyui"}
+    return {"quant_method": "comfyui-scaled"} if markers else {}
+
+
+def _tiled_modules(source: Source, markers: frozenset[str]) -> frozenset[str]:
+    """The modules whose exponents lie in tiles: ComfyUI's always, torchao's where the metadata says so."""
+    tiled = {marker.removesuffix(".comfy_quant") for marker in markers}
+    for file in source.files:
+        if layers := _parse(file.metadata.get("_quantization_metadata")).get("layers"):
+            tiled.update(layers if isinstance(layers, dict) else ())
+        for name, text in file.metadata.items():
+            if "is_swizzled_scales" in text:
+                data = _parse(text).get("_data")
+                if isinstance(data, dict) and data.get("is_swizzled_scales") is True:
+                    tiled.add(name.removesuffix(".weight"))
+    return frozenset(tiled)
+
+
+def _regions(config: dict[str, Any]) -> list[Granularity]:
+    """Every region that a configuration names for weights, under whatever key, in its order."""
+    found: list[Granularity] = []
+    if config.get("quant_method") == "fp8pack":
+        with suppress(RecipeError):
+            found.append(parse_granularity(str(config.get("granularity"))))
+    if str(config.get("quant_algo")).lower() in ("fp8_pb_wo", "fp8_pb_real"):  # ModelOpt's names of blocks
+        found.append(BLOCK_128)
+    found += [region for key, value in _walk(config, 0) if key in _REGION_KEYS and (region := _region(value))]
+    return list(dict.fromkeys(found))
+
+
+def _region(value: Any) -> Granularity | None:
+    """The region of a size as configurations write it: [128, 128], "128x128", 32."""
+    match value:
+        case str() if found := re.fullmatch(r"(\d{1,6})x(\d{1,9})", value):
+            return _region([int(found[1]), int(found[2])])
+        case [int(rows), int(cols)] if rows > 0 and cols > 0:
+            return Granularity(f"block:{rows}x{cols}", rows, cols) if rows > 1 else _group(cols)
+        case int(cols) if cols > 0:
+            return _group(cols)
+    return None
+
+
+def _group(cols: int) -> Granularity:
+    return MX if cols == 32 else Granularity(f"group:{cols}", 1, cols)
+
+
+def _walk(value: Any, depth: int) -> Iterator[tuple[str, Any]]:
+    """The entries of a document, but for what it says of activations."""
+    if depth < 8 and isinstance(value, dict):
+        for key, inner in value.items():
+            if not key.startswith(("act_", "input_", "output_", "kv_cache_")):
+                yield key, inner
+                yield from _walk(inner, depth + 1)
+
+
+def _is_weight_only(source: Source, config: dict[str, Any], markers: frozenset[str]) -> bool:
+    match config:
+        case {"config_groups": dict(groups)} if groups:  # compressed-tensors, ModelOpt
+            return all(isinstance(g, dict) and g.get("input_activations") is None for g in groups.values())
+        case {"global_quant_config": {"weight": dict(), "input_tensors": inputs}}:  # Quark
+            return inputs is None
+        case {"quant_type": {"default": {"_type": str(kind)}}}:  # torchao
+            return "WeightOnly" in kind
+    return config.get("activation_scheme") == "none" or _wants_full_precision(source, markers)
+
+
+def _wants_full_precision(source: Source, markers: frozenset[str]) -> bool:
+    """Whether ComfyUI's markers ask for products in full precision: JSON in the new ones, two elements in the old."""
+    for spec in (spec for spec in source.specs if spec.name in markers):
+        if spec.name.endswith("scaled_fp8"):
+            return prod(spec.shape) == 2
+        if spec.nbytes <= _MAX_MARKER_NBYTES:
+            with closing(ShardReader(source.directory / spec.file)) as opened:
+                text = bytearray(spec.nbytes)
+                opened.readinto(memoryview(text), spec.begin)
+            return _parse(text.decode(errors="replace")).get("full_precision_matrix_mult") is True
+    return False
+
+
+def _parse(text: str | None) -> dict[str, Any]:
+    try:
+        document = json.loads(text or "{}")
+    except (ValueError, RecursionError):
+        return {}
+    return document if isinstance(document, dict) else {}
