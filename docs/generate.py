@@ -20,6 +20,7 @@ from fp8pack.planning.engine_rules import (
     SCALES,
     VERSIONS,
     WEIGHTS,
+    WRAPPERS,
     Rule,
 )
 from fp8pack.planning.engines import NAMES, judge_engines
@@ -140,6 +141,7 @@ def _model_rules() -> list[str]:
     renaming = [(NAMES[engine], ", ".join(f"`{name}`" for name in loaders)) for engine, loaders in RENAMING.items()]
     weights = [(NAMES[rule.engine], ", ".join(rule.only), *_row(rule)[1:]) for rule in WEIGHTS]
     experts = [(NAMES[rule.engine], ", ".join(rule.only), _code(rule.kinds), *_row(rule)[1:]) for rule in EXPERTS]
+    wrappers = [(NAMES[rule.engine], *_row(rule)) for rule in WRAPPERS]
     caches = [
         (NAMES[rule.engine], _code(rule.kinds), ", ".join(rule.only), rule.text, rule.evidence.value, rule.source)
         for rule in KV_CACHE
@@ -165,6 +167,8 @@ def _model_rules() -> list[str]:
         "## Experts\n\nfp8pack writes experts one by one. Where a class holds those of a layer in one tensor, its "
         "loader has to put them together. What no row names was read to do so, or holds them one by one itself.\n",
         _table(("engine", "classes", "stored as", "loads", "why not, and the remedy", "how known", "where"), experts),
+        "## Multimodal models\n\nOf a config.json with a section for the language model, besides all the rest.\n",
+        _table(("engine", "stored as", "loads", "why not, and the remedy", "how known", "where"), wrappers),
         "## The list of modules that stay\n\n"
         "Full names of the checkpoint satisfy all of them. Members of a fused module (q/k/v, gate/up, the experts of a "
         "layer) stay together or not at all: vLLM, SGLang, TensorRT-LLM, TGI and LMDeploy fuse them. An FP8 module "

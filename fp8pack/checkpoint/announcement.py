@@ -14,6 +14,9 @@ from fp8pack.numerics.granularity import BLOCK_128, MX, Granularity, parse_granu
 
 _MARKER = re.compile(r"(^|\.)(comfy_quant|scaled_fp8)$")
 _MAX_MARKER_NBYTES = 4096
+_KEPT_KEYS = ("ignore", "modules_to_not_convert", "ignored_layers", "exclude_modules", "exclude", "ignored_modules")
+_MAX_ENTRIES, _MAX_ENTRY, _MAX_REPEATS = 4096, 512, 3
+_REPEAT, _NESTED = re.compile(r"[*+{]"), re.compile(r"\)[*+{?]|\\\d")
 _REGION_KEYS = ("weight_block_size", "block_structure", "block_size", "group_size")
 
 
@@ -23,7 +26,8 @@ class Announcement:
 
     method: `quant_method`, or the name of a convention without one; empty if nothing is announced. markers: tensors
     that say something, and hold no weight. regions: those that a configuration names, of weights, in its order. tiled:
-    modules whose exponents lie in the order of numerics/swizzle.py. weight_only: activations are not quantized.
+    modules whose exponents lie in the order of numerics/swizzle.py. weight_only: activations are not quantized. kept:
+    the entries of the list of modules that stay, in any syntax.
     """
 
     method: str
@@ -32,6 +36,7 @@ class Announcement:
     tiled: frozenset[str]
     weight_only: bool
     powers_of_two: bool
+    kept: tuple[str, ...]
 
 
 def read_announcement(source: Source) -> Announcement:
@@ -45,6 +50,7 @@ def read_announcement(source: Source) -> Announcement:
         _tiled_modules(source, markers),
         _is_weight_only(source, config, markers),
         config.get("scale_fmt") == "ue8m0",
+        _kept(config),
     )
 
 
@@ -136,6 +142,19 @@ def _walk(value: Any, depth: int) -> Iterator[tuple[str, Any]]:
             if not key.startswith(("act_", "input_", "output_", "kv_cache_")):
                 yield key, inner
                 yield from _walk(inner, depth + 1)
+
+
+def _kept(config: dict[str, Any]) -> tuple[str, ...]:
+    """The list of modules that stay, without what would cost too much to hold against thousands of names."""
+    found: list[Any] = next((config[key] for key in _KEPT_KEYS if isinstance(config.get(key), list)), [])
+    return tuple(entry for entry in found[:_MAX_ENTRIES] if isinstance(entry, str) and _is_cheap(entry))
+
+
+def _is_cheap(entry: str) -> bool:
+    """Whether it is a short name or glob, or an expression that does not repeat what repeats."""
+    is_expression = entry.startswith("re:")
+    repeats = len(_REPEAT.findall(entry)) if is_expression else entry.count("*")
+    return len(entry) <= _MAX_ENTRY and repeats <= _MAX_REPEATS and not (is_expression and _NESTED.search(entry))
 
 
 def _is_weight_only(source: Source, config: dict[str, Any], markers: frozenset[str]) -> bool:

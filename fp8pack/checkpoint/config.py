@@ -34,6 +34,11 @@ def set_quantization_config(text: bytes, quantization: dict[str, Any] | None) ->
     return inner + comma + f'\n{step}"{KEY}": {added}\n}}'.encode() + tail
 
 
+def set_dtype(text: bytes, dtype: str) -> bytes:
+    """Return the text of a config.json with another dtype wherever it names one of floats; the rest stays."""
+    return re.sub(rb'("(?:torch_)?dtype"\s*:\s*)"(?:bfloat16|float16|float32)"', rb'\1"' + dtype.encode() + b'"', text)
+
+
 def _strip(document: dict[str, Any]) -> dict[str, Any]:
     """The document without the quantization that it announces, at its top or in a section such as text_config."""
     stripped = {key: value for key, value in document.items() if key not in _OLD_KEYS}

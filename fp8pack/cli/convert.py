@@ -57,6 +57,9 @@ def convert(
     What is not asked for stays as the source has it. FP8 bytes are carried over untouched where only the container
     differs or scales become finer; elsewhere weights are dequantized and quantized anew, and the SQNR that it costs is
     printed.
+
+    A PATTERN is an exact tensor or module name, a glob over the whole name, or re: and a regular expression; one that
+    matches nothing is an error unless ? stands before it.
     """
     from fp8pack.cli.write import write  # these import NumPy and BLAKE3, which --help must not wait for
     from fp8pack.packing.prepare import prepare_convert

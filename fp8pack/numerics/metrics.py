@@ -45,6 +45,9 @@ def widen(weight: NDArray[Any], dtype: str) -> NDArray[np.float32]:
     return weight.view(_FLOAT_DTYPE[dtype]).astype(np.float32)
 
 
+LOST_DB = -1000.0  # stands for the SQNR of values that have nothing to do with each other
+
+
 def sqnr_db(signal: float, noise: float) -> float:
     """Return the signal-to-quantization-noise ratio 10 log10(signal / noise) in dB; infinite where nothing is lost.
 

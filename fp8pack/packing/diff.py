@@ -13,14 +13,12 @@ from numpy.typing import NDArray
 from fp8pack.checkpoint.quantized import read_contents
 from fp8pack.checkpoint.source import Source, open_checkpoint
 from fp8pack.checkpoint.values import ValueReader
-from fp8pack.numerics.metrics import energies, sqnr_db
+from fp8pack.numerics.metrics import LOST_DB, energies, sqnr_db
 from fp8pack.packing.inspect import strips
 from fp8pack.packing.workers import Stop, available_cores, run_threads
 from fp8pack.planning.contents import Contents
 from fp8pack.planning.experts import split_experts
 from fp8pack.planning.spec import DTYPE_BITS, FLOAT_DTYPES, TensorSpec
-
-LOST_DB = -1000.0  # stands for values that have nothing to do with each other
 
 
 @dataclass(frozen=True, slots=True)

@@ -190,9 +190,14 @@ class Execution:
 
     def _describe_offenders(self) -> str:
         """What is wrong with weights that could not be worked: those that were to be packed can be left out."""
-        packed = sorted(tensor.spec.name for tensor in self._plan.packed if tensor.spec.name in self._offenders)
+        packed = sorted(
+            tensor.spec.name
+            for tensor in self._plan.packed
+            if tensor.spec.name in self._offenders and tensor.quantized is None
+        )
         if others := sorted(self._offenders.difference(packed)):
-            return f"{len(others)} weights hold a NaN, or values that the dtype does not reach: {', '.join(others)}"
+            names = ", ".join(others)
+            return f"{len(others)} FP8 weights hold a NaN, or values that the new dtype does not reach: {names}"
         flags = " ".join(f"--ignore {name}" for name in packed)
         return f"a NaN or infinity in {len(packed)} of the weights; finished work is kept, {flags} packs the rest"
 

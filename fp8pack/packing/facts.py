@@ -80,7 +80,13 @@ def _engines(plan: Plan) -> list[dict[str, Any]]:
 
 
 def _kept(tensor: TensorPlan) -> dict[str, Any]:
-    return {"name": tensor.spec.name, "role": tensor.role, "reason": tensor.reason, "nbytes": tensor.spec.nbytes}
+    return {
+        "name": tensor.spec.name,
+        "action": tensor.action.value,
+        "role": tensor.role,
+        "reason": tensor.reason,
+        "nbytes": tensor.spec.nbytes,
+    }
 
 
 def _planned(tensor: TensorPlan) -> dict[str, Any]:

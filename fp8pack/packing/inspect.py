@@ -212,7 +212,7 @@ def _verdicts(
         for spec in split.tensors
         if spec.name in split.quantized and len(spec.shape) == 2
     ]
-    verdicts = judge_engines(storage, packed, contents.facts, tp=tp, gpu=gpu)
+    verdicts = judge_engines(storage, packed, contents.facts, tp=tp, gpu=gpu, kept=contents.kept)
     return [
         {
             "engine": verdict.engine,

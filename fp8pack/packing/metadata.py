@@ -13,7 +13,7 @@ from fp8pack.checkpoint.manifest import MANIFEST_NAME, NUMERICS_VERSION, SCHEMA_
 from fp8pack.checkpoint.shard_writer import ShardWriter, write_file
 from fp8pack.checkpoint.source import INDEX_NAME, SINGLE_NAME, ShardReader
 from fp8pack.packing.execute import ShardWork
-from fp8pack.packing.model_card import CARD_NAME, model_card
+from fp8pack.packing.model_card import CARD_NAME, MAX_CARD_NBYTES, model_card, strip_card
 from fp8pack.packing.prepare import Prepared
 from fp8pack.planning.activation_scales import ActivationScale
 from fp8pack.planning.contents import Quantized
@@ -30,7 +30,7 @@ def write_metadata(prepared: Prepared, works: tuple[ShardWork, ...], folder: Pat
         work.plan.file: {"size": work.size, "header": f"blake3:{blake3(work.header).hexdigest()}"} for work in works
     }
     contents = _contents(prepared)
-    if card := _card(prepared, energies_of(works)):
+    if (card := _card(prepared, energies_of(works))) is not None:
         contents[CARD_NAME] = card
     for name, content in contents.items():
         write_file(folder / name, content)
@@ -60,16 +60,20 @@ def energies_of(works: tuple[ShardWork, ...]) -> dict[str, tuple[float, float]]:
 
 
 def _card(prepared: Prepared, energies: dict[str, tuple[float, float]]) -> bytes | None:
-    """The model card of a directory with FP8 weights, above the text of the base model's."""
+    """The model card of a directory: with FP8 weights, above the text of the base model's; else without what was ours.
+
+    None where there is nothing to say, or where the source has a card that is too long for one: it is copied.
+    """
     source, plan = prepared.source, prepared.plan
-    if source.is_single_file or not isinstance(plan, PackPlan):
+    found = next((side for side in prepared.side_files if side.name == CARD_NAME and side.rule is None), None)
+    if source.is_single_file or (found and found.size > MAX_CARD_NBYTES):
         return None
-    base = (source.directory / CARD_NAME).read_bytes() if _has_card(prepared) else b""
-    return model_card(prepared.verb, plan, source, energies, base.decode(errors="replace"))
-
-
-def _has_card(prepared: Prepared) -> bool:
-    return any(side.name == CARD_NAME and side.rule is None for side in prepared.side_files)
+    base = (source.directory / CARD_NAME).read_bytes() if found else b""
+    text = base.decode(errors="replace")
+    if isinstance(plan, PackPlan):
+        return model_card(prepared.verb, plan, source, energies, text)
+    stripped = strip_card(text)
+    return None if stripped == text else stripped.encode()
 
 
 def describes(prepared: Prepared, files: dict[str, Any]) -> bool:
@@ -84,7 +88,7 @@ def describes(prepared: Prepared, files: dict[str, Any]) -> bool:
     for side in prepared.side_files:
         if side.rule is None:
             expected[side.name] = _digest_file(prepared.source.directory / side.name, side.size)
-    if isinstance(prepared.plan, PackPlan) and not prepared.source.is_single_file:
+    if not prepared.source.is_single_file:
         digests.pop(CARD_NAME, None)
         expected.pop(CARD_NAME, None)
     shards = {shard.file: shard.nbytes for shard in prepared.plan.shards}

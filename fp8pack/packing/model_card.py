@@ -16,11 +16,16 @@ from fp8pack.checkpoint.source import Source
 from fp8pack.numerics.metrics import sqnr_db
 from fp8pack.planning.engines import NAMES
 from fp8pack.planning.plan import Action, PackPlan
+from fp8pack.planning.recipe import WRITABLE
 from fp8pack.units import format_size
 
 CARD_NAME = "README.md"
 _INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag", "library_name", "datasets")
+MAX_CARD_NBYTES = 4 << 20
 _MAX_HEAD = 100_000  # characters of YAML
+_BEGIN, _END = "<!-- fp8pack -->", "<!-- /fp8pack -->"  # around what is ours, so that it does not outlive its FP8 bytes
+_OUR_TAGS = frozenset(("fp8", "fp8pack", *WRITABLE))
+_OUR_KEYS = ("base_model", "base_model_relation")
 _SERVING = {
     "vllm": ("", "vllm serve ."),
     "sglang": ("", "python -m sglang.launch_server --model-path ."),
@@ -47,49 +52,81 @@ def model_card(verb: str, plan: PackPlan, source: Source, energies: Energies, ba
     verb: `pack` or `convert`. energies: signal and noise of every weight that was quantized, over the rows that were
         measured. base: the text of the base model's card, empty if it has none.
     """
-    head, body = _split(base)
+    head, body = _split(strip_card(base))
     model = _base_model(source)
     parts = [
         f"---\n{_head(head, model, plan)}---",
-        f"# {model.rpartition('/')[2] or plan.facts.architecture or 'A model'} in FP8",
+        _BEGIN,
+        f"# {_escape(model.rpartition('/')[2]) or plan.facts.architecture or 'A model'} in FP8",
         _what(verb, plan, model),
         _stayed(plan),
         _quality(plan, energies),
         _serving(plan),
+        _END,
         f"---\n\n{body.strip()}" if body.strip() else "",
     ]
     return ("\n\n".join(part for part in parts if part) + "\n").encode()
 
 
+def strip_card(text: str) -> str:
+    """Return a card without what fp8pack wrote in it; any other is returned as it is."""
+    begin, end = text.find(_BEGIN), text.rfind(_END)
+    if begin < 0 or end < begin:
+        return text
+    head, _ = _split(text[:begin])
+    body = text[end + len(_END) :].strip().removeprefix("---").strip()
+    kept = {key: value for key, value in head.items() if key not in _OUR_KEYS}
+    kept["tags"] = [tag for tag in _tags(head) if tag not in _OUR_TAGS]
+    kept = {key: value for key, value in kept.items() if value}
+    return (f"---\n{_dump(kept)}---\n\n" if kept else "") + (f"{body}\n" if body else "")
+
+
 def _split(text: str) -> tuple[dict[str, Any], str]:
-    """The front matter of a card, as far as it is one, and the text below it."""
-    match = re.match(r"---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", text, re.DOTALL)
+    """The front matter of a card, as far as it is one, all scalars as text, and the text below it."""
+    match = re.match(r"---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", text[: 2 * _MAX_HEAD], re.DOTALL)
     if match is None or len(match[1]) > _MAX_HEAD:
         return {}, text
     try:
-        head = yaml.safe_load(match[1])
-    except (yaml.YAMLError, RecursionError, ValueError):
+        if any(map(_is_more_than_text, yaml.parse(match[1], Loader=yaml.BaseLoader))):
+            return {}, text
+        head = yaml.load(match[1], Loader=yaml.BaseLoader)
+    except (yaml.YAMLError, RecursionError):
         return {}, text
     return (head if isinstance(head, dict) else {}), text[match.end() :]
 
 
+def _is_more_than_text(event: yaml.Event) -> bool:
+    """Tags build objects, and aliases can cost far more than reading them; no card has either."""
+    if isinstance(event, (yaml.ScalarEvent, yaml.CollectionStartEvent)):
+        return event.tag is not None
+    return isinstance(event, yaml.AliasEvent)
+
+
 def _base_model(source: Source) -> str:
-    """The id of the model, if the hub cache or config.json says it."""
+    """The id of the model, if it lies in the hub cache; a config.json often names what it was fine-tuned from."""
     place = source.path.absolute()
     if place.parent.name == "snapshots" and place.parent.parent.name.startswith("models--"):
         return place.parent.parent.name.removeprefix("models--").replace("--", "/", 1)
-    name = (source.config or {}).get("_name_or_path")
-    return name if isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name) else ""
+    return ""
 
 
 def _head(base: Mapping[str, Any], model: str, plan: PackPlan) -> str:
     head: dict[str, Any] = {key: base[key] for key in _INHERITED if key in base and _is_plain(base[key])}
+    if not any(verdict.tp for verdict in plan.engines if verdict.engine == head.get("library_name")):
+        head.pop("library_name", None)
     if model:
         head |= {"base_model": model, "base_model_relation": "quantized"}
-    tags = base.get("tags", [])
-    known = tags if isinstance(tags, list) and _is_plain(tags) else []
-    head["tags"] = list(dict.fromkeys([*known, "fp8", plan.recipe.quant_method, "fp8pack"]))
-    return str(yaml.safe_dump(head, sort_keys=False, allow_unicode=True))
+    head["tags"] = list(dict.fromkeys([*_tags(base), "fp8", plan.recipe.quant_method, "fp8pack"]))
+    return _dump(head)
+
+
+def _dump(head: Mapping[str, Any]) -> str:
+    return str(yaml.safe_dump(dict(head), sort_keys=False, allow_unicode=True))
+
+
+def _tags(head: Mapping[str, Any]) -> list[str]:
+    tags = head.get("tags", [])
+    return tags if isinstance(tags, list) and _is_plain(tags) else []
 
 
 def _is_plain(value: Any) -> bool:
@@ -100,6 +137,7 @@ def _is_plain(value: Any) -> bool:
 def _what(verb: str, plan: PackPlan, model: str) -> str:
     recipe, before, after = plan.recipe, plan.source_nbytes, plan.output_nbytes
     carried = sum(tensor.packing is not None and tensor.packing.carried for tensor in plan.packed)
+    unpacked = sum(tensor.action == Action.UNPACKED for tensor in plan.tensors)
     rows = [
         ("weights", f"{recipe.format.name.upper()}, scales: {recipe.granularity}"),
         ("activations", _ACTIVATIONS[recipe.activations]),
@@ -109,9 +147,11 @@ def _what(verb: str, plan: PackPlan, model: str) -> str:
     ]
     if carried:
         rows.insert(1, ("carried", f"the FP8 bytes of {carried} weights are those of the source"))
+    if unpacked:
+        rows.insert(1, ("unpacked", f"{unpacked} weights, FP8 in the source, are BF16"))
     table = "\n".join(f"| {key} | {value} |" for key, value in rows)
     return (
-        f"{model or 'The base model'}, quantized with fp8pack.\n\n| | |\n|---|---|\n{table}\n\n"
+        f"{_escape(model) or 'The base model'}, quantized with fp8pack.\n\n| | |\n|---|---|\n{table}\n\n"
         f"```\n{_command(verb, plan, model)}\n```"
     )
 
@@ -142,12 +182,19 @@ def _command(verb: str, plan: PackPlan, model: str) -> str:
 
 
 def _stayed(plan: PackPlan) -> str:
-    kept = [tensor for tensor in plan.tensors if tensor.action != Action.PACKED]
+    kept = [tensor for tensor in plan.tensors if tensor.action == Action.COPIED]
     counts = Counter((tensor.role, tensor.reason) for tensor in kept if tensor.role != "activation_scale")
-    lines = [f"| {role} | {count} | {reason.removeprefix('policy: ')} |" for (role, reason), count in counts.items()]
+    lines = [
+        f"| {role} | {count} | {_escape(reason.removeprefix('policy: '))} |" for (role, reason), count in counts.items()
+    ]
     if not lines:
         return ""
     return "## What stayed as it was\n\n| role | tensors | why |\n|---|---|---|\n" + "\n".join(lines)
+
+
+def _escape(text: str) -> str:
+    """Text that Markdown shows as it is, in one line."""
+    return re.sub(r"([\\`*\[\]<>|])", r"\\\1", " ".join(text.split()))
 
 
 def _quality(plan: PackPlan, energies: Energies) -> str:

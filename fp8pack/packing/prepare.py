@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fp8pack.checkpoint.calibration_file import read_calibration
-from fp8pack.checkpoint.config import set_quantization_config
+from fp8pack.checkpoint.config import set_dtype, set_quantization_config
 from fp8pack.checkpoint.manifest_schema import find_manifest, read_manifest
 from fp8pack.checkpoint.quant_methods import find_method
 from fp8pack.checkpoint.quantized import read_contents
@@ -50,11 +50,15 @@ Verb = Literal["pack", "unpack", "convert"]
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """What is done, and how a directory and a single file that come of it are named, after the source."""
+    """What is done, and how a directory and a single file that come of it are named, after the source.
+
+    dtype: that of the floats, if it is another than config.json may say.
+    """
 
     verb: Verb
     suffix: str
     file_suffix: str
+    dtype: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +117,8 @@ def prepare_convert(checkpoint: Path, request: Request, options: WriteOptions) -
     decisions = decide(contents, request)
     plan = make_plan(decisions, contents, request, recipe=recipe, method=method, max_shard_nbytes=limit)
     announcement = _Announcement(method.config(plan), method.files(plan))
-    return _place(source, plan, announcement, _Job("convert", recipe.suffix, recipe.suffix), options)
+    suffix = f"{recipe.suffix}-{recipe.quant_method}" if request.quant_method else recipe.suffix
+    return _place(source, plan, announcement, _Job("convert", suffix, suffix), options)
 
 
 def prepare_unpack(checkpoint: Path, dtype: str, options: WriteOptions) -> Prepared:
@@ -131,7 +136,7 @@ def prepare_unpack(checkpoint: Path, dtype: str, options: WriteOptions) -> Prepa
     if not contents.quantized:
         raise InputError(f"{source.path} holds no FP8 weight: there is nothing to unpack")
     plan = make_unpack_plan(contents, UNPACKED_DTYPES[dtype], max_shard_nbytes=_shard_limit(source, options))
-    job = _Job("unpack", UNPACKED_DTYPES[dtype], UNPACKED_DTYPES[dtype].lower())
+    job = _Job("unpack", UNPACKED_DTYPES[dtype], UNPACKED_DTYPES[dtype].lower(), dtype)
     return _place(source, plan, _Announcement(), job, options)
 
 
@@ -159,7 +164,7 @@ def _place(source: Source, plan: Plan, announcement: _Announcement, job: _Job, o
     check(output, source.path, overwrite=options.overwrite)
     if source.is_single_file:
         plan = replace(plan, shards=(replace(plan.shards[0], file=output.name),))
-    documents = _documents(source, announcement)
+    documents = _documents(source, announcement, job.dtype)
     side_files = tuple(side for side in side_files if side.name not in documents)
     return Prepared(job.verb, source, side_files, plan, documents, output, options)
 
@@ -169,12 +174,13 @@ def _shard_limit(source: Source, options: WriteOptions) -> int | None:
     return None if source.is_single_file else options.max_shard_nbytes
 
 
-def _documents(source: Source, announcement: _Announcement) -> dict[str, bytes]:
+def _documents(source: Source, announcement: _Announcement, dtype: str) -> dict[str, bytes]:
     """config.json and what stands beside it, and Mistral's own configuration without what it said of the source."""
     documents: dict[str, bytes] = {}
     if source.config is not None:
         text = (source.directory / "config.json").read_bytes()
-        documents["config.json"] = set_quantization_config(text, announcement.config)
+        text = set_quantization_config(text, announcement.config)
+        documents["config.json"] = set_dtype(text, dtype) if dtype else text
         for name, document in announcement.files.items():
             documents[name] = (json.dumps(document, indent=4, ensure_ascii=False) + "\n").encode()
     if not source.is_single_file and (source.directory / _MISTRAL_CONFIG).exists():
@@ -201,9 +207,8 @@ def _calibration(source: Source, request: Request, *, carries_static: bool = Fal
     manifest = find_manifest(source.path)
     origin = read_manifest(manifest).source.fingerprint if manifest else source.fingerprint
     if calibration.fingerprint not in ("", source.fingerprint, origin):
-        raise InputError(
-            f"{request.calibration} is a calibration of another model: run fp8pack calibrate {source.path}"
-        )
+        command = f"fp8pack calibrate {shlex.quote(str(source.path))}"
+        raise InputError(f"{request.calibration} is a calibration of another model: run `{command}`")
     return calibration
 
 

@@ -25,7 +25,7 @@ def refine(
     """
     if not scales.all():
         name = quantized.scale.name if quantized.scale else spec.name
-        raise InputError(f"{spec.file}: {name!r} holds a scale of zero: convert with another --granularity")
+        raise InputError(f"{spec.file}: {name!r} holds a scale of zero: `fp8pack unpack` it, then pack")
     theirs, ours = quantized.granularity.region(spec.matrix), packing.granularity.region(spec.matrix)
     picks = []
     for axis, (begin, end) in enumerate((rows, cols)):

@@ -96,7 +96,7 @@ def _resume(prepared: Prepared, execution: Execution, journal: Journal, staging:
         return
     if head["source"] != fingerprint or head["recipe"] != _decisive(recipe):
         other = "checkpoint" if head["source"] != fingerprint else "recipe"
-        raise OutputError(f"{staging.folder} holds an unfinished pack of another {other}: --no-resume throws it away")
+        raise OutputError(f"{staging.folder} holds unfinished work of another {other}: --no-resume throws it away")
     execution.resume(progress)
 
 

@@ -20,11 +20,12 @@ def can_carry(spec: TensorSpec, quantized: Quantized, packing: Packing, *, power
 
     powers_of_two: whether the source says so of all its scales; where the packing wants them, others do not do.
     """
-    if quantized.format != packing.format or quantized.scale is None:
+    if quantized.format != packing.format:
         return False
     theirs, ours = quantized.granularity.region(spec.shape), packing.granularity.region(spec.shape)
     within = all(theirs[i] % ours[i] == 0 or theirs[i] >= spec.shape[i] for i in (0, 1))
-    return within and (powers_of_two or quantized.has_exponents or packing.rounding == ScaleRounding.NONE)
+    has_powers = powers_of_two or quantized.has_exponents or quantized.scale is None
+    return within and (has_powers or packing.rounding == ScaleRounding.NONE)
 
 
 def agree(tensors: Sequence[TensorPlan]) -> list[TensorPlan]:

@@ -40,7 +40,7 @@ class Contents:
     weights under the name that they have in every other convention. quantized: of the FP8 ones. kv_scales: the
     multipliers of K and V by point (`….self_attn.k`). other_scales: tensors that are scales of other activations, such
     as Q. unread: weights that are packed in a way that fp8pack does not
-    read, such as FP4.
+    read, such as FP4. kept: the modules that stay, as the configuration lists them.
     """
 
     method: str
@@ -53,6 +53,7 @@ class Contents:
     activations: str = "dynamic"
     spelling: str = ""
     powers_of_two: bool = False
+    kept: tuple[str, ...] = ()
 
     @property
     def storage(self) -> Storage | None:

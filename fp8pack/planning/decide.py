@@ -70,9 +70,9 @@ def decide(contents: Contents, request: Request) -> list[Decision]:
     return decisions
 
 
-def settle(decisions: Sequence[Decision], recipe: Recipe, method: QuantMethod) -> list[Decision]:
+def settle(decisions: Sequence[Decision], contents: Contents, recipe: Recipe, method: QuantMethod) -> list[Decision]:
     """Keep what the convention cannot hold, and with it everything that engines fuse it with."""
-    settled = [_check_shape(decision, recipe, method) for decision in decisions]
+    settled = [_check_shape(decision, contents, recipe, method) for decision in decisions]
     if recipe.quant_method != "fp8pack":
         kept: dict[str, Decision] = {}
         for decision in settled:
@@ -131,12 +131,15 @@ def _is_bias_of(name: str, split: set[str]) -> bool:
     return name.endswith("_bias") and name.removesuffix("_bias") in split
 
 
-def _check_shape(decision: Decision, recipe: Recipe, method: QuantMethod) -> Decision:
+def _check_shape(decision: Decision, contents: Contents, recipe: Recipe, method: QuantMethod) -> Decision:
     if not decision.packed:
         return decision
     if 0 in decision.spec.shape:
         return replace(decision, packed=False, reason="empty")
     granularity = granularity_of(decision, recipe)
+    quantized = contents.quantized.get(decision.spec.name)
+    if quantized and quantized.granularity == granularity and granularity.rows != 1:
+        return decision  # whole tensors and blocks, which the source holds with the same edges
     row_nbytes = decision.spec.nbytes // decision.spec.shape[0]
     if granularity == CHANNEL and row_nbytes > MAX_GRANULE_NBYTES:
         return replace(

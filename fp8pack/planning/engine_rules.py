@@ -351,6 +351,7 @@ READERS = (
         _BLOCK,
         _INFERRED,
     ),
+    Rule("lmdeploy", "* block:*", False, "turbomind/converter.py", "quant_method fp8 only", "--quant-method fp8"),
     Rule("lmdeploy", "*", False, "turbomind/converter.py", "block scales only", _BLOCK),
     # ComfyUI
     Rule("comfyui", "comfyui tensor *, comfyui-scaled tensor *", True, "ops.py, quant_ops.py"),
@@ -430,7 +431,8 @@ WEIGHTS = (
 _ONE_BY_ONE = "was not read to take experts of this class one by one"
 _KEEP_EXPERTS = "--ignore '*experts*'"
 
-# Classes that hold the experts of a layer in one tensor, by architecture: who reads those of our files, one by one.
+# Classes that hold the experts of a layer in one tensor, by architecture: who reads those of our files, one by one. The
+# first row that speaks of a class and a storage counts.
 EXPERTS = (
     Rule(
         "transformers",
@@ -450,6 +452,25 @@ EXPERTS = (
         _KEEP_EXPERTS,
         only=("GptOss*", "Qwen3VLMoe*"),
     ),
+    Rule("transformers", "compressed-tensors *", True, "conversion_mapping.py", only=("Llama4*",)),
+    Rule(
+        "transformers",
+        "compressed-tensors block:*, compressed-tensors group:*, compressed-tensors mx *",
+        False,
+        "quantizers/quantizer_compressed_tensors.py, where experts are put together",
+        "puts experts together with tensor or channel scales only",
+        _DYNAMIC,
+        _RUN,
+    ),
+    Rule(
+        "transformers",
+        "torchao *",
+        False,
+        "quantizers/quantizer_torchao.py, where experts are put together",
+        "takes no experts from torchao files",
+        _CT,
+        _RUN,
+    ),
     Rule(
         "vllm",
         "fp8 *, fp8/transformers *, compressed-tensors *, modelopt *, mxfp8 *, torchao *",
@@ -463,6 +484,19 @@ EXPERTS = (
     *(
         Rule(engine, "*", False, "models/", _ONE_BY_ONE, _KEEP_EXPERTS, _INFERRED, ("GptOss*",))
         for engine in ("sglang", "tensorrt-llm", "tgi", "lmdeploy")
+    ),
+)
+
+# Models with a text_config around the language model's.
+WRAPPERS = (
+    Rule(
+        "transformers",
+        "torchao *",
+        False,
+        "quantizers/quantizer_torchao.py, where names are mapped",
+        "does not find the metadata of torchao files under a wrapper's names",
+        _CT,
+        _RUN,
     ),
 )
 

@@ -25,6 +25,7 @@ from fp8pack.planning.engine_rules import (
     REPLICATED,
     ROUNDS_ON_SM100,
     WEIGHTS,
+    WRAPPERS,
     Edges,
     Rule,
     find_listed,
@@ -57,6 +58,7 @@ LARGE_NBYTES = 16 * 10**9  # a model above this is served on several GPUs
 GEMM_MULTIPLE = 16  # cuBLASLt and CUTLASS FP8 kernels want N and K in multiples of 16
 WHOLE = ("transformers", "comfyui", "cublaslt")  # these load whole weights: no tensor parallelism to judge
 LLM_ENGINES = ("vllm", "sglang", "tensorrt-llm", "transformers", "tgi", "lmdeploy")  # these ask for an architecture
+NO_ARCHITECTURE = "no config.json names an architecture"
 
 _FUSING = ("vllm", "sglang", "tensorrt-llm", "tgi", "lmdeploy")  # these build qkv_proj, gate_up_proj and run FP8 GEMMs
 _EXPERT = re.compile(r"\.experts\.\d+\.")
@@ -207,7 +209,7 @@ _Findings = Iterable[_Refusal | str]
 
 def _architecture(engine: str, case: _Case) -> _Findings:
     if not case.facts.architecture and engine in LLM_ENGINES:
-        yield _Refusal("no config.json names an architecture")
+        yield _Refusal(NO_ARCHITECTURE)
 
 
 def _reader(engine: str, case: _Case) -> _Findings:
@@ -219,8 +221,10 @@ def _reader(engine: str, case: _Case) -> _Findings:
         yield _Refusal("only load_packed() reads quant_method fp8pack", "--scheme FP8_BLOCK or FP8_DYNAMIC")
     rule = next(iter(rules_for(READERS, engine, case.kind, case.facts.architecture)), None)
     if rule is None:
-        reason = f"it has no reader for {storage.granularity} scales in {storage.quant_method}"
-        yield _Refusal(reason, "--scheme FP8_DYNAMIC")
+        activations = {"none": " with activations in BF16", "static": " with static activations"}
+        which = f"{storage.granularity} scales{activations.get(storage.activations, '')}"
+        remedy = "--scheme FP8_DYNAMIC --quant-method compressed-tensors"
+        yield _Refusal(f"it has no reader for {which} in {storage.quant_method}", remedy)
     else:
         yield from _say(rule)
 
@@ -238,7 +242,11 @@ def _weights(engine: str, case: _Case) -> _Findings:
         for rule in rules_for(WEIGHTS, engine, case.kind, role):
             yield _Refusal(f"{name} is FP8, and it {rule.text}", rule.remedy)
     if any(role.startswith("expert") for role in first):
-        for rule in rules_for(EXPERTS, engine, case.kind, case.facts.architecture):
+        for rule in rules_for(EXPERTS, engine, case.kind, case.facts.architecture)[:1]:
+            if not rule.loads:
+                yield _Refusal(f"it {rule.text}", rule.remedy)
+    if case.facts.wrapper:
+        for rule in rules_for(WRAPPERS, engine, case.kind, case.facts.architecture):
             yield _Refusal(f"it {rule.text}", rule.remedy)
 
 

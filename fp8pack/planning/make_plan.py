@@ -60,7 +60,7 @@ def make_plan(
         InputError: the source holds a tensor that bears the name of a scale, or the calibration does not fit it.
     """
     planner = _Planner(recipe, method, contents)
-    tensors = agree([planner.plan(decision) for decision in settle(decisions, recipe, method)])
+    tensors = agree([planner.plan(decision) for decision in settle(decisions, contents, recipe, method)])
     if not any(tensor.packing for tensor in tensors):
         raise RecipeError(_nothing_to_pack(tensors))
     keeps_inputs = contents.activations == "static" and request.activations is None and request.scheme == "auto"

@@ -24,11 +24,15 @@ def read_facts(config: dict[str, Any]) -> ModelFacts:
     text = next(
         (config[key] for key in ("text_config", "llm_config", "language_config") if _is_section(config, key)), config
     )
-    architectures = config.get("architectures")
+    match config.get("architectures"):
+        case [str(architecture), *_] if architecture.isidentifier():
+            pass
+        case _:
+            architecture = ""
     heads = _count(text, "num_attention_heads", "n_head", "num_heads")
     hidden = _count(text, "hidden_size", "n_embd", "d_model")
     return ModelFacts(
-        architecture=str(architectures[0]) if isinstance(architectures, list) and architectures else "",
+        architecture=architecture,
         model_type=str(config.get("model_type", "")),
         num_layers=_count(text, "num_hidden_layers", "n_layer", "num_layers"),
         hidden_size=hidden,

@@ -4,6 +4,7 @@ from typing import Any
 
 from rich.table import Table
 
+from fp8pack.numerics.metrics import LOST_DB
 from fp8pack.report.table import make_console, print_line
 
 
@@ -28,7 +29,7 @@ def print_diff(facts: dict[str, Any]) -> None:
     totals = facts["totals"]
     line = f"{totals['num_equal']} of {totals['num_tensors']} common tensors have the same values"
     if totals["sqnr_min"] is not None:
-        line += f"; SQNR mean {totals['sqnr_mean']:.2f}, worst {totals['sqnr_min']:.2f} dB"
+        line += f"; SQNR mean {_db(totals['sqnr_mean'])}, worst {_db(totals['sqnr_min'])} dB"
         line += f" in {totals['sqnr_worst_tensor']}"
     print_line(console, line)
 
@@ -44,5 +45,10 @@ def _cells(tensor: dict[str, Any]) -> list[str]:
         *tensor["formats"],
         "" if ratio is None else f"{ratio[0]:.4g} to {ratio[1]:.4g}",
         "" if share is None else f"{share:.2%}",
-        "" if sqnr is None else f"{sqnr:.1f}",
+        "" if sqnr is None else _db(sqnr),
     ]
+
+
+def _db(sqnr: float) -> str:
+    """An SQNR; one of the lowest stands for a NaN, infinity or zero where the other has a value."""
+    return f"{sqnr:.1f}" if sqnr > LOST_DB else "lost"

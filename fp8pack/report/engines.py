@@ -2,11 +2,14 @@
 
 from typing import Any
 
-from fp8pack.planning.engines import LLM_ENGINES, NAMES, WHOLE
+from fp8pack.planning.engines import NAMES, NO_ARCHITECTURE, WHOLE
 
 
-def engine_lines(engines: list[dict[str, Any]]) -> list[str]:
-    """Return the lines that say who loads an output, at which tensor-parallel sizes, and who does not, and why."""
+def engine_lines(engines: list[dict[str, Any]], command: str = "") -> list[str]:
+    """Return the lines that say who loads an output, at which tensor-parallel sizes, and who does not, and why.
+
+    command: what the flags of remedies are flags of, if it is not the command that is running.
+    """
     engines = [engine for engine in engines if not _goes_without_saying(engine, engines)]
     if not engines:
         return []
@@ -25,15 +28,15 @@ def engine_lines(engines: list[dict[str, Any]]) -> list[str]:
     for engine in engines:
         if not engine["tp"]:
             refusals.setdefault((engine["reason"], engine["remedy"]), []).append(NAMES[engine["engine"]])
-    return lines + [
-        f"         not {', '.join(names)}: {reason}" + (f" ({remedy})" if remedy else "")
-        for (reason, remedy), names in refusals.items()
-    ]
+    for (reason, remedy), names in refusals.items():
+        flags = f" ({command if remedy.startswith('--') else ''}{remedy})" if remedy else ""
+        lines.append(f"         not {', '.join(names)}: {reason}{flags}")
+    return lines
 
 
 def _goes_without_saying(engine: dict[str, Any], engines: list[dict[str, Any]]) -> bool:
     """A language model is not for ComfyUI, and a diffusion model, which names no architecture, not for the others."""
     if engine.get("asked"):
         return False
-    of_language = any(other["tp"] for other in engines if other["engine"] in LLM_ENGINES)
+    of_language = not any(other["reason"] == NO_ARCHITECTURE for other in engines)
     return not engine["tp"] and (engine["engine"] == "comfyui") == of_language

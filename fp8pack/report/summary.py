@@ -1,5 +1,6 @@
 """What `pack`, `convert` and `unpack` say on stderr, drawn from their facts."""
 
+import shlex
 from collections import Counter
 from typing import Any
 
@@ -46,17 +47,17 @@ def _pack_lines(facts: dict[str, Any]) -> list[str]:
         packed += f", {'all' if carried == facts['num_packed'] else carried} with their FP8 bytes untouched"
     if facts["num_unpacked"]:
         packed += f"    unpacked {facts['num_unpacked']}"
-    kept = len(facts["kept"]) - facts["num_unpacked"]
+    kept = [entry for entry in facts["kept"] if entry["action"] == "copied" and entry["role"] != "activation_scale"]
     return [
         f"scheme   {recipe['scheme']} ({recipe['reason']}): {parts}",
-        f"{packed}    kept {kept}{_kept(facts['kept'])}",
-        *_shape_lines(facts["kept"]),
+        f"{packed}    kept {len(kept)}{_kept(kept)}",
+        *_shape_lines([entry for entry in facts["kept"] if entry["role"] != "activation_scale"]),
     ]
 
 
 def result_lines(facts: dict[str, Any]) -> list[str]:
     """Return the lines that stand after the work: sizes, speed, quality, who loads the output, and what to do next."""
-    ratio = facts["output_nbytes"] / facts["source_nbytes"] - 1
+    ratio = facts["output_nbytes"] / max(1, facts["source_nbytes"]) - 1
     size = f"{format_size(facts['output_nbytes'])} ({ratio:+.0%})".replace("-", "\N{MINUS SIGN}")
     if facts["dry_run"]:
         return [f"result   {size}  would be written to {facts['output']}", *engine_lines(facts["engines"])]
@@ -79,9 +80,9 @@ def result_lines(facts: dict[str, Any]) -> list[str]:
     if facts["recipe"].get("quant_method") != "fp8pack" and any(
         engine["engine"] == "vllm" and engine["tp"] for engine in facts["engines"]
     ):
-        lines.append(f"next     vllm serve {facts['output']}")
+        lines.append(f"next     vllm serve {shlex.quote(facts['output'])}")
     else:
-        lines.append(f"next     fp8pack inspect {facts['output']}")
+        lines.append(f"next     fp8pack inspect {shlex.quote(facts['output'])}")
     return lines
 
 

@@ -33,7 +33,7 @@ def print_inspection(facts: dict[str, Any]) -> None:
         table.add_row(*(Text(printable(cell)) for cell in _cells(tensor, static, measured)))
     console.print(table)
     warnings = [f"warning  {warning}" for warning in facts["warnings"]]
-    for line in ("", *_totals(facts), *warnings, *engine_lines(facts["engines"])):
+    for line in ("", *_totals(facts), *warnings, *engine_lines(facts["engines"], "fp8pack convert ")):
         print_line(console, line)
 
 

@@ -318,15 +318,24 @@ def test_87_an_architecture_cannot_send_control_sequences_to_the_terminal(built:
     assert not any(line.startswith("second line") for line in ran.stderr.splitlines())
 
 
+def _merges(levels: int) -> str:
+    """Mappings that each merge the one before ten times over."""
+    lines = ["a0: &a0 {k: v}"]
+    lines += [f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 10)}]}}" for n in range(1, levels)]
+    return "\n".join(lines) + "\n"
+
+
 @pytest.mark.parametrize(
     ("text", "kept"),
     [
         ("---\nlicense: !!python/object/apply:os.system ['false']\n---\nbody", "license: !!python"),
         ("---\nlicense: &a [*a,*a]\nlanguage: {a: b}\ntags: 3\n---\nbody", "body"),
+        ("---\nlicense: !!int ''\n---\nbody", "body"),
+        ("---\nlicense: mit\n" + _merges(9) + "---\nbody", "body"),
         ("---\nlicense: mit\nnever closed", "never closed"),
         ("---\n- a\n- list\n---\nbody", "body"),
     ],
-    ids=["python-object", "alias-bomb", "no-closing-line", "a-list"],
+    ids=["python-object", "alias-bomb", "no-int", "merge-bomb", "no-closing-line", "a-list"],
 )
 def test_95_nothing_of_a_hostile_model_card_is_inherited_and_its_text_is_kept(
     text: str, kept: str, built: Any, tmp_path: Path
@@ -338,6 +347,20 @@ def test_95_nothing_of_a_hostile_model_card_is_inherited_and_its_text_is_kept(
     head = card.split("---\n")[1]
     assert not {"license", "language"} & yaml.safe_load(head).keys()
     assert kept in card.split("---\n", 2)[2]
+
+
+def test_an_architecture_that_is_no_name_does_not_reach_the_model_card(built: Any, tmp_path: Path) -> None:
+    model = built.single(tmp_path / "model")
+    (model / "config.json").write_text(json.dumps({"architectures": ["Llama'); import os\n```\n# Evil"]}))
+    pack_into(model, tmp_path / "out")
+    assert "Evil" not in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_model_card_too_long_to_merge_is_copied(built: Any, tmp_path: Path) -> None:
+    model = built.single(tmp_path / "model")
+    (model / "README.md").write_bytes(b"x" * (5 << 20))
+    pack_into(model, tmp_path / "out")
+    assert (tmp_path / "out" / "README.md").stat().st_size == 5 << 20
 
 
 # Side files: what they may link to, and what they may be.

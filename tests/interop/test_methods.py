@@ -58,7 +58,7 @@ def quiet() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small mixture of experts with random weights, as transformers saves it."""
-    sizes = {"hidden_size": 128, "intermediate_size": 256, "moe_intermediate_size": 128, "vocab_size": 512}
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "moe_intermediate_size": 256, "vocab_size": 512}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 64, "num_hidden_layers": 2}
     torch.manual_seed(0)
     config = transformers.Qwen3MoeConfig(num_experts=4, num_experts_per_tok=2, **sizes, **heads)
@@ -140,3 +140,42 @@ def test_a_mixture_of_experts_computes_with_the_values_that_we_say_are_stored(
         assert torch.equal(found, expected)
     else:
         assert (found - expected).norm() / expected.norm() < 0.1
+
+
+@pytest.fixture(scope="module")
+def wrapper(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small multimodal model with random weights, as transformers saves it."""
+    sizes: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}
+    text = transformers.LlamaConfig(num_attention_heads=2, num_key_value_heads=2, vocab_size=512, **sizes)
+    vision = transformers.CLIPVisionConfig(num_attention_heads=2, image_size=28, patch_size=14, **sizes)
+    torch.manual_seed(0)
+    config = transformers.LlavaConfig(text_config=text, vision_config=vision, image_token_index=511)
+    folder = tmp_path_factory.mktemp("wrapper") / "source"
+    transformers.LlavaForConditionalGeneration(config).to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def is_loaded_whole(folder: Path) -> bool:
+    """Whether transformers finds every weight; where it does not, it raises or makes some up."""
+    from transformers.utils import logging as logs
+
+    method = json.loads((folder / "config.json").read_text())["quantization_config"]["quant_method"]
+    options = {"quantization_config": transformers.FineGrainedFP8Config(dequantize=True)} if "fp8" in method else {}
+    auto = transformers.AutoModelForImageTextToText if "wrapper" in str(folder) else transformers.AutoModelForCausalLM
+    logs.set_verbosity_error()
+    try:
+        _, found = auto.from_pretrained(folder, dtype=torch.bfloat16, output_loading_info=True, **options)
+    except (RuntimeError, AssertionError):
+        return False
+    return not any(found[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+
+
+@pytest.mark.parametrize("name", [*LOADED, "compressed-tensors group"])
+@pytest.mark.parametrize("kind", ["moe", "wrapper"])
+def test_transformers_loads_experts_and_wrappers_where_we_say_so(
+    kind: str, name: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    options = LOADED.get(name, COMPRESSED["group"])
+    facts = fp8pack.pack(request.getfixturevalue(kind), Request(**options), WriteOptions(tmp_path / kind))
+    verdict = next(engine for engine in facts["engines"] if engine["engine"] == "transformers")
+    assert is_loaded_whole(tmp_path / kind) == bool(verdict["tp"]), verdict["reason"]

@@ -237,7 +237,7 @@ def test_weights_with_a_nan_byte_are_all_named_and_nothing_is_committed(code: in
     with pytest.raises(InputError) as caught:
         fp8pack.unpack(source, options=WriteOptions(tmp_path / "out"))
     assert all(name in str(caught.value) for name in names)
-    assert str(caught.value).startswith("2 weights")
+    assert str(caught.value).startswith("2 FP8 weights")
     assert len(str(caught.value).splitlines()) == 1
     assert not (tmp_path / "out").exists()
 

@@ -23,6 +23,7 @@ from fp8pack.planning.engine_rules import (
     SCALES,
     VERSIONS,
     WEIGHTS,
+    WRAPPERS,
     Evidence,
     Match,
     find_listed,
@@ -195,7 +196,7 @@ def test_what_an_engine_needs_besides(kind: str, engine: str, note: str) -> None
         ("compressed-tensors tensor static", "tensorrt-llm", "refuses tensor scales", "--quant-method modelopt"),
         ("compressed-tensors channel none", "tensorrt-llm", "asks for input_activations", "--scheme FP8_DYNAMIC"),
         ("compressed-tensors block:128x128 dynamic", "tgi", "tensor and channel scales only", "--quant-method fp8"),
-        ("compressed-tensors block:128x128 dynamic", "lmdeploy", "block scales only", "--scheme FP8_BLOCK"),
+        ("compressed-tensors block:128x128 dynamic", "lmdeploy", "quant_method fp8 only", "--quant-method fp8"),
         ("compressed-tensors block:128x128 static", "vllm", "dynamic activations only", "--scheme FP8_BLOCK"),
         ("compressed-tensors group:64 dynamic", "vllm", "tensor, channel and block", "--scheme FP8_DYNAMIC"),
         ("compressed-tensors mx dynamic", "sglang", "no MXFP8 in compressed-tensors", "--quant-method modelopt"),
@@ -203,7 +204,12 @@ def test_what_an_engine_needs_besides(kind: str, engine: str, note: str) -> None
         ("modelopt channel dynamic", "sglang", "static tensor scales and MXFP8 only", "--scheme FP8_DYNAMIC"),
         ("mxfp8 mx dynamic", "vllm", "only its MiniMax-M3 class", "--quant-method modelopt"),
         ("quark block:128x128 dynamic", "sglang", "Quark's files say weight_scale", "--quant-method fp8"),
-        ("fbgemm_fp8 channel dynamic", "sglang", "no reader for channel scales in fbgemm_fp8", "--scheme FP8_DYNAMIC"),
+        (
+            "fbgemm_fp8 channel dynamic",
+            "sglang",
+            "no reader for channel scales in fbgemm_fp8",
+            "--scheme FP8_DYNAMIC --quant-method compressed-tensors",
+        ),
         ("fp8 block:128x128 dynamic", "comfyui", "single files", "--quant-method comfyui --granularity tensor"),
         ("compressed-tensors channel none", "cublaslt", "multiplies FP8 by FP8", "--activations dynamic"),
         ("fp8pack group:64 dynamic", "cublaslt", "no such mode", "--granularity tensor"),
@@ -963,7 +969,9 @@ def test_only_what_tests_of_libraries_ran_counts_as_run() -> None:
     expected = {("transformers", f"compressed-tensors {kind}") for kind in kinds}
     others = ("fp8 block:128x128 dynamic", "fp8/transformers tensor dynamic", "mxfp8 mx dynamic", "torchao *")
     assert run == expected | {("transformers", kind) for kind in others}
-    assert not any(rule.evidence == Evidence.RUN for rule in (*WEIGHTS, *EXPERTS, *ON_GPU, *KV_CACHE))
+    assert not any(rule.evidence == Evidence.RUN for rule in (*WEIGHTS, *ON_GPU, *KV_CACHE))
+    refused = [rule.engine for rule in (*EXPERTS, *WRAPPERS) if rule.evidence == Evidence.RUN]
+    assert refused == ["transformers"] * 3  # tests/interop/test_methods.py
 
 
 def test_every_rule_of_a_gpu_names_one_that_is_known() -> None:
