@@ -30,13 +30,14 @@ def write_metadata(prepared: Prepared, works: tuple[ShardWork, ...], folder: Pat
         work.plan.file: {"size": work.size, "header": f"blake3:{blake3(work.header).hexdigest()}"} for work in works
     }
     contents = _contents(prepared)
-    if (card := _card(prepared, energies_of(works))) is not None:
+    card = _card(prepared, energies_of(works))
+    if card:
         contents[CARD_NAME] = card
     for name, content in contents.items():
         write_file(folder / name, content)
         files[name] = {"size": len(content), "digest": f"blake3:{blake3(content).hexdigest()}"}
     for side in prepared.side_files:
-        if side.rule is None and side.name not in contents:
+        if side.rule is None and side.name not in contents and (side.name != CARD_NAME or card is None):
             files[side.name] = {
                 "size": side.size,
                 "digest": _copy(source.directory / side.name, folder / side.name, side.size),
@@ -62,7 +63,8 @@ def energies_of(works: tuple[ShardWork, ...]) -> dict[str, tuple[float, float]]:
 def _card(prepared: Prepared, energies: dict[str, tuple[float, float]]) -> bytes | None:
     """The model card of a directory: with FP8 weights, above the text of the base model's; else without what was ours.
 
-    None where there is nothing to say, or where the source has a card that is too long for one: it is copied.
+    None where that of the source, if it has one, is copied: there is nothing to say, or it is too long. Empty where
+    nothing is left of it.
     """
     source, plan = prepared.source, prepared.plan
     found = next((side for side in prepared.side_files if side.name == CARD_NAME and side.rule is None), None)

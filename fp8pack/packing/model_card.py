@@ -53,7 +53,7 @@ def model_card(verb: str, plan: PackPlan, source: Source, energies: Energies, ba
         measured. base: the text of the base model's card, empty if it has none.
     """
     head, body = _split(strip_card(base))
-    model = _base_model(source)
+    model = _base_model(source, base)
     parts = [
         f"---\n{_head(head, model, plan)}---",
         _BEGIN,
@@ -102,12 +102,16 @@ def _is_more_than_text(event: yaml.Event) -> bool:
     return isinstance(event, yaml.AliasEvent)
 
 
-def _base_model(source: Source) -> str:
-    """The id of the model, if it lies in the hub cache; a config.json often names what it was fine-tuned from."""
+def _base_model(source: Source, card: str) -> str:
+    """The id of the model, by its place in the hub cache, or as a card of ours says.
+
+    A config.json often names what the model was fine-tuned from.
+    """
     place = source.path.absolute()
     if place.parent.name == "snapshots" and place.parent.parent.name.startswith("models--"):
         return place.parent.parent.name.removeprefix("models--").replace("--", "/", 1)
-    return ""
+    named = _split(card)[0].get("base_model") if _BEGIN in card else None
+    return named if isinstance(named, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", named) else ""
 
 
 def _head(base: Mapping[str, Any], model: str, plan: PackPlan) -> str:

@@ -39,8 +39,8 @@ class Contents:
     method: the convention that announces itself, empty if none does. tensors: everything but scales and markers, FP8
     weights under the name that they have in every other convention. quantized: of the FP8 ones. kv_scales: the
     multipliers of K and V by point (`….self_attn.k`). other_scales: tensors that are scales of other activations, such
-    as Q. unread: weights that are packed in a way that fp8pack does not
-    read, such as FP4. kept: the modules that stay, as the configuration lists them.
+    as Q. unread: weights that are packed in a way that fp8pack does not read, such as FP4. kept: the modules that stay,
+    as the configuration lists them.
     """
 
     method: str

@@ -60,6 +60,18 @@ def test_a_conversion_replaces_our_card_and_unpacking_takes_it_away(source: Path
     assert body == "\n# A model\n\nIts text.\n"
 
 
+def test_a_conversion_names_the_model_that_our_card_names(tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--org--name" / "snapshots" / "0"
+    write_model(snapshot, llama_tensors(), llama_config())
+    fp8pack.pack(snapshot, Request("FP8_BLOCK"), WriteOptions(tmp_path / "a"))
+    fp8pack.convert(tmp_path / "a", Request(quant_method="modelopt"), WriteOptions(tmp_path / "b"))
+    head, body = card_of(tmp_path / "b")
+    assert head["base_model"] == "org/name"
+    assert "# name in FP8" in body
+    fp8pack.unpack(tmp_path / "b", options=WriteOptions(tmp_path / "c"))
+    assert not (tmp_path / "c" / "README.md").exists()
+
+
 def test_the_card_of_a_fine_tune_does_not_name_what_it_was_tuned_from(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "tune", llama_tensors(), llama_config() | {"_name_or_path": "org/base"})
     fp8pack.pack(folder, options=WriteOptions(tmp_path / "out"))
