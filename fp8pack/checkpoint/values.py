@@ -1,5 +1,6 @@
 """The values of a checkpoint's tensors, row by row, in float32: floats as they are, FP8 bytes times their scales."""
 
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
 
@@ -14,7 +15,15 @@ from fp8pack.numerics.metrics import widen
 from fp8pack.planning.contents import Contents
 from fp8pack.planning.spec import DTYPE_BITS, TensorSpec
 
+_STRIP_NBYTES = 4 << 20
 _BITS = {"BF16": np.uint16, "F16": np.uint16, "F32": np.uint32}
+
+
+def strips(spec: TensorSpec) -> Iterator[tuple[int, int]]:
+    """Yield ranges of rows, a few MiB of float32 each."""
+    rows, cols = spec.matrix
+    step = max(1, _STRIP_NBYTES // (4 * max(cols, 1)))
+    return ((lo, min(lo + step, rows)) for lo in range(0, rows, step))
 
 
 class ValueReader:

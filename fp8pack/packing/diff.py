@@ -12,9 +12,8 @@ from numpy.typing import NDArray
 
 from fp8pack.checkpoint.quantized import read_contents
 from fp8pack.checkpoint.source import Source, open_checkpoint
-from fp8pack.checkpoint.values import ValueReader
+from fp8pack.checkpoint.values import ValueReader, strips
 from fp8pack.numerics.metrics import LOST_DB, energies, sqnr_db
-from fp8pack.packing.inspect import strips
 from fp8pack.packing.workers import Stop, available_cores, run_threads
 from fp8pack.planning.contents import Contents
 from fp8pack.planning.experts import split_experts

@@ -1,7 +1,7 @@
 """`inspect`: what a checkpoint holds, packed or not, and how much quantization took away."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +13,7 @@ from fp8pack.checkpoint.calibration_file import is_calibration, read_calibration
 from fp8pack.checkpoint.manifest_schema import Manifest, PackedEntry, check_headers, find_manifest, read_manifest
 from fp8pack.checkpoint.quantized import read_contents
 from fp8pack.checkpoint.source import Source, open_checkpoint
-from fp8pack.checkpoint.values import ValueReader
+from fp8pack.checkpoint.values import ValueReader, strips
 from fp8pack.errors import BoundError, InputError, RecipeError
 from fp8pack.numerics.metrics import energies, sqnr_db
 from fp8pack.packing.workers import Stop, available_cores, run_threads
@@ -26,7 +26,6 @@ from fp8pack.planning.layout import Stored
 from fp8pack.planning.policy import judge
 from fp8pack.planning.spec import FLOAT_DTYPES, TensorSpec
 
-_STRIP_NBYTES = 4 << 20
 METRICS = ("sqnr_min", "sqnr_mean")
 
 
@@ -188,13 +187,6 @@ def _measure(opened: Source, contents: Contents, against: Path) -> dict[str, flo
     packed = [spec for spec in contents.tensors if spec.name in contents.quantized]
     run_threads([packed], lambda: nullcontext(work), count=available_cores(), stop=Stop(), tick=lambda: None)
     return found
-
-
-def strips(spec: TensorSpec) -> Iterator[tuple[int, int]]:
-    """Yield ranges of rows, a few MiB of float32 each."""
-    rows, cols = spec.matrix
-    step = max(1, _STRIP_NBYTES // (4 * max(cols, 1)))
-    return ((lo, min(lo + step, rows)) for lo in range(0, rows, step))
 
 
 def _verdicts(

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from typer.testing import CliRunner
 
 import fp8pack
+from fp8pack.checkpoint import values
 from fp8pack.cli.app import app
 from fp8pack.errors import Fp8PackError
-from fp8pack.packing import inspect as inspection
 from fp8pack.packing.prepare import WriteOptions
 from fp8pack.planning.recipe import Request
 
@@ -260,6 +260,6 @@ def test_memory_and_strips_change_nothing(tmp_path: Path, monkeypatch: pytest.Mo
     tensors, _, _ = packed("block:48x80")
     a, b = model(tmp_path / "a", {WEIGHT: random_weight(SHAPE)}), model(tmp_path / "b", tensors, "block:48x80")
     whole = fp8pack.diff(a, b)
-    monkeypatch.setattr(inspection, "_STRIP_NBYTES", 1)
+    monkeypatch.setattr(values, "_STRIP_NBYTES", 1)
     rows = fp8pack.diff(a, b)
     assert only(rows)["sqnr"] == pytest.approx(only(whole)["sqnr"], abs=1e-9)
