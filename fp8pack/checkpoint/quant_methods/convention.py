@@ -1,5 +1,6 @@
 """What most conventions have in common; each file of this room says what one of them does otherwise."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from fp8pack.planning.spec import TensorSpec
 from fp8pack.planning.storage import Storage
 
 
-class Convention:
+class Convention(ABC):
     """`weight` and `weight_scale`, float32 multipliers, [] for a whole tensor, U8 exponents for mx; announced in JSON.
 
     holds_mixed: whether weights may differ in format and granularity. holds_head_scales: whether K and V may have a
@@ -23,9 +24,9 @@ class Convention:
     holds_mixed = False
     holds_head_scales = False
 
+    @abstractmethod
     def expresses(self, storage: Storage) -> bool:
         """See QuantMethod."""
-        raise NotImplementedError
 
     def problem(self, shape: tuple[int, ...], granularity: Granularity) -> str | None:
         """Return why a weight stays: a region that reaches over its edge, or dimensions that no FP8 GEMM takes."""
@@ -69,9 +70,9 @@ class Convention:
         """Return nothing."""
         return {}
 
+    @abstractmethod
     def config(self, plan: PackPlan) -> dict[str, Any] | None:
         """See QuantMethod."""
-        raise NotImplementedError
 
     def files(self, plan: PackPlan) -> dict[str, dict[str, Any]]:
         """Return none: config.json says everything."""
