@@ -35,8 +35,12 @@ def set_quantization_config(text: bytes, quantization: dict[str, Any] | None) ->
 
 
 def set_dtype(text: bytes, dtype: str) -> bytes:
-    """Return the text of a config.json with another dtype wherever it names one of floats; the rest stays."""
-    return re.sub(rb'("(?:torch_)?dtype"\s*:\s*)"(?:bfloat16|float16|float32)"', rb'\1"' + dtype.encode() + b'"', text)
+    """Return the text of a config.json with another dtype, also in sections that have the same; the rest stays."""
+    document = json.loads(text)
+    old = document.get("dtype") or document.get("torch_dtype")
+    if not isinstance(old, str) or not old.isidentifier():
+        return text
+    return re.sub(rb'("(?:torch_)?dtype"\s*:\s*)"' + old.encode() + b'"', rb'\1"' + dtype.encode() + b'"', text)
 
 
 def _strip(document: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from math import prod
 
 from fp8pack.checkpoint.announcement import Announcement, read_announcement
-from fp8pack.checkpoint.manifest_schema import PackedEntry, find_manifest, read_manifest
+from fp8pack.checkpoint.manifest_schema import PackedEntry
 from fp8pack.checkpoint.source import Source
 from fp8pack.errors import InputError
 from fp8pack.numerics.formats import E4M3, E5M2, Float8Format
@@ -195,11 +195,9 @@ class _Reader:
 
 def _recorded_granularities(source: Source) -> dict[str, Granularity]:
     """What fp8pack itself recorded of packed weights; empty for what others wrote."""
-    path = find_manifest(source.path)
-    if path is None:
-        return {}
-    entries = {name: entry for name, entry in read_manifest(path).tensors.items() if isinstance(entry, PackedEntry)}
-    return {name: parse_granularity(entry.granularity) for name, entry in entries.items()}
+    entries = source.manifest.tensors if source.manifest else {}
+    packed = {name: entry for name, entry in entries.items() if isinstance(entry, PackedEntry)}
+    return {name: parse_granularity(entry.granularity) for name, entry in packed.items()}
 
 
 def _activations(announced: Announcement, quantized: Mapping[str, Quantized]) -> str:

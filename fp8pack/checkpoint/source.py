@@ -16,6 +16,7 @@ from blake3 import blake3
 from numpy.typing import NDArray
 
 from fp8pack.checkpoint.header import Header, read_header
+from fp8pack.checkpoint.manifest_schema import Manifest, find_manifest, read_manifest
 from fp8pack.errors import InputError
 from fp8pack.planning.model import ModelFacts, read_facts
 from fp8pack.planning.spec import TensorSpec
@@ -55,6 +56,16 @@ class Source:
     def fingerprint(self) -> str:
         """BLAKE3 over headers and samples of every tensor; computed when it is first asked for."""
         return _fingerprint(self.directory, self.headers)
+
+    @cached_property
+    def manifest(self) -> Manifest | None:
+        """What `fp8pack.json` says, None of a checkpoint that fp8pack did not write; read when it is first asked for.
+
+        Raises:
+            InputError: it is malformed, or of a schema that this version does not know.
+        """
+        path = find_manifest(self.path)
+        return read_manifest(path) if path else None
 
     @property
     def facts(self) -> ModelFacts:

@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fp8pack.checkpoint.scales import offset_in_region, read_scales
+from fp8pack.checkpoint.scales import Read, Span, offset_in_region, read_scales
 from fp8pack.checkpoint.source import ShardReader, Source, gather
 from fp8pack.errors import InputError
 from fp8pack.numerics import native
 from fp8pack.numerics.metrics import widen
-from fp8pack.planning.contents import Contents
+from fp8pack.planning.contents import Contents, Quantized
 from fp8pack.planning.spec import DTYPE_BITS, TensorSpec
 
 _STRIP_NBYTES = 4 << 20
@@ -24,6 +24,24 @@ def strips(spec: TensorSpec) -> Iterator[tuple[int, int]]:
     rows, cols = spec.matrix
     step = max(1, _STRIP_NBYTES // (4 * max(cols, 1)))
     return ((lo, min(lo + step, rows)) for lo in range(0, rows, step))
+
+
+def dequantize(
+    read: Read, spec: TensorSpec, quantized: Quantized, payload: NDArray[np.uint8], values: NDArray[Any], at: Span
+) -> float:
+    """Fill raw bits [rows, cols] of float32 or BF16 with what FP8 bytes mean; return their amax, NaN if one is a NaN.
+
+    read: bytes of the scales. at: the row and column of the tensor where the payload begins.
+    """
+    rows, cols = ((begin, begin + length) for begin, length in zip(at, payload.shape, strict=True))
+    return native.dequantize_rows(
+        payload,
+        read_scales(read, spec, quantized, rows, cols),
+        values,
+        region=quantized.granularity.region(spec.matrix),
+        format=quantized.format,
+        offset=offset_in_region(spec, quantized, *at),
+    )
 
 
 class ValueReader:
@@ -55,14 +73,7 @@ class ValueReader:
             return widen(self.bits(spec, lo, hi), spec.dtype)
         payload = self.bits(spec, lo, hi)
         values = np.empty(payload.shape, np.uint32)
-        amax = native.dequantize_rows(
-            payload,
-            read_scales(self._read_bytes, spec, quantized, (lo, hi), (0, payload.shape[1])),
-            values,
-            region=quantized.granularity.region(spec.matrix),
-            format=quantized.format,
-            offset=offset_in_region(spec, quantized, lo, 0),
-        )
+        amax = dequantize(self._read_bytes, spec, quantized, payload, values, (lo, 0))
         found = values.view(np.float32)
         if np.isnan(amax):
             found[np.isin(payload & 0x7F, quantized.format.nan_codes)] = np.nan

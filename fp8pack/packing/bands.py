@@ -17,6 +17,7 @@ from fp8pack.checkpoint.journal import BandResult
 from fp8pack.checkpoint.scales import offset_in_region, read_scales
 from fp8pack.checkpoint.shard_writer import ShardWriter
 from fp8pack.checkpoint.source import ShardReader, gather
+from fp8pack.checkpoint.values import dequantize
 from fp8pack.numerics import native
 from fp8pack.numerics.formats import value_table
 from fp8pack.numerics.granularity import TENSOR
@@ -154,7 +155,7 @@ class BandWorker:
 
     def unpack(self, band: Band, place: Place) -> BandResult:
         """Dequantize a band: the product in float32, rounded once."""
-        spec, dtype = band.tensor.spec, band.tensor.data.dtype
+        spec, dtype, quantized = band.tensor.spec, band.tensor.data.dtype, _quantized(band)
         itemsize = DTYPE_BITS[dtype] // 8
         hasher, amax, writer = blake3(), 0.0, self._open_writer(place.file)
         for lo, hi in self._strips(band):
@@ -162,7 +163,7 @@ class BandWorker:
             bits = np.dtype(np.uint16 if dtype == "BF16" else np.uint32)
             data = self._buffer("values", payload.size * bits.itemsize)
             weight = np.frombuffer(data, bits).reshape(payload.shape)
-            found = self._dequantize(band, payload, lo, weight)
+            found = dequantize(self._read_bytes, spec, quantized, payload, weight, (lo, band.cols[0]))
             amax = found if math.isnan(found) else max(amax, found)
             if not amax < OVERFLOW[dtype]:
                 return BandResult(spec.name, band.index, "", amax=math.nan)
@@ -225,26 +226,13 @@ class BandWorker:
 
     def _read_values(self, band: Band, lo: int, hi: int) -> tuple[NDArray[Any], str]:
         """Rows of a weight as raw bits of a float dtype: FP8 bytes become float32."""
-        data = self._read(band, lo, hi)
-        if band.tensor.quantized is None:
-            return data, band.tensor.spec.dtype
+        data, spec, quantized = self._read(band, lo, hi), band.tensor.spec, band.tensor.quantized
+        if quantized is None:
+            return data, spec.dtype
         values = np.frombuffer(self._buffer("values", 4 * data.size), np.uint32).reshape(data.shape)
-        if math.isnan(self._dequantize(band, data, lo, values)):
+        if math.isnan(dequantize(self._read_bytes, spec, quantized, data, values, (lo, band.cols[0]))):
             values[0, 0] = _NAN
         return values, "F32"
-
-    def _dequantize(self, band: Band, payload: NDArray[np.uint8], lo: int, weight: NDArray[Any]) -> float:
-        """Fill a weight with the values of rows from `lo` on; return their amax, NaN if they hold a NaN or infinity."""
-        spec, quantized = band.tensor.spec, _quantized(band)
-        rows = (lo, lo + payload.shape[0])
-        return native.dequantize_rows(
-            payload,
-            read_scales(self._read_bytes, spec, quantized, rows, band.cols),
-            weight,
-            region=quantized.granularity.region(spec.matrix),
-            format=quantized.format,
-            offset=offset_in_region(spec, quantized, lo, band.cols[0]),
-        )
 
     def _amax_of_codes(self, band: Band, payload: NDArray[np.uint8], lo: int) -> float:
         """Return the amax of FP8 rows from `lo` on, NaN if they hold a NaN or infinity."""

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from fp8pack.checkpoint.calibration_file import is_calibration, read_calibration
-from fp8pack.checkpoint.manifest_schema import Manifest, PackedEntry, check_headers, find_manifest, read_manifest
+from fp8pack.checkpoint.manifest_schema import Manifest, PackedEntry, check_headers
 from fp8pack.checkpoint.quantized import read_contents
 from fp8pack.checkpoint.source import Source, open_checkpoint
 from fp8pack.checkpoint.values import ValueReader, strips
@@ -71,8 +71,7 @@ def inspect(
         return {"schema": 1, "calibration": str(path), **calibration_facts(read_calibration(path), every_site=True)}
     opened = open_checkpoint(path)
     contents = read_contents(opened)
-    manifest_path = find_manifest(opened.path)
-    manifest = read_manifest(manifest_path) if manifest_path else None
+    manifest = opened.manifest
     if manifest is not None:
         check_headers(opened.specs, manifest)
     if against is not None and not contents.quantized:

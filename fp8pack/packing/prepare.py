@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 from fp8pack.checkpoint.calibration_file import read_calibration
 from fp8pack.checkpoint.config import set_dtype, set_quantization_config
-from fp8pack.checkpoint.manifest_schema import find_manifest, read_manifest
 from fp8pack.checkpoint.quant_methods import find_method
 from fp8pack.checkpoint.quantized import read_contents
 from fp8pack.checkpoint.side_files import SideFile, list_side_files
@@ -204,8 +203,7 @@ def _calibration(source: Source, request: Request, *, carries_static: bool = Fal
             )
         return None
     calibration = read_calibration(request.calibration)
-    manifest = find_manifest(source.path)
-    origin = read_manifest(manifest).source.fingerprint if manifest else source.fingerprint
+    origin = source.manifest.source.fingerprint if source.manifest else source.fingerprint
     if calibration.fingerprint not in ("", source.fingerprint, origin):
         command = f"fp8pack calibrate {shlex.quote(str(source.path))}"
         raise InputError(f"{request.calibration} is a calibration of another model: run `{command}`")

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fp8pack.checkpoint.manifest_schema import Manifest, PackedEntry, check_headers, find_manifest, read_manifest
+from fp8pack.checkpoint.manifest_schema import Manifest, PackedEntry, check_headers
 from fp8pack.checkpoint.quantized import read_contents
 from fp8pack.checkpoint.source import open_checkpoint, open_regular
 from fp8pack.errors import InputError
@@ -56,8 +56,7 @@ def load_packed(path: str | Path, device: str | torch.device = "cpu") -> "Packed
     """
     source = open_checkpoint(Path(path))
     contents = read_contents(source)
-    manifest_path = find_manifest(source.path)
-    manifest = read_manifest(manifest_path) if manifest_path else None
+    manifest = source.manifest
     if not contents.quantized and manifest is None:
         raise InputError(f"{source.path} holds no FP8 weight: pack it with `fp8pack pack`")
     if manifest is not None:

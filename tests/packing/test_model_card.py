@@ -97,6 +97,11 @@ def test_unpacked_weights_are_not_among_what_stayed(source: Path, tmp_path: Path
 
 
 def test_the_dtype_in_config_json_is_that_of_the_floats(source: Path, tmp_path: Path) -> None:
+    path = source / "config.json"
+    towers = {"vision_config": {"dtype": "float32"}, "audio_config": {"torch_dtype": "bfloat16"}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | towers))
     fp8pack.pack(source, Request("FP8_BLOCK"), WriteOptions(tmp_path / "a"))
     fp8pack.unpack(tmp_path / "a", "float16", WriteOptions(tmp_path / "b"))
-    assert json.loads((tmp_path / "b" / "config.json").read_text())["dtype"] == "float16"
+    config = json.loads((tmp_path / "b" / "config.json").read_text())
+    assert config["dtype"] == config["audio_config"]["torch_dtype"] == "float16"
+    assert config["vision_config"]["dtype"] == "float32"

@@ -24,7 +24,7 @@ from fp8pack.planning.make_plan import choose_recipe, make_plan
 from fp8pack.planning.model import ModelFacts
 from fp8pack.planning.patterns import Pattern
 from fp8pack.planning.plan import PackPlan
-from fp8pack.planning.recipe import Request, Rule, RuleAction
+from fp8pack.planning.recipe import WRITABLE, Request, Rule, RuleAction
 from fp8pack.planning.recipe_file import parse_recipe
 from fp8pack.planning.spec import TensorSpec
 
@@ -589,3 +589,7 @@ def test_an_expert_that_only_the_warm_up_reached_takes_what_its_peers_saw() -> N
     alone = ActivationScales(calibration(replace(sites[0], points=("a.input",))), ActivationOptions(warmup=1), E4M3)
     with pytest.raises(InputError, match="smaller --warmup"):
         alone.observed("a.input", "a.weight")
+
+
+def test_the_names_that_a_recipe_may_keep_are_those_of_the_conventions_that_are_written() -> None:
+    assert tuple(method.name for method in METHODS) == WRITABLE
