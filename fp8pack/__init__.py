@@ -11,7 +11,8 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "CalibrateOptions": "fp8pack.calibration.options",
     "Fp8PackError": "fp8pack.errors",
-    "PackedCheckpoint": "fp8pack.runtime.load",
+    "FP8Linear": "fp8pack.runtime.linear",
+    "PackedCheckpoint": "fp8pack.runtime.packed_checkpoint",
     "PackedTensor": "fp8pack.runtime.packed_tensor",
     "Request": "fp8pack.planning.recipe",
     "WriteOptions": "fp8pack.packing.prepare",
@@ -19,6 +20,7 @@ _PUBLIC = {
     "convert": "fp8pack.packing.convert",
     "diff": "fp8pack.packing.diff",
     "inspect": "fp8pack.packing.inspect",
+    "linear": "fp8pack.runtime.linear",
     "load_packed": "fp8pack.runtime.load",
     "merge": "fp8pack.calibration.merge",
     "observe": "fp8pack.calibration.observers",

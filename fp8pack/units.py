@@ -13,6 +13,11 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def round_up(a: int, multiple: int) -> int:
+    """Return a, or the next multiple of a number above it."""
+    return ceil_div(a, multiple) * multiple
+
+
 def parse_size(text: str) -> int:
     """Return the bytes of a size such as `5GB` (decimal), `256MiB` (binary) or `4096`."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", text.upper())

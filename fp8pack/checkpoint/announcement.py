@@ -12,7 +12,7 @@ from fp8pack.checkpoint.source import ShardReader, Source, read_json
 from fp8pack.errors import RecipeError
 from fp8pack.numerics.granularity import BLOCK_128, MX, Granularity, parse_granularity
 
-_MARKER = re.compile(r"(^|\.)(comfy_quant|scaled_fp8)$")
+_MARKERS = ("comfy_quant", "scaled_fp8")
 _MAX_MARKER_NBYTES = 4096
 _KEPT_KEYS = ("ignore", "modules_to_not_convert", "ignored_layers", "exclude_modules", "exclude", "ignored_modules")
 _MAX_ENTRIES, _MAX_ENTRY, _MAX_REPEATS = 4096, 512, 3
@@ -41,7 +41,7 @@ class Announcement:
 
 def read_announcement(source: Source) -> Announcement:
     """Return what a checkpoint announces, looked for where engines look."""
-    markers = frozenset(spec.name for spec in source.specs if _MARKER.search(spec.name))
+    markers = frozenset(spec.name for spec in source.specs if spec.name.rpartition(".")[2] in _MARKERS)
     config = _find_config(source, markers)
     return Announcement(
         str(config.get("quant_method", "")).lower(),

@@ -131,7 +131,9 @@ def _parse_json(raw: bytes, file: str) -> dict[str, Any]:
         return found
 
     hooks: dict[str, Any] = {"parse_constant": refuse_constant, "parse_float": refuse_infinity}
-    hooks |= {"parse_int": refuse_minus_zero, "object_pairs_hook": refuse_duplicates}
+    hooks["object_pairs_hook"] = refuse_duplicates
+    if b"-0" in raw:
+        hooks["parse_int"] = refuse_minus_zero
     try:
         document = json.loads(raw.decode(), **hooks)
         if re.search(rb"\\u[dD][89a-fA-F]", raw):
@@ -164,21 +166,26 @@ def _parse_entry(name: str, entry: Any, file: str, data_begin: int) -> TensorSpe
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         refuse(f"has a dtype that is not known: {str(dtype)[:40]!r}")
-    if not _is_ints(shape) or len(shape) > _MAX_RANK or any(dim > _MAX_DIM for dim in shape):
+    if not _is_ints(shape, _MAX_DIM) or len(shape) > _MAX_RANK:
         refuse("has a malformed shape")
-    if not _is_ints(offsets) or len(offsets) != 2 or not offsets[0] <= offsets[1] <= _MAX_FILE_NBYTES:
+    if not _is_ints(offsets, _MAX_FILE_NBYTES) or len(offsets) != 2 or offsets[0] > offsets[1]:
         refuse("has malformed data_offsets")
     try:
         expected = nbytes_of(dtype, tuple(shape))
     except ValueError as error:
         refuse(str(error))
-    if prod(max(dim, 1) for dim in shape) > 2**63 or offsets[1] - offsets[0] != expected:
+    if offsets[1] - offsets[0] != expected or (0 in shape and prod(max(dim, 1) for dim in shape) > 2**63):
         refuse(f"spans {offsets[1] - offsets[0]} bytes, but {dtype} {str(shape)[:80]} needs {expected}")
     return TensorSpec(name, dtype, tuple(shape), file, data_begin + offsets[0], data_begin + offsets[1])
 
 
-def _is_ints(values: Any) -> bool:
-    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
+def _is_ints(values: Any, largest: int) -> bool:
+    if not isinstance(values, list):
+        return False
+    for value in values:  # noqa: SIM110  (a generator for `all` costs as much as the rest of a header)
+        if type(value) is not int or not 0 <= value <= largest:
+            return False
+    return True
 
 
 def _is_shallow(value: Any, depth: int) -> bool:

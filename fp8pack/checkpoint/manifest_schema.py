@@ -1,15 +1,15 @@
 """The manifest's entries as pydantic models: they read `fp8pack.json` back and publish its schema."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from blake3 import blake3
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fp8pack.checkpoint.manifest import MANIFEST_NAME, SCHEMA_VERSION
 from fp8pack.errors import InputError
-from fp8pack.numerics.formats import parse_format
+from fp8pack.numerics.formats import FORMATS
 from fp8pack.planning.spec import TensorSpec
 
 Digest = Annotated[str, Field(pattern=r"^blake3:[0-9a-f]{64}$")]
@@ -159,6 +159,21 @@ class Manifest(_Entry):
     files: dict[str, FileEntry]
     root: Digest
 
+    def check_header(self, file: str, raw: bytes) -> None:
+        """Raise InputError unless these are the bytes of a shard's header, without its length, that were written."""
+        entry = self.files.get(file)
+        found = f"blake3:{blake3(len(raw).to_bytes(8, 'little') + raw).hexdigest()}"
+        if entry is None or entry.header != found:
+            raise InputError(f"{file}: the header is not the one that was packed: copy the file again")
+
+
+class _Schema(_Entry):
+    number: Annotated[int, Field(alias="schema")]
+
+
+class _Head(_Entry):
+    fp8pack: _Schema
+
 
 def find_manifest(path: Path) -> Path | None:
     """Return the manifest of a packed checkpoint, a directory or a single file; None if there is none."""
@@ -173,14 +188,14 @@ def read_manifest(path: Path) -> Manifest:
         InputError: it is malformed, or of a schema that this version does not know.
     """
     try:
-        document = json.loads(path.read_bytes())
-        schema = document["fp8pack"]["schema"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        raw = path.read_bytes()
+        schema = _Head.model_validate_json(raw).fp8pack.number
+    except (OSError, ValidationError):
         raise InputError(f"{path} is no manifest of fp8pack") from None
     if schema != SCHEMA_VERSION:
         raise InputError(f"{path} has schema {schema}, this version reads {SCHEMA_VERSION}: use a newer one")
     try:
-        return Manifest.model_validate(document)
+        return Manifest.model_validate_json(raw)
     except ValidationError as error:
         first = error.errors()[0]
         raise InputError(f"{path} is malformed: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
@@ -189,9 +204,10 @@ def read_manifest(path: Path) -> Manifest:
 def check_headers(specs: Sequence[TensorSpec], manifest: Manifest) -> None:
     """Raise InputError unless every tensor of the manifest lies in its file, as it says, and nothing else does."""
     found = {spec.name: (spec.file, spec.dtype, list(spec.shape)) for spec in specs}
+    dtypes = {format.name: format.dtype for format in FORMATS}
     for name, entry in manifest.tensors.items():
         if isinstance(entry, PackedEntry):
-            stored, dtype = entry.tensor or name, parse_format(entry.format).dtype
+            stored, dtype = entry.tensor or name, dtypes[entry.format]
         else:
             stored, dtype = name, entry.dtype
         if found.pop(stored, None) != (entry.file, dtype, list(entry.shape)):

@@ -55,13 +55,14 @@ def read_contents(source: Source) -> Contents:
     kv_scales = dict(_kv_scales(source.specs, hidden)) if weights else {}
     hidden.update(spec.name for spec in kv_scales.values())
     plain = [tensors.get(spec.name, spec) for spec in source.specs if spec.name not in hidden]
-    others = tuple(spec.name for spec in plain if weights and _OTHER_SCALE.search(spec.name))
+    suspects = [spec for spec in plain if "scale" in spec.name or "zero_point" in spec.name]
+    others = tuple(spec.name for spec in suspects if weights and _OTHER_SCALE.search(spec.name))
     unread = tuple(spec.name for spec in plain if _is_packed_otherwise(spec))
     quantized = {found.spec.name: found.quantized for found in weights}
     if not unread and not announced.method.startswith(
         "comfyui"
     ):  # whose converters leave scales of 1 beside BF16 weights
-        _refuse_lone_scales(plain)
+        _refuse_lone_scales(suspects)
     return Contents(
         announced.method,
         tuple(plain),
@@ -106,7 +107,7 @@ class _Reader:
             if scale is None and (self._announced.method or (scaled and len(payload.shape) > 1)):
                 raise InputError(f"{payload.file}: {payload.name!r} is {payload.dtype} and has no scale")
             format, name = _FORMATS[payload.dtype], _own_name(payload.name)
-            spec = replace(payload, name=name)
+            spec = payload if name == payload.name else replace(payload, name=name)
             if scale is None:
                 yield _Weight(payload, spec, Quantized(format, TENSOR, None))
                 continue
@@ -126,12 +127,11 @@ class _Reader:
 
     def _find(self, module: str, name: str, spellings: Iterable[str]) -> TensorSpec | None:
         """The tensor of a module under one of these names; of fused experts, which are no `weight`, glued to theirs."""
-        if name.endswith(".weight"):
-            names = [f"{module}.{spelling}" for spelling in spellings]
-        else:
-            names = [f"{name}_{spelling}" for spelling in spellings]
-            names += [f"{name}_{spelling.removeprefix('weight_')}" for spelling in spellings]
-        return next((self._specs[name] for name in names if name in self._specs), None)
+        glue = f"{module}."
+        if not name.endswith(".weight"):
+            glue, spellings = f"{name}_", [*spellings, *(spelling.removeprefix("weight_") for spelling in spellings)]
+        found = (self._specs.get(glue + spelling) for spelling in spellings)
+        return next(filter(None, found), None)
 
     def _granularity(self, spec: TensorSpec, scale: TensorSpec, tiled: bool) -> Granularity:
         shape, found = spec.shape, self._recorded.get(spec.name)
@@ -217,8 +217,8 @@ def _spelling(method: str, quantized: Mapping[str, Quantized]) -> str:
 
 def _kv_scales(specs: Iterable[TensorSpec], taken: set[str]) -> Iterator[tuple[str, TensorSpec]]:
     for spec in specs:
-        match = _KV_SCALE.match(spec.name)
-        if match is None or spec.name in taken or spec.dtype not in ("F32", "BF16", "F16") or prod(spec.shape) > 1024:
+        match = _KV_SCALE.match(spec.name) if "scale" in spec.name and spec.name not in taken else None
+        if match is None or spec.dtype not in ("F32", "BF16", "F16") or prod(spec.shape) > 1024:
             continue
         projection = re.search(r"\.([kv])_proj\.", spec.name)
         kinds = match["kind"] or (projection[1] if match["output"] and projection else "kv" if match["both"] else "")
@@ -243,8 +243,8 @@ def _is_packed_otherwise(spec: TensorSpec) -> bool:
     return spec.dtype in ("U8", "I8", "I32") and len(spec.shape) > 1 and bool(_PACKED_OTHERWISE.search(spec.name))
 
 
-def _refuse_lone_scales(plain: list[TensorSpec]) -> None:
+def _refuse_lone_scales(suspects: list[TensorSpec]) -> None:
     """A scale whose weight is no FP8 tensor means that one of the two was lost."""
-    for spec in plain:
+    for spec in suspects:
         if _LONE_SCALE.search(spec.name):
             raise InputError(f"{spec.file}: {spec.name!r} is a scale without an FP8 weight")

@@ -32,16 +32,27 @@ def quantize(
     """
     if weight.ndim != 2:
         raise ValueError(f"weight has {weight.ndim} dimensions, not 2")
-    tiles = _tiles(weight.float(), region)
-    amax = tiles.abs().amax(dim=(1, 3))
-    if not torch.isfinite(amax).all():
+    if not torch.isfinite(weight).all():
         raise ValueError("weight holds a NaN or infinity")
+    return quantize_unchecked(weight, region, format=format, rounding=rounding, scales=scales)
+
+
+def quantize_unchecked(
+    x: Tensor,
+    region: tuple[int, int],
+    *,
+    format: Float8Format,
+    rounding: ScaleRounding = ScaleRounding.NONE,
+    scales: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return what `quantize` does, without waiting for the device; where x is not finite, the values are NaN."""
+    tiles = _tiles(x.float(), region)
     if scales is None:
-        scales = scales_of(amax, format, rounding)
-    largest = torch.tensor(format.max, device=weight.device)
+        scales = scales_of(tiles.abs().amax(dim=(1, 3)), format, rounding)
+    largest = torch.tensor(format.max, device=x.device)
     quotient = (tiles / scales[:, None, :, None]).clamp(-largest, largest)
     payload = quotient.to(getattr(torch, format.torch_dtype)).reshape(tiles.shape[0] * tiles.shape[1], -1)
-    return payload[: weight.shape[0], : weight.shape[1]].contiguous(), scales
+    return payload[: x.shape[0], : x.shape[1]].contiguous(), scales
 
 
 def scales_of(amax: Tensor, format: Float8Format, rounding: ScaleRounding) -> Tensor:
@@ -57,6 +68,13 @@ def scales_of(amax: Tensor, format: Float8Format, rounding: ScaleRounding) -> Te
             exponent = (amax.view(torch.int32) >> 23) - format.emax
             scales = (exponent.clamp(min=1) << 23).view(torch.float32)
     return torch.where(amax == 0, torch.ones_like(amax), scales)
+
+
+def as_fnuz(payload: Tensor) -> Tensor:
+    """Return E4M3 bytes as E4M3 FNUZ, in place: the same bits mean half the value, and minus zero is a NaN there."""
+    codes = payload.view(torch.uint8)
+    codes.masked_fill_(codes == 0x80, 0)
+    return payload.view(torch.float8_e4m3fnuz)
 
 
 def dequantize(payload: Tensor, scales: Tensor, region: tuple[int, int]) -> Tensor:

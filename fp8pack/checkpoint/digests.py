@@ -1,0 +1,120 @@
+"""The digests of a packed checkpoint: which bytes are digested together, and what they must come to.
+
+A tensor's digest is BLAKE3 over the BLAKE3 digests of its bands, in order; docs/format.md says what a band is.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+from blake3 import blake3
+from numpy.typing import NDArray
+
+from fp8pack.checkpoint.manifest import digest_of_bands
+from fp8pack.checkpoint.manifest_schema import ActivationEntry, Manifest, PackedEntry, StoredEntry, UnpackedEntry
+from fp8pack.errors import InputError
+from fp8pack.numerics.granularity import TENSOR, parse_granularity
+from fp8pack.numerics.swizzle import padded
+from fp8pack.planning.make_plan import BAND_NBYTES
+from fp8pack.planning.spec import DTYPE_BITS, TensorSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Crop:
+    """Columns of rows: the bytes of a row, and the first byte and the one after the last."""
+
+    row: int
+    left: int
+    right: int
+
+    def of(self, data: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Return the columns of whole rows, a view [rows, right - left]."""
+        return data.reshape(-1, self.row)[:, self.left : self.right]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Bytes of a tensor that are read together: one band, or of very long rows the bands beside each other."""
+
+    begin: int
+    nbytes: int
+    crops: tuple[Crop, ...] = ()
+
+    def digests(self, data: NDArray[np.uint8]) -> list[bytes]:
+        """Return the digest of each band."""
+        bands = [np.ascontiguousarray(crop.of(data)) for crop in self.crops] or [data]
+        return [blake3(band.data).digest() for band in bands]
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """What the digests of a tensor's pieces must come to."""
+
+    pieces: tuple[Piece, ...]
+    digest: str
+    of_bands: bool  # False: a small tensor, digested as it is
+
+    def check(self, spec: TensorSpec, digests: list[bytes]) -> None:
+        """Raise InputError unless these digests of the bands, in order, are the expected ones."""
+        found = digest_of_bands(digest.hex() for digest in digests) if self.of_bands else f"blake3:{digests[0].hex()}"
+        if found != self.digest:
+            raise InputError(
+                f"{spec.file}: the bytes of {spec.name!r} are not those that were packed: copy the file again"
+            )
+
+
+def expected_digests(manifest: Manifest, specs: Mapping[str, TensorSpec]) -> dict[str, Expected]:
+    """Return what the manifest says of each tensor that the files hold, by its name in the files.
+
+    Raises:
+        InputError: the manifest is that of an unpacked checkpoint, which does not say what its bands are.
+    """
+    found: dict[str, Expected] = {}
+    for name, entry in manifest.tensors.items():
+        small: list[ActivationEntry | StoredEntry] = list(entry.activation_scales)
+        match entry:
+            case PackedEntry():
+                payload, scale = specs[entry.tensor or name], specs[entry.scale_inv.tensor]
+                found[payload.name] = Expected(tuple(_payload_pieces(entry)), entry.digest, True)
+                found[scale.name] = Expected(tuple(_scale_pieces(entry, scale)), entry.scale_inv.digest, True)
+                small += entry.markers
+            case UnpackedEntry():
+                raise InputError(f"{name!r} was unpacked, and fp8pack.json does not say in what bands it was digested")
+            case _:
+                size = specs[name].nbytes
+                lengths = [min(BAND_NBYTES, size - at) for at in range(0, size, BAND_NBYTES)]
+                found[name] = Expected(tuple(_consecutive(lengths)), entry.digest, True)
+        for stored in small:
+            found[stored.tensor] = Expected((Piece(0, specs[stored.tensor].nbytes),), stored.digest, False)
+    return found
+
+
+def _payload_pieces(entry: PackedEntry) -> Iterator[Piece]:
+    n, k = entry.shape
+    width = entry.band_cols or k
+    crops = [Crop(k, left, min(left + width, k)) for left in range(0, k, max(1, width))]
+    for top in range(0, n, entry.band_rows):
+        rows = min(entry.band_rows, n - top)
+        yield Piece(top * k, rows * k, tuple(crops) if len(crops) > 1 else ())
+
+
+def _scale_pieces(entry: PackedEntry, scale: TensorSpec) -> Iterator[Piece]:
+    """The scales of each band, which follow each other."""
+    granularity, (n, k) = parse_granularity(entry.granularity), entry.shape
+    if granularity == TENSOR:
+        return iter([Piece(0, scale.nbytes)])
+    itemsize, width = DTYPE_BITS[scale.dtype] // 8, entry.band_cols or k
+    lengths = []
+    for top in range(0, n, entry.band_rows):
+        for left in range(0, k, width):
+            grid = granularity.scale_shape((min(entry.band_rows, n - top), min(width, k - left)))
+            lengths.append(prod(grid if entry.scale_inv.layout is None else padded(grid)) * itemsize)
+    return _consecutive(lengths)
+
+
+def _consecutive(lengths: list[int]) -> Iterator[Piece]:
+    begin = 0
+    for nbytes in lengths:
+        yield Piece(begin, nbytes)
+        begin += nbytes

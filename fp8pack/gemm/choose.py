@@ -1,0 +1,101 @@
+"""Which back end multiplies: chosen once for each device and scheme, and proved by a small product before use."""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from fp8pack.gemm.activations import multiplier_of, quantize_in_torch
+from fp8pack.gemm.device import DeviceFacts, describe
+from fp8pack.gemm.operand import Backend
+from fp8pack.gemm.reference_backend import ReferenceBackend
+from fp8pack.gemm.scheme import Scheme
+from fp8pack.gemm.torch_backend import TorchBackend, torch_problem
+from fp8pack.numerics import torch_codec
+from fp8pack.numerics.formats import E4M3
+from fp8pack.numerics.granularity import MX, Granularity
+from fp8pack.numerics.scaling import ScaleRounding
+
+logger = logging.getLogger("fp8pack")
+
+_M, _N, _K = 40, 384, 288  # of the product that proves a back end: several blocks of 128, and ragged ones
+_MAX_ERROR = 5e-3  # relative, Frobenius; rounding a result to BF16 is 1.7e-3 of it
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A back end, and why it does not serve; None if it should."""
+
+    backend: Backend
+    problem: str | None
+
+
+def candidates(scheme: Scheme, facts: DeviceFacts) -> Iterator[Candidate]:
+    """Yield the back ends, the fastest first, with what rules know of them; the reference always serves.
+
+    On a CPU the reference comes first: with the weight kept in BF16 it takes 1/50 (M = 1) to 1/5 (M = 128) of the time
+    of scaled_mm, which widens the weight to float32 for each product (docs/log.md).
+    """
+    reference = Candidate(ReferenceBackend(), None)
+    if facts.kind == "cpu":
+        yield reference
+    yield Candidate(TorchBackend(), torch_problem(scheme, facts))
+    if facts.kind == "cuda" and find_spec("triton") is not None:
+        from fp8pack.gemm.triton_backend import TritonBackend, triton_problem  # imports Triton, which a CPU has not
+
+        yield Candidate(TritonBackend(), triton_problem(scheme, facts))
+    if facts.kind != "cpu":
+        yield reference
+
+
+@cache
+def choose(device: torch.device, scheme: Scheme) -> Backend:
+    """Return the back end for a device and a scheme; that it is not the fastest is said once, with the reason."""
+    reasons: list[str] = []
+    for candidate in candidates(scheme, describe(device)):
+        problem = candidate.problem or prove(candidate.backend, scheme, device)
+        if problem is None:
+            if reasons:
+                logger.warning("%s on %s runs on %s: %s", scheme, device, candidate.backend.name, "; ".join(reasons))
+            return candidate.backend
+        reasons.append(f"{candidate.backend.name}: {problem}")
+    raise RuntimeError(f"no back end multiplies {scheme} on {device}: {'; '.join(reasons)}")
+
+
+def prove(backend: Backend, scheme: Scheme, device: torch.device) -> str | None:
+    """Multiply small random matrices; return what is wrong with the result, None if it is right.
+
+    Right is a relative error (Frobenius) of at most 5e-3 against the float64 product of the operands as quantized.
+    """
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(_M, _K, generator=generator, dtype=torch.bfloat16)
+    payload, multiplier = _quantized(torch.randn(_N, _K, generator=generator), scheme.granularity, scheme)
+    values = torch_codec.dequantize(payload, multiplier, scheme.granularity.region((_N, _K)))
+    expected = _as_quantized(x, scheme.activation) @ values.double().t()
+    if describe(device).is_fnuz and scheme.format == E4M3:
+        payload, multiplier = torch_codec.as_fnuz(payload), multiplier * 2
+    try:
+        weight = backend.prepare(payload.to(device), multiplier.to(device), scheme)
+        found = backend.product(x.to(device), weight, None, torch.bfloat16).cpu().double()
+    except Exception as error:  # whatever a library raises about a product that it does not have
+        return f"it failed with {type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
+    off = float((found - expected).norm() / expected.norm())
+    return None if off <= _MAX_ERROR else f"its result is off by {off:.1e}, relative"
+
+
+def _quantized(weight: Tensor, granularity: Granularity, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    rounding = ScaleRounding.UP if granularity == MX else ScaleRounding.NONE
+    return torch_codec.quantize(weight, granularity.region((_N, _K)), format=scheme.format, rounding=rounding)
+
+
+def _as_quantized(x: Tensor, activation: Granularity | None) -> Tensor:
+    if activation is None:
+        return x.double()
+    payload, scale = quantize_in_torch(x, activation, padded=(_M, _K))
+    return torch_codec.dequantize(
+        payload, multiplier_of(scale).reshape(-1, scale.shape[-1]), activation.region((_M, _K))
+    ).double()

@@ -1,0 +1,58 @@
+"""A weight as the GEMM of its device takes it, made once."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fp8pack.gemm.scheme import Scheme
+
+
+@dataclass(frozen=True, slots=True)
+class Operand:
+    """An FP8 weight, padded, its scales in the layout of a back end.
+
+    payload: [N', K'] FP8, K contiguous. scale: as the back end wants it. shape: [N, K] before padding. input_scale: the
+    static scale of what enters it, float32, one element. values: the weight in BF16, where a back end keeps it so.
+    """
+
+    payload: Tensor
+    scale: Tensor
+    shape: tuple[int, int]
+    scheme: Scheme
+    backend: "Backend"
+    input_scale: Tensor | None = None
+    values: Tensor | None = None
+
+    @property
+    def padding(self) -> float:
+        """The share of the payload that is padding."""
+        total = self.payload.numel()
+        return 1 - self.shape[0] * self.shape[1] / total if total else 0.0
+
+
+class Backend(Protocol):
+    """Computes x @ weight^T from FP8 operands, accumulated in float32."""
+
+    @property
+    def name(self) -> str:
+        """`torch`, `triton` or `reference`."""
+        ...
+
+    def prepare(self, payload: Tensor, multiplier: Tensor, scheme: Scheme) -> Operand:
+        """Return a weight [N, K] with its scales, float32 [ceil(N/R), ceil(K/C)], padded and laid out."""
+        ...
+
+    def product(self, x: Tensor, weight: Operand, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+        """Return x @ weight^T + bias: x [M, K] in any float dtype, bias [N], the result [M, N]."""
+        ...
+
+
+def pad(matrix: Tensor, rows: int, cols: int) -> Tensor:
+    """Return a matrix with zeros up to this shape; itself where it has it and is contiguous. FP8 dtypes included."""
+    if tuple(matrix.shape) == (rows, cols):
+        return matrix.contiguous()
+    wide = torch.zeros((rows, cols), dtype=matrix.dtype, device=matrix.device)
+    wide[: matrix.shape[0], : matrix.shape[1]].copy_(matrix)
+    return wide

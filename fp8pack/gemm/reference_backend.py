@@ -1,0 +1,78 @@
+"""The reference back end: operands are dequantized and multiplied in BF16. It runs anywhere."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fp8pack.gemm.activations import multiplier_of, quantize_activation
+from fp8pack.gemm.operand import Operand
+from fp8pack.gemm.scheme import Scheme
+from fp8pack.numerics import torch_codec
+from fp8pack.numerics.granularity import CHANNEL, TENSOR, Granularity
+
+_RESERVE = 4  # a quarter of what memory is available stays free
+
+
+@dataclass(frozen=True, slots=True)
+class ReferenceBackend:
+    """Dequantizes and multiplies; on a CPU a weight is dequantized once and kept, while memory allows."""
+
+    name: str = "reference"
+
+    def prepare(self, payload: Tensor, multiplier: Tensor, scheme: Scheme) -> Operand:
+        """Return a weight with its scales as they are, and on a CPU its values in BF16."""
+        operand = Operand(payload, multiplier, (payload.shape[0], payload.shape[1]), scheme, self)
+        if payload.device.type == "cpu" and 2 * payload.numel() < _available_nbytes() // _RESERVE:
+            return replace(operand, values=_values(operand, torch.bfloat16))
+        return operand
+
+    def product(self, x: Tensor, weight: Operand, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+        """Return x @ weight^T + bias; in float32 throughout if that is the result's dtype."""
+        dtype = torch.float32 if out_dtype == torch.float32 else torch.bfloat16
+        kept = weight.values if weight.values is not None and dtype == torch.bfloat16 else None
+        values = _values(weight, dtype) if kept is None else kept
+        entered, scale = _rounded(x, weight, dtype)
+        out = torch.nn.functional.linear(entered, values).float()
+        if _scales_after(weight.scheme.granularity):
+            out *= weight.scale.reshape(1, -1)
+        if scale is not None:
+            out *= scale
+        return (out if bias is None else out + bias.float()).to(out_dtype)
+
+
+def _scales_after(granularity: Granularity) -> bool:
+    """Whether scales are applied to the product, so that FP8 values enter it exactly."""
+    return granularity in (TENSOR, CHANNEL)
+
+
+def _values(weight: Operand, dtype: torch.dtype) -> Tensor:
+    """The weight in a float dtype: without its scales where they are applied to the product."""
+    if _scales_after(weight.scheme.granularity):
+        return weight.payload.to(dtype)
+    return torch_codec.dequantize(weight.payload, weight.scale, weight.scheme.granularity.region(weight.shape)).to(
+        dtype
+    )
+
+
+def _rounded(x: Tensor, weight: Operand, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """The activation as the product sees it, and the scales that are applied after it: [1, 1] or [M, 1]."""
+    activation = weight.scheme.activation
+    if activation is None:
+        return x.to(dtype), None
+    payload, scale = quantize_activation(x, activation, padded=(x.shape[0], x.shape[1]), scale=weight.input_scale)
+    multiplier = multiplier_of(scale)
+    if multiplier.numel() == 1 or activation == CHANNEL:
+        return payload.to(dtype), multiplier.reshape(-1, 1)
+    values = torch_codec.dequantize(payload, multiplier, activation.region((x.shape[0], x.shape[1])))
+    return values.to(dtype), None
+
+
+def _available_nbytes() -> int:
+    """Memory that can be had without swapping; 0 where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")), 0)

@@ -1,0 +1,135 @@
+"""A loaded checkpoint: a mapping from names to packed tensors and plain ones."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from fp8pack.checkpoint.manifest_schema import PackedEntry
+from fp8pack.checkpoint.source import Source
+from fp8pack.errors import InputError
+from fp8pack.gemm.device import describe
+from fp8pack.numerics.formats import E4M3
+from fp8pack.numerics.swizzle import TILE
+from fp8pack.planning.contents import Contents, Quantized
+from fp8pack.planning.policy import is_part_of, storage_key
+from fp8pack.planning.spec import TensorSpec
+from fp8pack.planning.tensor_parallel import Part
+from fp8pack.runtime.fnuz import double
+from fp8pack.runtime.memory import DTYPES, Memory
+from fp8pack.runtime.packed_tensor import PackedTensor, grid_of
+from fp8pack.units import ceil_div
+
+
+class PackedCheckpoint(Mapping[str, PackedTensor | Tensor]):
+    """A packed checkpoint on a device: FP8 weights are PackedTensors, everything else plain tensors.
+
+    Scale tensors belong to their weight and have no entry of their own. `manifest` is what `fp8pack.json` says, None of
+    a checkpoint that another tool made; `config` is config.json; `quant_method` the convention; `activations` whether
+    what enters a weight is quantized: `dynamic`, `static` or `none`; `kv_scales` the multipliers of K and V by point
+    (`….self_attn.k`), empty unless it holds some.
+    """
+
+    def __init__(self, source: Source, contents: Contents, memory: Memory, parts: Mapping[str, Part]) -> None:
+        self.manifest, self.config = source.manifest, source.config or {}
+        self.quant_method, self.activations = contents.method, contents.activations
+        self._contents, self._memory, self._parts = contents, memory, parts
+        self._specs = {spec.name: spec for spec in contents.tensors}
+        self._made: dict[str, PackedTensor | Tensor] = {}
+        self.kv_scales = {point: memory.tensor(spec) for point, spec in contents.kv_scales.items()}
+
+    def __getitem__(self, name: str) -> PackedTensor | Tensor:
+        if name not in self._made:
+            spec, quantized = self._specs[name], self._contents.quantized.get(name)
+            self._made[name] = self._packed(spec, quantized) if quantized else self._memory.tensor(spec)
+        return self._made[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._specs)
+
+    def __len__(self) -> int:
+        return len(self._specs)
+
+    def fused(self, module: str) -> PackedTensor:
+        """Return the weight [sum of N, K] of a module that engines fuse; a view, unless its parts lie in two shards.
+
+        module: `….self_attn.qkv_proj`, `….mlp.gate_up_proj`, or `….experts.gate_up_proj` and `….experts.down_proj` of
+        all experts; rows are in the order of the engines: q k v; gate up; gate0 up0 gate1 up1 …
+
+        Raises:
+            KeyError: no packed weight belongs to such a module.
+            InputError: its parts are not packed alike, or one ends within a block.
+        """
+        names = sorted((name for name in self if is_part_of(name, module)), key=storage_key)
+        parts = [part for part in map(self.__getitem__, names) if isinstance(part, PackedTensor)]
+        if not parts:
+            raise KeyError(module)
+        first = parts[0]
+        if len(parts) != len(names) or len({(part.format, part.granularity, part.shape[1]) for part in parts}) > 1:
+            raise InputError(f"the parts of {module} are not packed alike: {', '.join(names)}")
+        if first.granularity == "tensor":
+            if any(not torch.equal(part.scale, first.scale) for part in parts):
+                raise InputError(f"the parts of {module} have scales of their own, which one weight cannot hold")
+            scale, rows = first.scale, sum(part.shape[0] for part in parts)
+        else:
+            if any(part.shape[0] % first.block[0] for part in parts[:-1]):
+                raise InputError(f"a part of {module} ends within a block, so its scales do not fit the whole")
+            if first.tiled and any(part.shape[0] % TILE[0] for part in parts[:-1]):
+                raise InputError(f"a part of {module} ends within a tile of its scales, so they do not fit the whole")
+            scale, rows = _join([part.scale for part in parts]), first.block[0]
+        inputs = [part.input_scale for part in parts if part.input_scale is not None]
+        return replace(
+            first,
+            name=module,
+            data=_join([part.data for part in parts]),
+            scale=scale,
+            block=(rows, first.block[1]),
+            input_scale=torch.stack(inputs).amax(0) if len(inputs) == len(parts) else None,
+        )
+
+    def _packed(self, spec: TensorSpec, quantized: Quantized) -> PackedTensor:
+        data = self._memory.tensor(spec)
+        whole = PackedTensor(
+            spec.name,
+            data,
+            self._memory.tensor(quantized.scale) if quantized.scale else torch.ones((), device=data.device),
+            quantized.format.name,
+            quantized.granularity.name,
+            quantized.granularity.region(spec.matrix),
+            self._source_dtype(spec.name),
+            self._memory.tensor(quantized.input_scale) if quantized.input_scale else None,
+            quantized.tiled,
+            self.activations == "none",
+        )
+        part = self._parts.get(spec.name)
+        if part is not None:
+            shape = spec.shape
+            scale = _part_of_scales(whole, (shape[0], shape[1]), part)
+            whole = replace(whole, scale=scale, block=quantized.granularity.region(part.shape), tiled=False)
+        if data.device.type != "cpu" and describe(data.device).is_fnuz and quantized.format == E4M3:
+            whole = replace(whole, data=data.view(torch.float8_e4m3fnuz), scale=double(whole.scale))
+        return whole
+
+    def _source_dtype(self, name: str) -> torch.dtype:
+        entry = self.manifest.tensors.get(name) if self.manifest else None
+        return DTYPES[entry.source_dtype] if isinstance(entry, PackedEntry) else torch.bfloat16
+
+
+def _part_of_scales(weight: PackedTensor, shape: tuple[int, int], part: Part) -> Tensor:
+    """The scales of a part, as a grid in rows; of a weight [N, K] whose scales are whole."""
+    if weight.scale.numel() == 1:
+        return weight.scale
+    rows, cols = weight.block
+    grid = grid_of(weight.scale, shape, weight.block, tiled=weight.tiled)
+    left, right = part.cols[0] // cols, ceil_div(part.cols[1], cols)
+    return torch.cat([grid[lo // rows : ceil_div(hi, rows), left:right] for lo, hi in part.rows])
+
+
+def _join(parts: list[Tensor]) -> Tensor:
+    """The parts below each other: a view where each begins in memory where the one before it ends, a copy elsewhere."""
+    if any(before.data_ptr() + before.nbytes != after.data_ptr() for before, after in pairwise(parts)):
+        return torch.cat(parts)
+    rows = sum(part.shape[0] for part in parts)
+    return parts[0].as_strided((rows, *parts[0].shape[1:]), parts[0].stride())

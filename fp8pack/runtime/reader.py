@@ -1,0 +1,216 @@
+"""Filling buffers of a device from files: threads that read, pinned memory, one side stream.
+
+Each thread reads into one of two staging buffers while the other is still on its way to the device. A file that is not
+in the page cache is read with O_DIRECT, past it; one that is, or that lies where O_DIRECT is refused, through it.
+"""
+
+import os
+import queue
+import threading
+from collections import defaultdict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fp8pack.checkpoint.source import ShardReader, open_regular
+from fp8pack.runtime.placement import Cut, Read
+
+_PAGE = 4096
+_SAMPLES = 16  # pages of a file that are looked for in the page cache
+Digests = dict[str, dict[int, list[bytes]]]  # of a tensor, by where a piece begins
+
+
+def read_all(
+    directory: Path, reads: Sequence[Read], buffers: Sequence[Tensor], device: torch.device, workers: int
+) -> Digests:
+    """Carry out reads; return the digests that they ask for.
+
+    Raises:
+        InputError: a file is missing, or became shorter.
+    """
+    if not reads:
+        return {}
+    waiting: queue.SimpleQueue[Read] = queue.SimpleQueue()
+    for read in reads:
+        waiting.put(read)
+    direct = {file for file in {read.file for read in reads} if device.type == "cuda" and _is_cold(directory / file)}
+    largest = max(read.nbytes for read in reads)
+    stream = _Stream(device)
+    digests: Digests = defaultdict(dict)
+    stop = threading.Event()
+
+    def work() -> None:
+        with _Worker(directory, direct, buffers, stream, largest) as worker:
+            while not stop.is_set():
+                try:
+                    read = waiting.get_nowait()
+                except queue.Empty:
+                    return
+                try:
+                    for tensor, begin, found in worker.carry_out(read):
+                        digests[tensor][begin] = found
+                except BaseException:
+                    stop.set()
+                    raise
+
+    count = min(workers, len(reads))
+    with ThreadPoolExecutor(count, "fp8pack-read") as pool:
+        for future in [pool.submit(work) for _ in range(count)]:
+            future.result()
+    stream.finish()
+    return digests
+
+
+class _Worker:
+    """What one thread has: open files, and two staging buffers that take turns."""
+
+    def __init__(
+        self, directory: Path, direct: set[str], buffers: Sequence[Tensor], stream: "_Stream", largest: int
+    ) -> None:
+        self._directory, self._direct, self._buffers, self._stream = directory, direct, buffers, stream
+        self._slots = [_Slot(largest + 2 * _PAGE, stream) for _ in range(2)]
+        self._readers: dict[str, ShardReader | _DirectReader] = {}
+
+    def __enter__(self) -> "_Worker":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for reader in self._readers.values():
+            reader.close()
+        for slot in self._slots:
+            slot.wait()
+
+    def carry_out(self, read: Read) -> list[tuple[str, int, list[bytes]]]:
+        """Read, start the copies to the device, and return digests: of which tensor, from where in it on."""
+        slot = self._slots[0]
+        self._slots.reverse()
+        slot.wait()
+        begin = read.begin % _PAGE  # so that a direct read is aligned in memory as it is in the file
+        self._open(read.file).readinto(slot.bytes[begin : begin + read.nbytes].data, read.begin)
+        data = slot.bytes[begin : begin + read.nbytes]
+        digests = [
+            (proof.tensor, proof.piece.begin, proof.piece.digests(data[proof.begin :][: proof.piece.nbytes]))
+            for proof in read.proofs
+        ]
+        for cut in read.cuts:
+            nbytes = _compact(data[cut.begin :][: cut.nbytes], cut)
+            source = slot.staging[begin + cut.begin :][:nbytes]
+            slot.copy(source, self._buffers[cut.place.buffer][cut.place.offset :][:nbytes])
+        return digests
+
+    def _open(self, file: str) -> "ShardReader | _DirectReader":
+        if file not in self._readers:
+            path = self._directory / file
+            self._readers[file] = _DirectReader(path) if file in self._direct else ShardReader(path)
+        return self._readers[file]
+
+
+class _Slot:
+    """A staging buffer, pinned where the device copies from it on its own."""
+
+    def __init__(self, nbytes: int, stream: "_Stream") -> None:
+        self.staging = torch.empty(nbytes + _PAGE, dtype=torch.uint8, pin_memory=stream.is_cuda)
+        self.staging = self.staging[-self.staging.data_ptr() % _PAGE :]
+        self.bytes: NDArray[np.uint8] = self.staging.numpy()
+        self._stream, self._done = stream, stream.event()
+
+    def copy(self, source: Tensor, target: Tensor) -> None:
+        """Start a copy to the device."""
+        self._stream.copy(source, target)
+        if self._done is not None:
+            self._done.record(self._stream.stream)
+
+    def wait(self) -> None:
+        """Wait until nothing is copied from this buffer any more."""
+        if self._done is not None:
+            self._done.synchronize()
+
+
+class _Stream:
+    """The side stream of a CUDA device; of any other, copies are made at once."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.is_cuda = device.type == "cuda"
+        self.stream = torch.cuda.Stream(device) if self.is_cuda else None  # type: ignore[no-untyped-call]
+        if self.stream is not None:
+            self.stream.wait_stream(torch.cuda.current_stream(device))  # the buffers may hold what still runs there
+
+    def event(self) -> torch.cuda.Event | None:
+        """Return an event of this device."""
+        return torch.cuda.Event() if self.is_cuda else None  # type: ignore[no-untyped-call]
+
+    def copy(self, source: Tensor, target: Tensor) -> None:
+        """Copy bytes to the device."""
+        with torch.cuda.stream(self.stream):
+            target.copy_(source, non_blocking=self.is_cuda)
+
+    def finish(self) -> None:
+        """Wait for every copy."""
+        if self.stream is not None:
+            self.stream.synchronize()
+
+
+class _DirectReader:
+    """Reads past the page cache: whole pages, into memory that is aligned as the file is."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
+        self._through = ShardReader(path)
+
+    def readinto(self, buffer: memoryview, offset: int) -> None:
+        """Fill the buffer, whose address and offset have the same remainder; InputError when the file ends before."""
+        head = min(-offset % _PAGE, len(buffer))
+        end = len(buffer) - (len(buffer) - head) % _PAGE
+        at = head
+        while at < end and (got := self._read_pages(buffer[at:end], offset + at)):
+            at += got
+        self._through.readinto(buffer[:head], offset)
+        self._through.readinto(buffer[at:], offset + at)
+
+    def _read_pages(self, buffer: memoryview, offset: int) -> int:
+        """Read whole pages; return their bytes, 0 where the file system took the flag and refuses the read."""
+        try:
+            got = os.preadv(self._fd, [buffer], offset)
+        except OSError:
+            return 0
+        return got // _PAGE * _PAGE
+
+    def close(self) -> None:
+        """Close the file."""
+        self._through.close()
+        os.close(self._fd)
+
+
+def _compact(data: NDArray[np.uint8], cut: Cut) -> int:
+    """Move what is wanted of the bytes to their beginning; return how many they are."""
+    if cut.crop is None:
+        return data.size
+    wanted = cut.crop.of(data).reshape(-1)
+    data[: wanted.size] = wanted
+    return wanted.size
+
+
+def _is_cold(path: Path) -> bool:
+    """Whether most of a file is not in the page cache, on a file system that reads past it."""
+    fd = open_regular(path)
+    try:
+        size, missing, page = os.fstat(fd).st_size, 0, bytearray(_PAGE)
+        for i in range(_SAMPLES):
+            try:
+                os.preadv(fd, [page], size * i // _SAMPLES // _PAGE * _PAGE, os.RWF_NOWAIT)
+            except BlockingIOError:
+                missing += 1
+        if missing <= _SAMPLES // 2:
+            return False
+        os.close(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT))
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
