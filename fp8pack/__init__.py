@@ -21,10 +21,12 @@ _PUBLIC = {
     "diff": "fp8pack.packing.diff",
     "inspect": "fp8pack.packing.inspect",
     "linear": "fp8pack.runtime.linear",
+    "load_model": "fp8pack.runtime.model",
     "load_packed": "fp8pack.runtime.load",
     "merge": "fp8pack.calibration.merge",
     "observe": "fp8pack.calibration.observers",
     "pack": "fp8pack.packing.pack",
+    "report_fp8": "fp8pack.runtime.report_fp8",
     "unpack": "fp8pack.packing.unpack",
 }
 __all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604

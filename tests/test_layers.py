@@ -11,13 +11,15 @@ FLOORS = {
     "planning": 2,
     "checkpoint": 3,
     "gemm": 3,
-    "packing": 4,
-    "runtime": 4,
-    "calibration": 4,
-    "report": 5,
-    "cli": 6,
-    "__init__": 7,
-    "__main__": 7,
+    "models": 4,
+    "packing": 5,
+    "runtime": 5,
+    "calibration": 5,
+    "report": 6,
+    "transformers": 6,
+    "cli": 7,
+    "__init__": 8,
+    "__main__": 8,
 }
 
 
@@ -78,7 +80,7 @@ def test_nothing_but_the_edge_imports_heavy_packages_at_its_top() -> None:
         "numerics.simulate",
         "numerics.replaced_forwards",
     }
-    allowed |= {module for module in modules() if room(module) in ("calibration", "gemm", "runtime")} - {
+    allowed |= {module for module in modules() if room(module) in ("calibration", "gemm", "models", "runtime", "transformers")} - {
         "calibration.merge",
         "calibration.prompts",
         "calibration.options",

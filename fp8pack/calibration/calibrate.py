@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from fp8pack.calibration.model import quiet_transformers
 from fp8pack.calibration.options import CalibrateOptions
 from fp8pack.calibration.prepare import Run, prepare
 from fp8pack.calibration.progress import OnNote, OnProgress, Progress
@@ -18,6 +17,7 @@ from fp8pack.checkpoint.calibration_file import read_calibration, write_calibrat
 from fp8pack.checkpoint.shard_writer import check_space
 from fp8pack.checkpoint.staging import Staging
 from fp8pack.errors import DeadlineError, InputError, OutputError
+from fp8pack.models.loader import quiet_transformers
 from fp8pack.planning.calibration import Calibration, has_converged
 from fp8pack.planning.calibration_facts import calibration_facts
 

@@ -18,8 +18,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import GeneralInterface
 
-from fp8pack.calibration.names import Names, is_experts
 from fp8pack.calibration.recorder import Rows
+from fp8pack.models.names import Names, is_experts
 
 
 class Recording(Protocol):

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from blake3 import blake3
 
-from fp8pack.calibration.model import ModelLoader, read_tokenizer
 from fp8pack.calibration.observers import observable, prompt_digest
 from fp8pack.calibration.options import FEWEST_PROMPTS, MOST_PROMPTS, CalibrateOptions
 from fp8pack.calibration.prompts import load_prompts, tokenize
@@ -18,6 +17,7 @@ from fp8pack.calibration.stream_layers import Stack, find_stack, probe
 from fp8pack.checkpoint.source import Source, beside, open_checkpoint
 from fp8pack.checkpoint.staging import Staging, check_output_file
 from fp8pack.errors import InputError, RecipeError
+from fp8pack.models.loader import ModelLoader, read_tokenizer
 from fp8pack.planning.policy import judge
 
 _DEFAULT_LENGTH = 2048
@@ -75,6 +75,8 @@ def prepare(model: Path, options: CalibrateOptions) -> Run:
         raise InputError(f"{options.prompts} holds no prompt")
     device = _device(options.device)
     loader = ModelLoader(source, trust_remote_code=options.trust_remote_code, device=device)
+    for config in (loader.model.config, loader.model.config.get_text_config()):
+        config.use_cache = False
     tokenizer = read_tokenizer(source, trust_remote_code=options.trust_remote_code)
     longest = min(_DEFAULT_LENGTH, loader.max_positions or _DEFAULT_LENGTH)
     max_length = options.max_length or longest

@@ -39,7 +39,7 @@ def quantize(
     scales = _new_scales(granularity, padded, tiled, x.device) if scale is None else scale.reshape(1)
     if not payload.numel():
         return payload.view(torch.float8_e4m3fn), scales if scale is not None else scales.fill_(1)
-    with torch.cuda.device_of(x):
+    with torch.cuda.device(x.get_device()):
         if granularity == TENSOR:
             _by_tensor(x, payload, scales, computed=scale is None)
         elif granularity == CHANNEL and padded[1] > _LONGEST:

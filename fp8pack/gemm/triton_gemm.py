@@ -90,7 +90,7 @@ def _multiply(
         step = min(step, 64)  # what registers and shared memory of every device hold in 16 bits
     rows = b_region[0] if b_region[0] < n else _WHOLE
     widths = [cols if cols is not None and cols < k else _WHOLE for cols in (a_cols, b_region[1])]
-    with torch.cuda.device_of(a):
+    with torch.cuda.device(a.get_device()):
         kernels.multiply[(ceil_div(m, block_m) * ceil_div(n, block_n),)](
             _readable(a), a_scale, _readable(b), b_scale, bias, out, m, n, k, a.stride(0), b.stride(0),
             *((0, 0) if a_scale is None else a_scale.stride()), *b_scale.stride(), widths[0], rows, widths[1],

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -98,8 +97,3 @@ class FP8Linear(nn.Module):
 
         super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
         return self
-
-
-def fp8_modules(model: nn.Module) -> dict[str, Any]:
-    """Return the FP8 layers of a model by path."""
-    return {path: module for path, module in model.named_modules() if isinstance(module, FP8Linear)}

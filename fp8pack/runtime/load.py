@@ -25,7 +25,7 @@ from fp8pack.planning.patterns import Matcher, Pattern
 from fp8pack.planning.spec import TensorSpec
 from fp8pack.planning.tensor_parallel import Part, Rank, part_of
 from fp8pack.runtime.fnuz import turn_into_fnuz
-from fp8pack.runtime.memory import Buffers, MappedFiles
+from fp8pack.runtime.memory import Buffers, MappedFiles, Shapes
 from fp8pack.runtime.packed_checkpoint import PackedCheckpoint
 from fp8pack.runtime.placement import digest_reads, place
 from fp8pack.runtime.reader import Digests, read_all
@@ -44,6 +44,7 @@ def load_packed(
 ) -> PackedCheckpoint:
     """Load an FP8 checkpoint of any convention: a directory, a single `.safetensors` file, or a cached repository.
 
+    device: as torch names it; on `meta` tensors have shapes alone.
     tensors: patterns of those that are wanted: names of tensors or modules, globs, or `re:` and an expression; only
         their bytes are read. All by default.
     verify: digest every byte that is read, and compare with fp8pack.json.
@@ -67,6 +68,8 @@ def load_packed(
     target = _indexed(torch.device(device))
     count = workers or min(_MAX_WORKERS, len(os.sched_getaffinity(0)))
     stored = _stored(contents)
+    if target.type == "meta":
+        return PackedCheckpoint(source, contents, Shapes(), {})
     if target.type == "cpu":
         reads = digest_reads(stored, {name: tensor.pieces for name, tensor in expected.items()})
         _check(stored, expected, read_all(source.directory, reads, (), target, count))

@@ -65,6 +65,14 @@ class MappedFiles:
         return rows if whole.ndim == 1 else rows[:, slice(*part.cols)]
 
 
+class Shapes:
+    """Tensors of the meta device: dtypes and shapes alone."""
+
+    def tensor(self, spec: TensorSpec) -> Tensor:
+        """Return a tensor without data."""
+        return torch.empty(spec.shape, dtype=_dtype(spec), device="meta")
+
+
 class Buffers:
     """Buffers of a device, each with the bytes of tensors that follow each other in a file."""
 

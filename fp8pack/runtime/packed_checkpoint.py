@@ -46,6 +46,13 @@ class PackedCheckpoint(Mapping[str, PackedTensor | Tensor]):
             self._made[name] = self._packed(spec, quantized) if quantized else self._memory.tensor(spec)
         return self._made[name]
 
+    @property
+    def scale_names(self) -> set[str]:
+        """The names of all scale tensors in the files, those of activations and of the KV cache among them."""
+        entries = self._contents.quantized.values()
+        scales = {scale.name for entry in entries for scale in (entry.scale, entry.input_scale) if scale}
+        return scales | {spec.name for spec in self._contents.kv_scales.values()} | set(self._contents.other_scales)
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._specs)
 

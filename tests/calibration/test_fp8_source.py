@@ -8,8 +8,8 @@ import torch
 from checkpoints import DEMO
 
 import fp8pack
-from fp8pack.calibration.model import ModelLoader
 from fp8pack.checkpoint.source import open_checkpoint
+from fp8pack.models.loader import ModelLoader
 from fp8pack.numerics.granularity import parse_granularity
 
 

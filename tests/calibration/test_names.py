@@ -8,7 +8,7 @@ from calibration.tiny_models import EXPERTS, LAYERS, make_model, save_model
 from safetensors import safe_open
 from torch import nn
 
-from fp8pack.calibration.names import Names, is_transformers_model, names_of
+from fp8pack.models.names import Names, is_transformers_model, names_of
 
 FAMILIES = ("qwen3", "gpt_neox", "bert", "qwen3_moe", "mixtral", "gemma2", "gemma3", "gpt_oss", "llava", "t5")
 

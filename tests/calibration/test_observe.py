@@ -18,10 +18,10 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import fp8pack
-from fp8pack.calibration.names import names_of
 from fp8pack.calibration.observers import Observation
 from fp8pack.checkpoint.calibration_file import read_calibration
 from fp8pack.errors import InputError
+from fp8pack.models.names import names_of
 
 K = 8
 

@@ -10,11 +10,11 @@ from calibration.tiny_models import LAYERS, TEXTS, make_model, save_model, write
 from torch import Tensor, nn
 
 from fp8pack.calibration.calibrate import calibrate
-from fp8pack.calibration.model import ModelLoader
 from fp8pack.calibration.prepare import CalibrateOptions
 from fp8pack.calibration.stream_layers import Rounds, Stack, find_stack, probe
 from fp8pack.checkpoint.calibration_file import read_calibration
 from fp8pack.errors import DeadlineError, InputError, RecipeError
+from fp8pack.models.loader import ModelLoader
 
 FAMILIES = ("qwen3", "gpt_neox", "bert", "qwen3_moe", "mixtral", "gemma2", "gemma3", "gpt_oss")
 

@@ -1,7 +1,7 @@
 """A transformers model of a checkpoint: built without weights, which are then read by name, all or some at a time."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from typing import Any
 
@@ -16,11 +16,11 @@ from transformers.initialization import no_init_weights
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 
-from fp8pack.calibration.names import names_of
 from fp8pack.checkpoint.quantized import read_contents
 from fp8pack.checkpoint.source import ShardReader, Source
 from fp8pack.checkpoint.values import ValueReader
 from fp8pack.errors import InputError
+from fp8pack.models.names import names_of
 from fp8pack.numerics.replaced_forwards import replaced_forwards
 from fp8pack.planning.contents import Contents
 from fp8pack.planning.spec import TensorSpec
@@ -57,8 +57,6 @@ class ModelLoader:
         text = config.get_text_config()
         self.max_positions = int(getattr(text, "max_position_embeddings", 0) or 0)
         self.hidden_nbytes = 4 * int(getattr(text, "hidden_size", 0) or 0)  # of a token, at most float32
-        for part in (config, text):
-            part.use_cache = False
         config.quantization_config = None
         self.model = _build(source, model_class, config)
         self.model.eval()  # type: ignore[no-untyped-call]
@@ -76,15 +74,16 @@ class ModelLoader:
         """Bytes of all parameters."""
         return sum(parameter.nbytes for parameter in self.model.parameters())
 
-    def load(self, parameters: Iterable[str]) -> None:
+    def load(self, parameters: Iterable[str], read: Callable[[str], Any] | None = None) -> None:
         """Read parameters and buffers of these names from the checkpoint, FP8 weights dequantized.
 
+        read: returns what stands for a tensor of the checkpoint, a tensor or what becomes one when it is indexed.
         Raises:
             InputError: the checkpoint lacks one, or holds it in another shape.
         """
         wanted = set(parameters)
         tensors = {
-            name: _Lazy(self._source, self._contents, self._specs[name])
+            name: _Lazy(self._source, self._contents, self._specs[name]) if read is None else read(name)
             for key in wanted
             for name in self.names.tensors.get(key, ())
         }

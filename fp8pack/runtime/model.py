@@ -1,0 +1,134 @@
+"""`load_model`: a transformers model whose linears multiply in FP8, for any checkpoint that `load_packed` reads."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel
+
+from fp8pack.checkpoint.source import open_checkpoint
+from fp8pack.models.loader import ModelLoader, quiet_transformers
+from fp8pack.models.names import Names, is_experts
+from fp8pack.runtime.experts import FP8Experts
+from fp8pack.runtime.linear import FP8Linear
+from fp8pack.runtime.load import load_packed
+from fp8pack.runtime.packed_checkpoint import PackedCheckpoint
+from fp8pack.runtime.packed_tensor import PackedTensor
+
+
+def load_model(
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    *,
+    verify: bool = False,
+    workers: int | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """Return the transformers model of a packed checkpoint, ready for `generate()`.
+
+    Linears and experts that are packed run in FP8 (`FP8Linear`, `FP8Experts`), everything else in BF16. An FP8 weight
+    that the class uses otherwise is dequantized; `report_fp8` counts them. `model.kv_scales` are the multipliers of K
+    and V by point. verify, workers: as in `load_packed`.
+    Raises:
+        InputError: as `load_packed` does; or transformers does not know the architecture, or it needs code of its own
+            and `trust_remote_code` is off.
+    """
+    target = torch.device(device)
+    source = open_checkpoint(Path(path))
+    with quiet_transformers():
+        loader = ModelLoader(source, trust_remote_code=trust_remote_code, device=target)
+    packed = load_packed(path, target, verify=verify, workers=workers)
+    model = loader.model
+    install(model, packed, loader.names)
+    rest = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
+    with quiet_transformers():
+        loader.load(rest, lambda name: _plain(packed[name]))
+    if (source.directory / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(source.directory, local_files_only=True)
+    return model
+
+
+def install(model: PreTrainedModel, packed: PackedCheckpoint, names: Names) -> set[str]:
+    """Put FP8 layers in the place of a model's linears and experts; return the tensors of the checkpoint they hold."""
+    held: set[str] = set()
+    for path, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear):
+            held |= _install_linear(model, path, module, packed, names)
+        elif is_experts(module):
+            held |= _install_experts(path, module, packed, names)
+    if any(isinstance(module, FP8Experts) for module in model.modules()):
+        model.set_experts_implementation("eager")  # the one that takes experts one by one
+    vars(model)["kv_scales"] = packed.kv_scales
+    return held
+
+
+def _install_linear(model: nn.Module, path: str, linear: nn.Linear, packed: PackedCheckpoint, names: Names) -> set[str]:
+    found = [packed.get(name) for name in names.of_parameter(f"{path}.weight")]
+    weight = found[0] if len(found) == 1 else None
+    if not isinstance(weight, PackedTensor) or weight.shape != linear.weight.shape:
+        return set()
+    bias = None
+    if linear.bias is not None:
+        (name,) = names.of_parameter(f"{path}.bias")
+        bias = _plain(packed[name])
+    parent, _, leaf = path.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, FP8Linear(weight, bias))
+    return {*names.of_parameter(f"{path}.weight"), *(names.of_parameter(f"{path}.bias") if bias is not None else ())}
+
+
+def _install_experts(path: str, module: nn.Module, packed: PackedCheckpoint, names: Names) -> set[str]:
+    """Experts [E, N, K]; those that are stored the other way round, or multiplied otherwise, stay as they are."""
+    held: set[str] = set()
+    if getattr(module, "is_transposed"):  # noqa: B009  (a mark of transformers' decorator, no attribute of nn.Module)
+        return held
+    for leaf, parameter in list(module.named_parameters(recurse=False)):
+        if parameter.ndim != 3:
+            continue
+        experts = list(_experts_of(f"{path}.{leaf}", parameter, packed, names))
+        if len(experts) == parameter.shape[0]:
+            delattr(module, leaf)
+            setattr(module, leaf, FP8Experts([[FP8Linear(part) for part in parts] for parts in experts]))
+            held |= set(names.of_parameter(f"{path}.{leaf}"))
+    return held
+
+
+def _experts_of(
+    path: str, parameter: nn.Parameter, packed: PackedCheckpoint, names: Names
+) -> Iterator[list[PackedTensor]]:
+    """The weights of each expert behind a 3-D parameter, as far as they are packed and fit."""
+    stored = names.of_parameter(path)
+    count, n, k = parameter.shape
+    whole = packed.get(stored[0]) if len(stored) == 1 else None
+    if isinstance(whole, PackedTensor) and whole.shape == parameter.shape:
+        yield from ([expert] for expert in split_experts(whole))
+        return
+    for modules in names.of_experts(path, count):
+        parts = [packed.get(f"{module}.weight") for module in modules]
+        found = [part for part in parts if isinstance(part, PackedTensor)]
+        if len(found) != len(parts) or sum(part.shape[0] for part in found) != n or found[0].shape[1] != k:
+            return
+        yield found
+
+
+def split_experts(whole: PackedTensor) -> Iterator[PackedTensor]:
+    """Yield the weights [N, K] of a fused one [E, N, K]; nothing if a region of scales lies across experts."""
+    count, n, k = whole.shape
+    rows, cols = whole.block
+    if whole.scale.numel() == 1:
+        for i in range(count):
+            yield replace(whole, name=f"{whole.name}[{i}]", data=whole.data[i], block=(n, k))
+        return
+    if n % rows:
+        return
+    per_expert, granularity = n // rows, whole.granularity
+    if (rows, cols) == (n, k):
+        granularity = "tensor"
+    for i, scale in enumerate(whole.multiplier.split(per_expert)):  # type: ignore[no-untyped-call]
+        data = whole.data[i]
+        yield replace(whole, name=f"{whole.name}[{i}]", data=data, scale=scale, granularity=granularity, tiled=False)
+
+
+def _plain(tensor: PackedTensor | Tensor) -> Tensor:
+    return tensor.dequantize(torch.bfloat16) if isinstance(tensor, PackedTensor) else tensor

@@ -1,0 +1,57 @@
+"""`report_fp8`: whether FP8 really is on."""
+
+from collections import Counter
+from dataclasses import dataclass
+
+from torch import nn
+
+from fp8pack.runtime.linear import FP8Linear
+
+
+@dataclass(frozen=True, slots=True)
+class FP8Report:
+    """What of a model multiplies in FP8; `print` shows it as text.
+
+    on: FP8 layers by scheme and back end; `reference` means that they are dequantized and multiplied in BF16.
+    fp8_nbytes: bytes of their payloads; other_nbytes: of the weights of linears that are not FP8, such as lm_head, and
+    of experts that stayed. padding: the share of the payloads that is zeros up to what kernels take.
+    """
+
+    on: dict[tuple[str, str], int]
+    others: tuple[str, ...]
+    fp8_nbytes: int
+    other_nbytes: int
+    padding: float
+
+    def __str__(self) -> str:
+        lines = [
+            f"{count} layers in FP8 on {backend}: {scheme}" for (scheme, backend), count in sorted(self.on.items())
+        ]
+        names = ", ".join(self.others[:3]) + (", …" if len(self.others) > 3 else "")
+        lines.append(f"{len(self.others)} linears and experts not in FP8{': ' + names if names else ''}")
+        total = self.fp8_nbytes + self.other_nbytes
+        share = self.fp8_nbytes / total if total else 0
+        lines.append(f"{share:.1%} of their bytes are FP8, {self.padding:.1%} of which is padding")
+        return "\n".join(lines)
+
+
+def report_fp8(model: nn.Module) -> FP8Report:
+    """Count the layers of a model that run in FP8, and those that do not; prepares weights that were not used yet."""
+    on: Counter[tuple[str, str]] = Counter()
+    others: list[str] = []
+    fp8 = padded = other = 0
+    for path, module in model.named_modules():
+        if isinstance(module, FP8Linear):
+            operand = module.packed.operand
+            on[str(operand.scheme), operand.backend.name] += 1
+            fp8 += module.weight.nbytes
+            padded += operand.payload.nbytes
+        elif isinstance(module, nn.Linear):
+            others.append(path)
+            other += module.weight.nbytes
+        else:
+            for leaf, parameter in module.named_parameters(recurse=False):
+                if parameter.ndim == 3:  # of experts
+                    others.append(f"{path}.{leaf}")
+                    other += parameter.nbytes
+    return FP8Report(dict(on), tuple(others), fp8, other, 1 - fp8 / padded if padded else 0.0)
