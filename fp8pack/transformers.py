@@ -23,6 +23,7 @@ from fp8pack.runtime.load import load_packed
 from fp8pack.runtime.model import install
 
 METHOD = "fp8pack"
+_SCALES = r"_scale_inv$|\.(input|k|v)_scale$"  # under whatever name transformers gives their weight
 
 
 @register_quantization_config(METHOD)
@@ -67,8 +68,10 @@ class FP8PackQuantizer(HfQuantizer):
             if isinstance(module, FP8Linear | FP8Experts) and not within:
                 self._layers[path] = module
                 _replace(model, path, nn.Module())
-        hidden = [*held, *(known - set(model.state_dict())), *packed.scale_names]
-        ignored = {f"^{re.escape(name)}$" for name in hidden}
+                # or transformers would initialize the weights that it does not find there
+                vars(model.get_submodule(path.rpartition(".")[0]))["_is_hf_initialized"] = True
+        hidden = [*held, *(known - set(model.state_dict()))]
+        ignored = {f"^{re.escape(name)}$" for name in hidden} | {_SCALES}
         model._keys_to_ignore_on_load_unexpected = ignored.union(model._keys_to_ignore_on_load_unexpected or ())
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:

@@ -75,6 +75,10 @@ def prepare(model: Path, options: CalibrateOptions) -> Run:
         raise InputError(f"{options.prompts} holds no prompt")
     device = _device(options.device)
     loader = ModelLoader(source, trust_remote_code=options.trust_remote_code, device=device)
+    if loader.model.config.is_encoder_decoder:
+        raise InputError(
+            f"{source.facts.architecture} wants more than a prompt: record with fp8pack.observe() in your own loop"
+        )
     for config in (loader.model.config, loader.model.config.get_text_config()):
         config.use_cache = False
     tokenizer = read_tokenizer(source, trust_remote_code=options.trust_remote_code)

@@ -1,4 +1,4 @@
-"""Quantizing activations: one fused Triton kernel on a GPU, torch elsewhere; the same bytes from both."""
+"""Quantizing activations: one fused Triton kernel on NVIDIA GPUs, torch elsewhere; the same bytes from both."""
 
 from functools import cache
 from importlib import import_module
@@ -25,9 +25,10 @@ def quantize_activation(
     Numerics: as `torch_codec.quantize`; MX scales are rounded up to powers of two. scale: a static one, float32, one
         element; what lies beyond it saturates. Where x is not finite, what is dequantized is not finite either.
     """
-    kernels = _triton() if x.is_cuda else None
+    kernels = _triton() if x.is_cuda and torch.version.hip is None else None
     if kernels is not None:
-        found: tuple[Tensor, Tensor] = kernels.quantize(x, granularity, padded=padded, scale=scale, tiled=tiled)
+        region = granularity if scale is None else TENSOR
+        found: tuple[Tensor, Tensor] = kernels.quantize(x, region, padded=padded, scale=scale, tiled=tiled)
         return found
     return quantize_in_torch(x, granularity, padded=padded, scale=scale, tiled=tiled)
 
@@ -64,7 +65,7 @@ def multiplier_of(scale: Tensor) -> Tensor:
 
 @cache
 def _triton() -> ModuleType | None:
-    """Our Triton kernels, None where Triton is not installed; only a GPU needs them."""
+    """Our Triton kernels, None where Triton is not installed; only NVIDIA GPUs run them."""
     try:
         return import_module("fp8pack.gemm.triton_activations")
     except ImportError:

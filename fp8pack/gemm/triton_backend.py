@@ -7,10 +7,12 @@ from torch import Tensor
 
 from fp8pack.gemm.activations import multiplier_of, quantize_activation
 from fp8pack.gemm.device import DeviceFacts
-from fp8pack.gemm.operand import Operand
+from fp8pack.gemm.operand import Operand, pad
 from fp8pack.gemm.scheme import Scheme
 from fp8pack.gemm.triton_gemm import dequantize_gemm, scaled_gemm, serves
+from fp8pack.units import round_up
 
+_MULTIPLE = 16  # bytes of a load
 _SHAPE = (384, 384)  # of a weight that is larger than any region that kernels know
 
 
@@ -25,22 +27,24 @@ def triton_problem(scheme: Scheme, facts: DeviceFacts) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class TritonBackend:
-    """Multiplies FP8 by FP8, or leaves activations as they are; edges are masked, so nothing is padded."""
+    """Multiplies FP8 by FP8, or leaves activations as they are; edges are masked, and K is padded for long loads."""
 
     name: str = "triton"
 
     def prepare(self, payload: Tensor, multiplier: Tensor, scheme: Scheme) -> Operand:
-        """Return a weight with its scales in float32, as they are."""
-        return Operand(payload.contiguous(), multiplier, (payload.shape[0], payload.shape[1]), scheme, self)
+        """Return a weight with its scales in float32, as they are; rows begin at multiples of 16 bytes."""
+        n, k = payload.shape
+        return Operand(pad(payload, n, round_up(k, _MULTIPLE)), multiplier, (n, k), scheme, self)
 
     def product(self, x: Tensor, weight: Operand, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
-        """Return x @ weight^T + bias, each step of K scaled and added in float32."""
-        region, activation = weight.scheme.granularity.region(weight.shape), weight.scheme.activation
+        """Return x @ weight^T + bias, each step of K scaled and added in float32; float32 activations become BF16."""
+        n, cols = weight.payload.shape
+        region, activation = weight.scheme.granularity.region((n, cols)), weight.scheme.activation
         if activation is None:
-            return dequantize_gemm(
-                x.contiguous(), weight.payload, weight.scale, b_region=region, bias=bias, out_dtype=out_dtype
-            )
-        payload, scale = quantize_activation(x, activation, padded=(x.shape[0], x.shape[1]), scale=weight.input_scale)
+            x = x.to(torch.bfloat16) if x.dtype == torch.float32 else x
+            x = torch.nn.functional.pad(x, (0, cols - x.shape[1])).contiguous()
+            return dequantize_gemm(x, weight.payload, weight.scale, b_region=region, bias=bias, out_dtype=out_dtype)
+        payload, scale = quantize_activation(x, activation, padded=(x.shape[0], cols), scale=weight.input_scale)
         return scaled_gemm(
             payload,
             multiplier_of(scale),

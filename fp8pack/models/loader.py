@@ -50,10 +50,6 @@ class ModelLoader:
         self._source, self.device = source, device
         config = _read_config(source, trust_remote_code)
         model_class = _find_class(source, config, trust_remote_code)
-        if config.is_encoder_decoder:
-            raise InputError(
-                f"{source.facts.architecture} wants more than a prompt: record with fp8pack.observe() in your own loop"
-            )
         text = config.get_text_config()
         self.max_positions = int(getattr(text, "max_position_embeddings", 0) or 0)
         self.hidden_nbytes = 4 * int(getattr(text, "hidden_size", 0) or 0)  # of a token, at most float32

@@ -65,16 +65,23 @@ class FP8Linear(nn.Module):
         self.weight_scale_inv = nn.Parameter(weight.scale, requires_grad=False)
         self.input_scale = None if weight.input_scale is None else nn.Parameter(weight.input_scale, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self._state = self._current()
 
     @property
     def packed(self) -> PackedTensor:
         """The weight, as it is now: on whatever device, with whatever was loaded into the parameters."""
-        current = (self.weight.data, self.weight_scale_inv.data)
-        known = (self._packed.data, self._packed.scale)
-        if any(a.data_ptr() != b.data_ptr() or a.device != b.device for a, b in zip(current, known, strict=True)):
+        state = self._current()
+        if state != self._state:
             scale = None if self.input_scale is None else self.input_scale.data
-            self._packed = replace(self._packed, data=current[0], scale=current[1], input_scale=scale)
+            weight, multiplier = self.weight.data, self.weight_scale_inv.data
+            self._packed = replace(self._packed, data=weight, scale=multiplier, input_scale=scale)
+            self._state = state
         return self._packed
+
+    def _current(self) -> tuple[tuple[int, int, torch.device], ...]:
+        """What changes when a parameter is moved, or written to."""
+        parameters = (self.weight, self.weight_scale_inv, self.input_scale)
+        return tuple((p.data_ptr(), p._version, p.device) for p in parameters if p is not None)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x @ weight^T + bias: x [..., K], the result [..., N]."""

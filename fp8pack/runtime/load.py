@@ -67,21 +67,34 @@ def load_packed(
         expected = _expected(source, contents) if verify else {}
     target = _indexed(torch.device(device))
     count = workers or min(_MAX_WORKERS, len(os.sched_getaffinity(0)))
-    stored = _stored(contents)
     if target.type == "meta":
         return PackedCheckpoint(source, contents, Shapes(), {})
-    if target.type == "cpu":
-        reads = digest_reads(stored, {name: tensor.pieces for name, tensor in expected.items()})
-        _check(stored, expected, read_all(source.directory, reads, (), target, count))
-        return PackedCheckpoint(source, contents, MappedFiles(source.directory, parts), parts)
-    wanted = ((spec, parts.get(spec.name)) for spec in stored)
+    if target.type != "cpu":
+        memory = fill_buffers(source.directory, contents, parts, expected, device=target, workers=count)
+        return PackedCheckpoint(source, contents, memory, parts)
+    reads = digest_reads(_stored(contents), {name: tensor.pieces for name, tensor in expected.items()})
+    _check(contents, expected, read_all(source.directory, reads, (), target, count))
+    return PackedCheckpoint(source, contents, MappedFiles(source.directory, parts), parts)
+
+
+def fill_buffers(
+    directory: Path,
+    contents: Contents,
+    parts: Mapping[str, Part],
+    expected: Mapping[str, Expected],
+    *,
+    device: torch.device,
+    workers: int,
+) -> Buffers:
+    """Read tensors, or parts of them, into buffers of a device; check what digests are expected."""
+    wanted = ((spec, parts.get(spec.name)) for spec in _stored(contents))
     placement = place(wanted, {name: tensor.pieces for name, tensor in expected.items()})
-    buffers = [torch.empty(nbytes, dtype=torch.uint8, device=target) for nbytes in placement.buffers]
-    _check(stored, expected, read_all(source.directory, placement.reads, buffers, target, count))
-    memory = Buffers(buffers, placement.places, parts, target)
-    if describe(target).is_fnuz:
+    buffers = [torch.empty(nbytes, dtype=torch.uint8, device=device) for nbytes in placement.buffers]
+    _check(contents, expected, read_all(directory, placement.reads, buffers, device, workers))
+    memory = Buffers(buffers, placement.places, parts)
+    if describe(device).is_fnuz:
         turn_into_fnuz(memory, contents)
-    return PackedCheckpoint(source, contents, memory, parts)
+    return memory
 
 
 def _select(contents: Contents, patterns: Collection[str] | None) -> Contents:
@@ -126,8 +139,8 @@ def _expected(source: Source, contents: Contents) -> dict[str, Expected]:
     return {spec.name: own[names.get((spec.file, spec.begin), spec.name)] for spec in _stored(contents)}
 
 
-def _check(stored: list[TensorSpec], expected: Mapping[str, Expected], digests: Digests) -> None:
-    for spec in stored if expected else ():
+def _check(contents: Contents, expected: Mapping[str, Expected], digests: Digests) -> None:
+    for spec in _stored(contents) if expected else ():
         found = digests.get(spec.name, {})
         expected[spec.name].check(spec, [digest for begin in sorted(found) for digest in found[begin]])
 

@@ -76,10 +76,8 @@ class Shapes:
 class Buffers:
     """Buffers of a device, each with the bytes of tensors that follow each other in a file."""
 
-    def __init__(
-        self, buffers: Sequence[Tensor], places: Mapping[str, Place], parts: Mapping[str, Part], device: torch.device
-    ) -> None:
-        self._buffers, self._places, self._parts, self.device = buffers, places, parts, device
+    def __init__(self, buffers: Sequence[Tensor], places: Mapping[str, Place], parts: Mapping[str, Part]) -> None:
+        self._buffers, self._places, self._parts = buffers, places, parts
 
     def tensor(self, spec: TensorSpec) -> Tensor:
         """Return a tensor, or the part of it that this rank holds: a view."""

@@ -46,13 +46,6 @@ class PackedCheckpoint(Mapping[str, PackedTensor | Tensor]):
             self._made[name] = self._packed(spec, quantized) if quantized else self._memory.tensor(spec)
         return self._made[name]
 
-    @property
-    def scale_names(self) -> set[str]:
-        """The names of all scale tensors in the files, those of activations and of the KV cache among them."""
-        entries = self._contents.quantized.values()
-        scales = {scale.name for entry in entries for scale in (entry.scale, entry.input_scale) if scale}
-        return scales | {spec.name for spec in self._contents.kv_scales.values()} | set(self._contents.other_scales)
-
     def __iter__(self) -> Iterator[str]:
         return iter(self._specs)
 
@@ -115,7 +108,7 @@ class PackedCheckpoint(Mapping[str, PackedTensor | Tensor]):
             shape = spec.shape
             scale = _part_of_scales(whole, (shape[0], shape[1]), part)
             whole = replace(whole, scale=scale, block=quantized.granularity.region(part.shape), tiled=False)
-        if data.device.type != "cpu" and describe(data.device).is_fnuz and quantized.format == E4M3:
+        if describe(data.device).is_fnuz and quantized.format == E4M3:
             whole = replace(whole, data=data.view(torch.float8_e4m3fnuz), scale=double(whole.scale))
         return whole
 

@@ -24,9 +24,7 @@ class FP8Report:
     padding: float
 
     def __str__(self) -> str:
-        lines = [
-            f"{count} layers in FP8 on {backend}: {scheme}" for (scheme, backend), count in sorted(self.on.items())
-        ]
+        lines = [f"{count} layers on {backend}: {scheme}" for (scheme, backend), count in sorted(self.on.items())]
         names = ", ".join(self.others[:3]) + (", …" if len(self.others) > 3 else "")
         lines.append(f"{len(self.others)} linears and experts not in FP8{': ' + names if names else ''}")
         total = self.fp8_nbytes + self.other_nbytes

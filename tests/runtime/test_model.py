@@ -1,0 +1,134 @@
+"""Models of transformers with FP8 layers, loaded by us and by transformers."""
+
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from checkpoints import DEMO
+
+import fp8pack
+import fp8pack.transformers
+from fp8pack.errors import InputError
+from fp8pack.numerics.granularity import parse_granularity
+from fp8pack.packing.prepare import WriteOptions
+from fp8pack.planning.recipe import Request
+from fp8pack.runtime.experts import FP8Experts
+from fp8pack.runtime.model import split_experts
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "calibration"))
+import tiny_models
+
+PROMPT = {"input_ids": torch.tensor([[5, 6, 7, 8, 9, 10]])}
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**PROMPT).logits.float()
+
+
+def packed_family(family: str, folder: Path, activations: str = "dynamic") -> Path:
+    tiny_models.save_model(tiny_models.make_model(family), folder / "model")
+    asked = Request(granularity=parse_granularity("group:32"), quant_method="fp8pack", activations=activations)
+    fp8pack.pack(folder / "model", asked, WriteOptions(folder / "packed"))
+    return folder / "packed"
+
+
+def error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("scheme", ["FP8_BLOCK", "FP8_DYNAMIC", "MXFP8", "W8A16"])
+def test_the_demo_model_generates_as_before(tmp_path: Path, scheme: str) -> None:
+    fp8pack.pack(DEMO, Request(scheme), WriteOptions(tmp_path / "out"))
+    model = fp8pack.load_model(tmp_path / "out")
+    original = transformers.AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.bfloat16)
+    assert error(logits(model), logits(original)) < 0.1
+    found = model.generate(**PROMPT, max_new_tokens=5, do_sample=False)
+    assert found.shape == (1, 11)
+    report = fp8pack.report_fp8(model)
+    assert sum(report.on.values()) == 28
+    assert report.others == ("lm_head",)
+    assert "28 layers on reference" in str(report)
+    assert (report.padding, report.fp8_nbytes > 0) == (0.0, True)
+
+
+FAMILIES = ["qwen3", "qwen3_moe", "mixtral", "gpt_neox", "bert", "albert", "gemma3", "llava", "t5"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_transformers_loads_what_we_load(tmp_path: Path, family: str, caplog: pytest.LogCaptureFixture) -> None:
+    path = packed_family(family, tmp_path)
+    ours = fp8pack.load_model(path)
+    transformers.utils.logging.enable_propagation()
+    with caplog.at_level(logging.WARNING):
+        theirs = type(ours).from_pretrained(path)
+    transformers.utils.logging.disable_propagation()
+    assert "UNEXPECTED" not in caplog.text
+    assert "MISSING" not in caplog.text
+    assert str(fp8pack.report_fp8(theirs)) == str(fp8pack.report_fp8(ours))
+    if family != "t5":
+        assert torch.equal(logits(theirs), logits(ours))
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe", "mixtral", "gpt_neox", "bert", "gemma3", "llava"])
+def test_weight_only_models_compute_what_the_unpacked_ones_do(tmp_path: Path, family: str) -> None:
+    path = packed_family(family, tmp_path, "none")
+    ours = fp8pack.load_model(path)
+    fp8pack.unpack(path, options=WriteOptions(tmp_path / "unpacked"))
+    unpacked = type(ours).from_pretrained(tmp_path / "unpacked", dtype=torch.bfloat16)
+    assert error(logits(ours), logits(unpacked)) < 0.02
+
+
+def test_experts_run_in_fp8(tmp_path: Path) -> None:
+    path = packed_family("qwen3_moe", tmp_path)
+    model = fp8pack.load_model(path)
+    experts = [module for module in model.modules() if isinstance(module, FP8Experts)]
+    assert len(experts) == 2 * tiny_models.LAYERS
+    assert all(len(found) == tiny_models.EXPERTS for found in experts)
+    with pytest.raises(TypeError, match="linear"):
+        torch.add(experts[0][0], torch.ones(1))  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "channel", "block:16x32", "block:48x64"])
+def test_fused_experts_come_apart(granularity: str) -> None:
+    found = parse_granularity(granularity)
+    data = torch.randn(3, 48, 64).to(torch.float8_e4m3fn)
+    region = found.region((144, 64))
+    scale = torch.rand(found.scale_shape((144, 64)))
+    whole = fp8pack.PackedTensor("experts", data, scale, "e4m3", granularity, region, torch.bfloat16)
+    parts = list(split_experts(whole))
+    assert len(parts) == 3
+    for part, expected in zip(parts, whole.dequantize(torch.float32), strict=True):
+        assert torch.equal(part.dequantize(torch.float32), expected)
+        assert fp8pack.linear(torch.ones(2, 64).bfloat16(), part).shape == (2, 48)
+    across = fp8pack.PackedTensor("experts", data, torch.rand(2, 1), "e4m3", "block:96x64", (96, 64), torch.bfloat16)
+    assert list(split_experts(across)) == []
+
+
+def test_scales_of_the_kv_cache_are_exposed(tmp_path: Path) -> None:
+    options = fp8pack.CalibrateOptions(tmp_path / "c.safetensors", num_prompts=16, max_length=32)
+    fp8pack.calibrate(DEMO, options)
+    asked = Request("FP8", calibration=tmp_path / "c.safetensors", kv_cache=True)
+    fp8pack.pack(DEMO, asked, WriteOptions(tmp_path / "out"))
+    model: Any = fp8pack.load_model(tmp_path / "out")
+    assert sorted(model.kv_scales)[:2] == ["model.layers.0.self_attn.k", "model.layers.0.self_attn.v"]
+    report = fp8pack.report_fp8(model)
+    assert list(report.on) == [("e4m3 tensor, activations per tensor", "reference")]
+
+
+def test_a_model_that_transformers_does_not_know_is_refused(tmp_path: Path) -> None:
+    path = packed_family("qwen3", tmp_path)
+    config = (path / "config.json").read_text()
+    (path / "config.json").write_text(config.replace("Qwen3ForCausalLM", "NobodyForCausalLM"))
+    with pytest.raises(InputError, match=r"transformers .* has no NobodyForCausalLM"):
+        fp8pack.load_model(path)
+
+
+def test_several_devices_are_refused(tmp_path: Path) -> None:
+    path = packed_family("qwen3", tmp_path)
+    with pytest.raises(InputError, match="to one device"):
+        transformers.AutoModelForCausalLM.from_pretrained(path, device_map={"model": "cpu", "lm_head": "meta"})
