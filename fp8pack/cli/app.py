@@ -13,6 +13,7 @@ from fp8pack import __version__
 from fp8pack.cli.calibrate import calibrate
 from fp8pack.cli.convert import convert
 from fp8pack.cli.diff import diff
+from fp8pack.cli.env import env
 from fp8pack.cli.inspect import inspect
 from fp8pack.cli.merge import merge
 from fp8pack.cli.output import Signalled, say
@@ -34,6 +35,7 @@ app.command()(unpack)
 app.command()(convert)
 app.command()(inspect)
 app.command()(diff)
+app.command()(env)
 
 
 def _print_version(wanted: bool) -> None:

@@ -7,11 +7,11 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from fp8pack.gemm.layouts import tile
 from fp8pack.numerics import torch_codec
 from fp8pack.numerics.formats import E4M3
 from fp8pack.numerics.granularity import MX, TENSOR, Granularity
 from fp8pack.numerics.scaling import ScaleRounding
-from fp8pack.numerics.swizzle import padded as padded_to_tiles
 
 
 def quantize_activation(
@@ -48,14 +48,6 @@ def quantize_in_torch(
         exponents = (used.view(torch.int32) >> 23).to(torch.uint8)
         return payload, tile(exponents) if tiled else exponents
     return payload, used if used.shape[1] == 1 else used.t().contiguous().t()
-
-
-def tile(exponents: Tensor) -> Tensor:
-    """Return exponents [R, C], uint8, in the tiles of numerics/swizzle.py, as [R', C']."""
-    rows, cols = padded_to_tiles((exponents.shape[0], exponents.shape[1]))
-    grid = torch.nn.functional.pad(exponents, (0, cols - exponents.shape[1], 0, rows - exponents.shape[0]))
-    tiles = grid.reshape(rows // 128, 4, 32, cols // 4, 4).permute(0, 3, 2, 1, 4)
-    return tiles.reshape(rows, cols).contiguous()
 
 
 def multiplier_of(scale: Tensor) -> Tensor:

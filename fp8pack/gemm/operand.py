@@ -47,12 +47,3 @@ class Backend(Protocol):
     def product(self, x: Tensor, weight: Operand, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
         """Return x @ weight^T + bias: x [M, K] in any float dtype, bias [N], the result [M, N]."""
         ...
-
-
-def pad(matrix: Tensor, rows: int, cols: int) -> Tensor:
-    """Return a matrix with zeros up to this shape; itself where it has it and is contiguous. FP8 dtypes included."""
-    if tuple(matrix.shape) == (rows, cols):
-        return matrix.contiguous()
-    wide = torch.zeros((rows, cols), dtype=matrix.dtype, device=matrix.device)
-    wide[: matrix.shape[0], : matrix.shape[1]].copy_(matrix)
-    return wide

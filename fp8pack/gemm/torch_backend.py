@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import ScalingType, SwizzleType, scaled_mm
 
-from fp8pack.gemm.activations import quantize_activation, tile
+from fp8pack.gemm.activations import quantize_activation
 from fp8pack.gemm.device import DeviceFacts
-from fp8pack.gemm.operand import Operand, pad
+from fp8pack.gemm.layouts import for_cublaslt, pad
+from fp8pack.gemm.operand import Operand
 from fp8pack.gemm.scheme import Scheme
 from fp8pack.numerics.formats import E4M3
-from fp8pack.numerics.granularity import BLOCK_128, CHANNEL, MX, TENSOR, Granularity
+from fp8pack.numerics.granularity import BLOCK_128, CHANNEL, MX, TENSOR
 from fp8pack.numerics.torch_codec import as_fnuz
 from fp8pack.units import round_up
 
@@ -76,7 +77,7 @@ class TorchBackend:
         n, k = payload.shape
         rows = round_up(n, 128 if scheme.granularity == MX else _MULTIPLE)
         cols = round_up(k, 128 if scheme.granularity in (BLOCK_128, MX) else _MULTIPLE)
-        scale = _lay_out(multiplier, scheme.granularity, rows, cols)
+        scale = for_cublaslt(multiplier, scheme.granularity, (rows, cols))
         return Operand(pad(payload, rows, cols), scale, (n, k), scheme, self)
 
     def product(self, x: Tensor, weight: Operand, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
@@ -105,15 +106,3 @@ class TorchBackend:
             output_dtype=torch.bfloat16 if granularity == CHANNEL else out_dtype,  # the only one of row scales
         )[:m, :n]
         return (out if bias is None else out + bias).to(out_dtype)
-
-
-def _lay_out(multiplier: Tensor, granularity: Granularity, rows: int, cols: int) -> Tensor:
-    """The scales of a weight padded to this shape, in the layout of scaled_mm."""
-    if granularity == TENSOR:
-        return multiplier.reshape(1)
-    if granularity == CHANNEL:
-        return pad(multiplier.reshape(1, -1), 1, rows)
-    if granularity == BLOCK_128:  # K-major, each column of blocks padded to a multiple of 4
-        return pad(multiplier, multiplier.shape[0], round_up(cols // 128, 4)).t()
-    exponents = (multiplier.view(torch.int32) >> 23).to(torch.uint8)
-    return tile(pad(exponents, rows, cols // 32)).view(torch.float8_e8m0fnu).reshape(-1)

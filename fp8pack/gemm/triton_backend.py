@@ -7,7 +7,8 @@ from torch import Tensor
 
 from fp8pack.gemm.activations import multiplier_of, quantize_activation
 from fp8pack.gemm.device import DeviceFacts
-from fp8pack.gemm.operand import Operand, pad
+from fp8pack.gemm.layouts import pad
+from fp8pack.gemm.operand import Operand
 from fp8pack.gemm.scheme import Scheme
 from fp8pack.gemm.triton_gemm import dequantize_gemm, scaled_gemm, serves
 from fp8pack.units import round_up

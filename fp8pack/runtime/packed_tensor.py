@@ -2,16 +2,17 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from fp8pack.gemm.layouts import for_cublaslt, for_deepgemm, untile
 from fp8pack.gemm.operand import Operand
 from fp8pack.gemm.prepare import prepare
 from fp8pack.numerics import torch_codec
 from fp8pack.numerics.formats import parse_format
 from fp8pack.numerics.granularity import parse_granularity
-from fp8pack.numerics.swizzle import padded
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +63,17 @@ class PackedTensor:
             weight_only=self.weight_only,
         )
 
+    def scale_for(self, kernel: Literal["cublaslt", "deepgemm"]) -> Tensor:
+        """Return the scales as a kernel of one's own reads them (docs/gemm.md); `linear` has laid out its own already.
+
+        Raises:
+            ValueError: the kernel reads no scales of this granularity, or powers of two alone.
+        """
+        n, k = self.data.reshape(-1, self.shape[-1]).shape
+        if kernel == "cublaslt":
+            return for_cublaslt(self.multiplier, parse_granularity(self.granularity), (n, k))
+        return for_deepgemm(self.multiplier, n, self.block[0])
+
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return the weight, by default in the dtype it had before packing.
 
@@ -79,6 +91,4 @@ def grid_of(scale: Tensor, shape: tuple[int, int], block: tuple[int, int], *, ti
     grid = (-(-shape[0] // block[0]), -(-shape[1] // block[1]))
     if not tiled:
         return scale.reshape(grid)
-    rows, cols = padded(grid)
-    tiles = scale.view(torch.uint8).reshape(rows // 128, cols // 4, 32, 4, 4).permute(0, 3, 2, 1, 4)
-    return tiles.reshape(rows, cols)[: grid[0], : grid[1]].contiguous()
+    return untile(scale.view(torch.uint8), grid)

@@ -113,3 +113,16 @@ def test_what_a_cpu_has_is_proved(granularity: str, format: object) -> None:
 
 def test_amd_has_its_own_e4m3() -> None:
     assert [DeviceFacts("hip", arch=arch).is_fnuz for arch in ("gfx942", "gfx950", "")] == [True, False, False]
+
+
+@pytest.mark.parametrize("weight_only", [False, True], ids=["", "weight-only"])
+@pytest.mark.parametrize("granularity", ["tensor", "channel", "block:128x128", "mx", "group:64", "group:128"])
+def test_our_kernels_are_proved(granularity: str, weight_only: bool) -> None:
+    """In Triton's interpreter where there is no GPU; it cuts BF16 results off, which doubles their error."""
+    pytest.importorskip("triton")
+    from fp8pack.gemm.triton_backend import TritonBackend
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    assert (
+        prove(TritonBackend(), scheme_of(E4M3, parse_granularity(granularity), weight_only=weight_only), device) is None
+    )

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fp8pack.gemm.activations import multiplier_of, quantize_activation, quantize_in_torch, tile
+from fp8pack.gemm.activations import multiplier_of, quantize_activation, quantize_in_torch
 from fp8pack.gemm.operand import Backend
 from fp8pack.gemm.reference_backend import ReferenceBackend
 from fp8pack.gemm.scheme import Scheme, scheme_of
@@ -15,7 +15,6 @@ from fp8pack.numerics import torch_codec
 from fp8pack.numerics.formats import E4M3, E5M2, Float8Format
 from fp8pack.numerics.granularity import CHANNEL, MX, TENSOR, Granularity, parse_granularity
 from fp8pack.numerics.scaling import ScaleRounding
-from fp8pack.numerics.swizzle import swizzle
 
 AS_QUANTIZED, AS_ENTERED = 5e-3, 4e-2  # relative, Frobenius
 SHAPES = [(1, 1, 1), (1, 384, 256), (7, 131, 200), (16, 128, 128), (33, 257, 130), (5, 48, 1000)]
@@ -124,11 +123,6 @@ def test_what_lies_aligned_is_not_copied() -> None:
         scheme = scheme_of(E4M3, granularity)
         payload, multiplier = weight_of(scheme, 32, 48)
         assert TorchBackend().prepare(payload, multiplier, scheme).payload.data_ptr() == payload.data_ptr()
-
-
-def test_tiles_are_those_of_the_files() -> None:
-    exponents = torch.randint(0, 255, (131, 7), dtype=torch.uint8)
-    assert (tile(exponents).numpy() == swizzle(exponents.numpy())).all()
 
 
 @pytest.mark.parametrize("granularity", [TENSOR, CHANNEL, parse_granularity("group:128"), MX])

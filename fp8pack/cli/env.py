@@ -1,0 +1,33 @@
+"""`fp8pack env`."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fp8pack.cli import options
+from fp8pack.cli.output import emit
+
+_INCLUDE = Path(__file__).parents[1] / "_data" / "include"
+
+
+def env(
+    include_dir: Annotated[
+        bool,
+        typer.Option("--include-dir", help="Print the folder of fp8pack.hpp, for a C++ compiler, and nothing else."),
+    ] = False,
+    as_json: options.AsJson = False,
+) -> None:
+    """Show versions and devices, and which back end multiplies FP8 here, each proved by a small product."""
+    if include_dir:
+        emit(str(_INCLUDE))
+        return
+    from fp8pack.report.environment import print_environment
+    from fp8pack.runtime.environment import environment  # imports torch, which --help must not wait for
+
+    facts = environment()
+    if as_json:
+        emit(json.dumps(facts, indent=2, ensure_ascii=False))
+    else:
+        print_environment(facts)
