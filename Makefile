@@ -2,9 +2,11 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 SOURCES = fp8pack tests benchmarks examples
+NVIDIA_ROOT ?= $(wildcard build/cuda/lib/python3*/site-packages/nvidia/cu13)
+NVIDIA_PACKAGES = nvidia-cublas nvidia-cuda-runtime nvidia-cuda-crt nvidia-cuda-cccl
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check lint format types golden docs bench bench-calibrate test-gpu clean
+.PHONY: help install demo test check lint format types golden docs bench bench-calibrate bench-load bench-gpu cpp test-gpu clean
 
 help: ## print every target
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-16s %s\n", $$1, $$2}'
@@ -51,6 +53,21 @@ bench: install ## measure, and write a result file to docs/benchmarks/
 
 bench-calibrate: install ## measure calibrating, and write a result file to docs/benchmarks/
 	$(BIN)/python benchmarks/bench_calibrate.py --out docs/benchmarks/calibrate_$$(nproc)-core-$$(uname -m)_$$(date +%Y%m).md
+
+bench-load: install ## measure loading on a CPU, and write a result file to docs/benchmarks/
+	$(BIN)/python benchmarks/bench_load.py --out docs/benchmarks/load_$$(nproc)-core-$$(uname -m)_$$(date +%Y%m).md
+
+bench-gpu: install ## measure loading and GEMMs on a CUDA device, and write a result file to docs/benchmarks/
+	$(BIN)/python benchmarks/bench_gpu.py --out docs/benchmarks/gpu_$$(date +%Y%m).md
+
+build/cuda/installed:
+	$(PYTHON) -m venv build/cuda
+	build/cuda/bin/pip install --quiet $(NVIDIA_PACKAGES:%='%>=13,<14')
+	@touch $@
+
+cpp: install $(if $(NVIDIA_ROOT),,build/cuda/installed) ## compile fp8pack.hpp and the cuBLASLt example, and test what needs no GPU
+	FP8PACK_NVIDIA_ROOT="$$(cd $(if $(NVIDIA_ROOT),$(NVIDIA_ROOT),build/cuda/lib/python3*/site-packages/nvidia/cu13) && pwd)" \
+	$(BIN)/python -m pytest -q tests/cpp
 
 test-gpu: install ## run the tests that need a CUDA device
 	$(BIN)/python -m pytest -q -m gpu

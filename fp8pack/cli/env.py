@@ -15,7 +15,7 @@ _INCLUDE = Path(__file__).parents[1] / "_data" / "include"
 def env(
     include_dir: Annotated[
         bool,
-        typer.Option("--include-dir", help="Print the folder of fp8pack.hpp, for a C++ compiler, and nothing else."),
+        typer.Option("--include-dir", help="Print the folder of fp8pack.hpp, for a C++ compiler."),
     ] = False,
     as_json: options.AsJson = False,
 ) -> None:

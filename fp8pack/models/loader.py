@@ -22,20 +22,10 @@ from fp8pack.checkpoint.values import ValueReader
 from fp8pack.errors import InputError
 from fp8pack.models.names import names_of
 from fp8pack.numerics.replaced_forwards import replaced_forwards
+from fp8pack.numerics.torch_dtypes import TORCH_DTYPES
 from fp8pack.planning.contents import Contents
 from fp8pack.planning.spec import TensorSpec
 
-_DTYPES = {
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "BOOL": torch.bool,
-    "I32": torch.int32,
-    "I64": torch.int64,
-}
 _STRIP_ROWS = 1024  # of an FP8 weight that are dequantized at a time
 
 
@@ -204,9 +194,9 @@ class _Lazy:
 
     def _read(self) -> Tensor:
         spec = self._spec
-        if spec.dtype not in _DTYPES:
+        if spec.dtype not in TORCH_DTYPES:
             raise InputError(f"{spec.file}: tensor {spec.name!r} is {spec.dtype}, which calibration does not read")
-        tensor = torch.empty(spec.shape, dtype=_DTYPES[spec.dtype])
+        tensor = torch.empty(spec.shape, dtype=TORCH_DTYPES[spec.dtype])
         if spec.nbytes:
             with closing(ShardReader(self._source.directory / spec.file)) as reader:
                 reader.readinto(tensor.view(-1).view(torch.uint8).numpy().data, spec.begin)

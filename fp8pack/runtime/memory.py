@@ -12,29 +12,10 @@ from torch import Tensor
 
 from fp8pack.checkpoint.source import open_regular
 from fp8pack.errors import InputError
+from fp8pack.numerics.torch_dtypes import TORCH_DTYPES
 from fp8pack.planning.spec import TensorSpec
 from fp8pack.planning.tensor_parallel import Part
 from fp8pack.runtime.placement import Place
-
-DTYPES = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "U16": torch.uint16,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I32": torch.int32,
-    "U32": torch.uint32,
-    "F32": torch.float32,
-    "I64": torch.int64,
-    "U64": torch.uint64,
-    "F64": torch.float64,
-    "C64": torch.complex64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
-}
 
 
 class Memory(Protocol):
@@ -96,9 +77,9 @@ def _shaped(data: Tensor, spec: TensorSpec, shape: tuple[int, ...]) -> Tensor:
 
 
 def _dtype(spec: TensorSpec) -> torch.dtype:
-    if spec.dtype not in DTYPES:
+    if spec.dtype not in TORCH_DTYPES:
         raise InputError(f"{spec.file}: tensor {spec.name!r} is {spec.dtype}, which torch has no type for")
-    return DTYPES[spec.dtype]
+    return TORCH_DTYPES[spec.dtype]
 
 
 def _map(path: Path) -> Tensor:

@@ -13,12 +13,13 @@ from fp8pack.errors import InputError
 from fp8pack.gemm.device import describe
 from fp8pack.numerics.formats import E4M3
 from fp8pack.numerics.swizzle import TILE
+from fp8pack.numerics.torch_dtypes import TORCH_DTYPES
 from fp8pack.planning.contents import Contents, Quantized
 from fp8pack.planning.policy import is_part_of, storage_key
 from fp8pack.planning.spec import TensorSpec
 from fp8pack.planning.tensor_parallel import Part
 from fp8pack.runtime.fnuz import double
-from fp8pack.runtime.memory import DTYPES, Memory
+from fp8pack.runtime.memory import Memory
 from fp8pack.runtime.packed_tensor import PackedTensor, grid_of
 from fp8pack.units import ceil_div
 
@@ -114,7 +115,7 @@ class PackedCheckpoint(Mapping[str, PackedTensor | Tensor]):
 
     def _source_dtype(self, name: str) -> torch.dtype:
         entry = self.manifest.tensors.get(name) if self.manifest else None
-        return DTYPES[entry.source_dtype] if isinstance(entry, PackedEntry) else torch.bfloat16
+        return TORCH_DTYPES[entry.source_dtype] if isinstance(entry, PackedEntry) else torch.bfloat16
 
 
 def _part_of_scales(weight: PackedTensor, shape: tuple[int, int], part: Part) -> Tensor:

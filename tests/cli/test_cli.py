@@ -42,6 +42,7 @@ UNPACK_OPTIONS = {
 }
 INSPECT_OPTIONS = {"--against", "--fail-if", "--target", "--tp", "--gpu", "--json", "--help"}
 DIFF_OPTIONS = {"--fail-if", "--json", "--help"}
+ENV_OPTIONS = {"--include-dir", "--json", "--help"}
 
 
 def fp8pack(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -181,9 +182,23 @@ def test_the_options_are_these_and_a_new_one_needs_a_reason() -> None:
         "convert": CONVERT_OPTIONS,
         "inspect": INSPECT_OPTIONS,
         "diff": DIFF_OPTIONS,
+        "env": ENV_OPTIONS,
     }
     for command, options in frozen.items():
         assert options_in(runner.invoke(app, [command, "--help"]).stdout) == options, command
+
+
+def test_env_says_what_multiplies_here() -> None:
+    facts = json.loads(fp8pack("env", "--json").stdout)
+    cpu = facts["devices"][0]
+    assert cpu["device"] == "cpu"
+    assert {product["back_end"] for product in cpu["products"]} == {"reference"}
+    assert cpu["products"][0]["tried"] == {"reference": None, "torch": None}
+    shown = fp8pack("env").stdout
+    assert "block:128x128" in shown
+    assert "torch has it on GPUs only" in shown
+    folder = Path(fp8pack("env", "--include-dir").stdout.strip())
+    assert (folder / "fp8pack.hpp").is_file()
 
 
 def test_version_is_that_of_the_package() -> None:
