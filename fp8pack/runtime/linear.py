@@ -28,6 +28,8 @@ def linear(
     Raises:
         ValueError: shapes or devices do not fit, or a static scale is given beside scales of blocks.
     """
+    if weight.data.ndim != 2:
+        raise ValueError(f"{weight.name} {list(weight.shape)} holds several weights: linear takes one [N, K]")
     operand = weight.operand
     if x.shape[-1] != operand.shape[1]:
         raise ValueError(f"x has K = {x.shape[-1]}, and {weight.name} {list(weight.shape)} takes {operand.shape[1]}")

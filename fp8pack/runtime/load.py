@@ -141,8 +141,8 @@ def _expected(source: Source, contents: Contents) -> dict[str, Expected]:
 
 def _check(contents: Contents, expected: Mapping[str, Expected], digests: Digests) -> None:
     for spec in _stored(contents) if expected else ():
-        found = digests.get(spec.name, {})
-        expected[spec.name].check(spec, [digest for begin in sorted(found) for digest in found[begin]])
+        pieces = expected[spec.name].pieces
+        expected[spec.name].check(spec, [digest for piece in pieces for digest in digests[spec.name, piece.begin]])
 
 
 def _indexed(device: torch.device) -> torch.device:

@@ -7,9 +7,8 @@ in the page cache is read with O_DIRECT, past it; one that is, or that lies wher
 import os
 import queue
 import threading
-from collections import defaultdict
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,7 @@ from fp8pack.runtime.placement import Cut, Read
 
 _PAGE = 4096
 _SAMPLES = 16  # pages of a file that are looked for in the page cache
-Digests = dict[str, dict[int, list[bytes]]]  # of a tensor, by where a piece begins
+Digests = dict[tuple[str, int], list[bytes]]  # by the tensor, and where in it a piece begins
 
 
 def read_all(
@@ -41,7 +40,7 @@ def read_all(
     direct = {file for file in {read.file for read in reads} if device.type == "cuda" and _is_cold(directory / file)}
     largest = max(read.nbytes for read in reads)
     stream = _Stream(device)
-    digests: Digests = defaultdict(dict)
+    digests: Digests = {}
     stop = threading.Event()
 
     def work() -> None:
@@ -51,17 +50,16 @@ def read_all(
                     read = waiting.get_nowait()
                 except queue.Empty:
                     return
-                try:
-                    for tensor, begin, found in worker.carry_out(read):
-                        digests[tensor][begin] = found
-                except BaseException:
-                    stop.set()
-                    raise
+                digests.update(worker.carry_out(read))
 
     count = min(workers, len(reads))
     with ThreadPoolExecutor(count, "fp8pack-read") as pool:
-        for future in [pool.submit(work) for _ in range(count)]:
-            future.result()
+        futures = [pool.submit(work) for _ in range(count)]
+        try:
+            for future in as_completed(futures):
+                future.result()
+        finally:
+            stop.set()  # after an error or Ctrl-C the others end with the read that they are at
     stream.finish()
     return digests
 
@@ -85,18 +83,18 @@ class _Worker:
         for slot in self._slots:
             slot.wait()
 
-    def carry_out(self, read: Read) -> list[tuple[str, int, list[bytes]]]:
-        """Read, start the copies to the device, and return digests: of which tensor, from where in it on."""
+    def carry_out(self, read: Read) -> Digests:
+        """Read, start the copies to the device, and return the digests of what was read."""
         slot = self._slots[0]
         self._slots.reverse()
         slot.wait()
         begin = read.begin % _PAGE  # so that a direct read is aligned in memory as it is in the file
         self._open(read.file).readinto(slot.bytes[begin : begin + read.nbytes].data, read.begin)
         data = slot.bytes[begin : begin + read.nbytes]
-        digests = [
-            (proof.tensor, proof.piece.begin, proof.piece.digests(data[proof.begin :][: proof.piece.nbytes]))
+        digests = {
+            (proof.tensor, proof.piece.begin): proof.piece.digests(data[proof.begin :][: proof.piece.nbytes])
             for proof in read.proofs
-        ]
+        }
         for cut in read.cuts:
             nbytes = _compact(data[cut.begin :][: cut.nbytes], cut)
             source = slot.staging[begin + cut.begin :][:nbytes]

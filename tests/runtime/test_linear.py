@@ -1,5 +1,6 @@
 """fp8pack.linear and FP8Linear on packed weights: leading dimensions, odd shapes, moves and casts of a module."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,9 @@ def test_what_does_not_fit_is_said(make_checkpoint: MakeCheckpoint, tmp_path: Pa
         fp8pack.linear(torch.ones(2, 201), packed)
     with pytest.raises(ValueError, match="a static one does not go with them"):
         fp8pack.linear(torch.ones(2, 200), packed, input_scale=torch.ones(1))
+    experts = replace(packed, data=packed.data.expand(2, -1, -1))
+    with pytest.raises(ValueError, match="holds several weights"):
+        fp8pack.linear(torch.ones(2, 200), experts)
     with pytest.raises(ValueError, match="x is on meta"):
         fp8pack.linear(torch.ones(2, 200, device="meta"), packed)
 
