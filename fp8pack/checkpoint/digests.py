@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from fp8pack.checkpoint.manifest import digest_of_bands
 from fp8pack.checkpoint.manifest_schema import ActivationEntry, Manifest, PackedEntry, StoredEntry, UnpackedEntry
-from fp8pack.errors import InputError
+from fp8pack.errors import InputError, VerificationError
 from fp8pack.numerics.granularity import TENSOR, parse_granularity
 from fp8pack.numerics.swizzle import padded
 from fp8pack.planning.make_plan import BAND_NBYTES
@@ -56,10 +56,10 @@ class Expected:
     of_bands: bool  # False: a small tensor, digested as it is
 
     def check(self, spec: TensorSpec, digests: list[bytes]) -> None:
-        """Raise InputError unless these digests of the bands, in order, are the expected ones."""
+        """Raise VerificationError unless these digests of the bands, in order, are the expected ones."""
         found = digest_of_bands(digest.hex() for digest in digests) if self.of_bands else f"blake3:{digests[0].hex()}"
         if found != self.digest:
-            raise InputError(
+            raise VerificationError(
                 f"{spec.file}: the bytes of {spec.name!r} are not those that were packed: copy the file again"
             )
 

@@ -8,7 +8,7 @@ from blake3 import blake3
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fp8pack.checkpoint.manifest import MANIFEST_NAME, SCHEMA_VERSION
-from fp8pack.errors import InputError
+from fp8pack.errors import InputError, VerificationError
 from fp8pack.numerics.formats import FORMATS
 from fp8pack.planning.spec import TensorSpec
 
@@ -160,11 +160,11 @@ class Manifest(_Entry):
     root: Digest
 
     def check_header(self, file: str, raw: bytes) -> None:
-        """Raise InputError unless these are the bytes of a shard's header, without its length, that were written."""
+        """Raise VerificationError unless these are the bytes of a shard's header, without its length, that were written."""
         entry = self.files.get(file)
         found = f"blake3:{blake3(len(raw).to_bytes(8, 'little') + raw).hexdigest()}"
         if entry is None or entry.header != found:
-            raise InputError(f"{file}: the header is not the one that was packed: copy the file again")
+            raise VerificationError(f"{file}: the header is not the one that was packed: copy the file again")
 
 
 class _Schema(_Entry):

@@ -18,7 +18,7 @@ from fp8pack.checkpoint.digests import Expected, expected_digests
 from fp8pack.checkpoint.manifest_schema import check_headers
 from fp8pack.checkpoint.quantized import read_contents
 from fp8pack.checkpoint.source import Source, open_checkpoint
-from fp8pack.errors import InputError
+from fp8pack.errors import InputError, RecipeError
 from fp8pack.gemm.device import describe
 from fp8pack.planning.contents import Contents
 from fp8pack.planning.patterns import Matcher, Pattern
@@ -51,9 +51,10 @@ def load_packed(
     workers: threads that read; by default one for each core, at most 8.
     tp: (rank, world): only the part that this GPU holds, cut at borders of scale regions.
     Raises:
-        InputError: a file is malformed or not what the manifest says, an FP8 weight has no scale that fits it, a
-            digest differs, or a weight does not spread over the ranks.
-        RecipeError: a pattern matches no tensor.
+        InputError: a file is malformed or not what the manifest says, an FP8 weight has no scale that fits it, or a
+            weight does not spread over the ranks.
+        VerificationError: a digest differs.
+        RecipeError: a pattern matches no tensor, or torch sees no CUDA device.
     """
     with _collector_at_rest():
         source = open_checkpoint(Path(path))
@@ -147,6 +148,8 @@ def _check(contents: Contents, expected: Mapping[str, Expected], digests: Digest
 
 def _indexed(device: torch.device) -> torch.device:
     """`cuda` means the current device, now and in every thread."""
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise RecipeError(f"device {device}: torch sees no CUDA device here")
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return device

@@ -39,6 +39,7 @@ class PackedCheckpoint(Mapping[str, PackedTensor | Tensor]):
         self._contents, self._memory, self._parts = contents, memory, parts
         self._specs = {spec.name: spec for spec in contents.tensors}
         self._made: dict[str, PackedTensor | Tensor] = {}
+        self._fused: dict[str, PackedTensor] = {}
         self.kv_scales = {point: memory.tensor(spec) for point, spec in contents.kv_scales.items()}
 
     def __getitem__(self, name: str) -> PackedTensor | Tensor:
@@ -63,6 +64,11 @@ class PackedCheckpoint(Mapping[str, PackedTensor | Tensor]):
             KeyError: no packed weight belongs to such a module.
             InputError: its parts are not packed alike, or one ends within a block.
         """
+        if module not in self._fused:
+            self._fused[module] = self._fuse(module)
+        return self._fused[module]
+
+    def _fuse(self, module: str) -> PackedTensor:
         names = sorted((name for name in self if is_part_of(name, module)), key=storage_key)
         parts = [part for part in map(self.__getitem__, names) if isinstance(part, PackedTensor)]
         if not parts:

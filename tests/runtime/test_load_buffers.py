@@ -13,7 +13,7 @@ from checkpoints import MakeCheckpoint, llama_tensors, random_weight
 import fp8pack
 from fp8pack.checkpoint.quantized import read_contents
 from fp8pack.checkpoint.source import open_checkpoint
-from fp8pack.errors import InputError, RecipeError
+from fp8pack.errors import InputError, RecipeError, VerificationError
 from fp8pack.gemm.device import DeviceFacts
 from fp8pack.numerics.granularity import parse_granularity
 from fp8pack.packing.prepare import WriteOptions
@@ -138,7 +138,7 @@ def test_verifying_finds_a_changed_byte(make_checkpoint: MakeCheckpoint, tmp_pat
         _flip(out / spec.file, spec.end - 1)
         fp8pack.load_packed(out)
         for loader in (lambda: fp8pack.load_packed(out, verify=True), lambda: in_buffers(out, verify=True)):
-            with pytest.raises(InputError, match="are not those that were packed"):
+            with pytest.raises(VerificationError, match="are not those that were packed"):
                 loader()
         _flip(out / spec.file, spec.end - 1)
     fp8pack.load_packed(out, verify=True)
@@ -150,7 +150,7 @@ def test_a_changed_header_is_found(make_checkpoint: MakeCheckpoint, tmp_path: Pa
     data = file.read_bytes()
     file.write_bytes(data.replace(b'{"__metadata__":{"format":"pt"', b'{"__metadata__":{"format":"np"', 1))
     assert file.read_bytes() != data
-    with pytest.raises(InputError, match="the header is not the one that was packed"):
+    with pytest.raises(VerificationError, match="the header is not the one that was packed"):
         fp8pack.load_packed(out, verify=True)
 
 
@@ -249,3 +249,9 @@ def test_foreign_weights_that_lie_unaligned_get_buffers_of_their_own() -> None:
     assert found.buffers == (15, 20)
     assert found.places["b"] == placement.Place(1, 0)
     assert found.places["c"] == placement.Place(1, 16)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_device_that_is_not_there_is_said(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="torch sees no CUDA device"):
+        fp8pack.load_packed(packed(make_checkpoint, tmp_path / "out"), "cuda")
