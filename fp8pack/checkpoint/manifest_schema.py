@@ -160,7 +160,7 @@ class Manifest(_Entry):
     root: Digest
 
     def check_header(self, file: str, raw: bytes) -> None:
-        """Raise VerificationError unless these are the bytes of a shard's header, without its length, that were written."""
+        """Raise VerificationError unless a shard's header has these bytes, its length left out."""
         entry = self.files.get(file)
         found = f"blake3:{blake3(len(raw).to_bytes(8, 'little') + raw).hexdigest()}"
         if entry is None or entry.header != found:
