@@ -81,3 +81,61 @@ def test_one_gpu_holds_all() -> None:
     assert part_of(spec(f"{MLP}.up_proj.weight", 511, 512), BLOCK_128, FACTS, Rank(0, 1)) is None
     with pytest.raises(ValueError, match="rank 2 of 2"):
         Rank(2, 2)
+
+
+@pytest.mark.parametrize(("heads", "keys", "world"), [(14, 2, 4), (6, 3, 2), (9, 3, 2), (8, 8, 3), (6, 6, 4)])
+@pytest.mark.parametrize("leaf", ["q_proj", "k_proj", "o_proj", "q_b_proj", "kv_b_proj"])
+def test_no_cut_goes_through_a_head(heads: int, keys: int, world: int, leaf: str) -> None:
+    facts = replace(FACTS, num_heads=heads, num_kv_heads=keys)
+    with pytest.raises(InputError, match="do not spread over"):
+        part_of(spec(f"{ATTENTION}.{leaf}.weight", heads * 64, heads * 64), CHANNEL, facts, Rank(0, world))
+
+
+@pytest.mark.parametrize(
+    ("name", "model_type"),
+    [
+        ("model.layers.0.attention.wqkv", "internlm2"),  # grouped by key heads
+        ("transformer.encoder.layers.0.self_attention.query_key_value", "chatglm"),  # q, then k, then v
+        ("transformer.encoder.layers.0.mlp.dense_h_to_4h", "chatglm"),  # gate, then up
+        ("transformer.h.0.self_attention.query_key_value", "falcon"),  # one key head
+        ("model.layers.0.linear_attn.in_proj_qkv", "qwen3_5"),
+        ("model.layers.0.linear_attn.out_proj", "qwen3_next"),
+        ("backbone.layers.0.mixer.in_proj", "mamba2"),
+        ("single_blocks.0.linear1", "flux"),
+        ("albert.encoder.layers.0.ffn", "albert"),
+    ],
+)
+def test_layouts_that_are_not_known_are_refused(name: str, model_type: str) -> None:
+    with pytest.raises(InputError, match="is not known: load without tp"):
+        part_of(spec(f"{name}.weight", 512, 512), CHANNEL, replace(FACTS, model_type=model_type), Rank(0, 2))
+
+
+@pytest.mark.parametrize(
+    ("name", "width"), [("sinks", 8), ("q_norm.weight", 512), ("k_norm.weight", 128), ("q_norm.weight", 64)]
+)
+def test_what_has_an_element_for_each_head_is_refused(name: str, width: int) -> None:
+    small = replace(spec(f"{ATTENTION}.{name}", width), dtype="BF16")
+    if width == FACTS.head_dim:
+        assert part_of(small, None, FACTS, Rank(0, 2)) is None
+        return
+    with pytest.raises(InputError, match="load without tp"):
+        part_of(small, None, FACTS, Rank(0, 2))
+
+
+@pytest.mark.parametrize(
+    ("name", "model_type", "cols"),
+    [
+        ("gpt_neox.layers.0.attention.query_key_value", "gpt_neox", (0, 512)),
+        ("gpt_neox.layers.0.attention.dense", "gpt_neox", (0, 256)),
+        ("gpt_neox.layers.0.mlp.dense_4h_to_h", "gpt_neox", (0, 256)),
+        ("bert.encoder.layer.0.attention.self.query", "bert", (0, 512)),
+        ("bert.encoder.layer.0.attention.output.dense", "bert", (0, 256)),
+        ("bert.encoder.layer.0.intermediate.dense", "bert", (0, 512)),
+        ("model.layers.0.mlp.experts.3.down_proj", "qwen3_moe", (0, 256)),
+        ("model.layers.0.block_sparse_moe.experts.3.w1", "mixtral", (0, 512)),
+    ],
+)
+def test_other_families_are_cut_alike(name: str, model_type: str, cols: tuple[int, int]) -> None:
+    part = part_of(spec(f"{name}.weight", 512, 512), CHANNEL, replace(FACTS, model_type=model_type), Rank(0, 2))
+    assert part is not None
+    assert part.cols == cols
