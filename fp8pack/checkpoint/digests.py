@@ -51,16 +51,17 @@ class Piece:
 class Expected:
     """What the digests of a tensor's pieces must come to."""
 
+    spec: TensorSpec
     pieces: tuple[Piece, ...]
     digest: str
-    of_bands: bool  # False: a small tensor, digested as it is
+    of_bands: bool = True  # else a small tensor, digested as it is
 
-    def check(self, spec: TensorSpec, digests: list[bytes]) -> None:
+    def check(self, digests: list[bytes]) -> None:
         """Raise VerificationError unless these digests of the bands, in order, are the expected ones."""
         found = digest_of_bands(digest.hex() for digest in digests) if self.of_bands else f"blake3:{digests[0].hex()}"
         if found != self.digest:
             raise VerificationError(
-                f"{spec.file}: the bytes of {spec.name!r} are not those that were packed: copy the file again"
+                f"{self.spec.file}: the bytes of {self.spec.name!r} are not those that were packed: copy the file again"
             )
 
 
@@ -76,17 +77,18 @@ def expected_digests(manifest: Manifest, specs: Mapping[str, TensorSpec]) -> dic
         match entry:
             case PackedEntry():
                 payload, scale = specs[entry.tensor or name], specs[entry.scale_inv.tensor]
-                found[payload.name] = Expected(tuple(_payload_pieces(entry)), entry.digest, True)
-                found[scale.name] = Expected(tuple(_scale_pieces(entry, scale)), entry.scale_inv.digest, True)
+                found[payload.name] = Expected(payload, tuple(_payload_pieces(entry)), entry.digest)
+                found[scale.name] = Expected(scale, tuple(_scale_pieces(entry, scale)), entry.scale_inv.digest)
                 small += entry.markers
             case UnpackedEntry():
                 raise InputError(f"{name!r} was unpacked, and fp8pack.json does not say in what bands it was digested")
             case _:
                 size = specs[name].nbytes
                 lengths = [min(BAND_NBYTES, size - at) for at in range(0, size, BAND_NBYTES)]
-                found[name] = Expected(tuple(_consecutive(lengths)), entry.digest, True)
+                found[name] = Expected(specs[name], tuple(_consecutive(lengths)), entry.digest)
         for stored in small:
-            found[stored.tensor] = Expected((Piece(0, specs[stored.tensor].nbytes),), stored.digest, False)
+            spec = specs[stored.tensor]
+            found[stored.tensor] = Expected(spec, (Piece(0, spec.nbytes),), stored.digest, of_bands=False)
     return found
 
 

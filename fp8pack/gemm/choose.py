@@ -79,8 +79,9 @@ def prove(backend: Backend, scheme: Scheme, device: torch.device) -> str | None:
     if describe(device).is_fnuz and scheme.format == E4M3:
         payload, multiplier = torch_codec.as_fnuz(payload), multiplier * 2
     try:
-        weight = backend.prepare(payload.to(device), multiplier.to(device), scheme)
-        found = backend.product(x.to(device), weight, None, torch.bfloat16).cpu().double()
+        with torch.autocast(device.type, enabled=False):
+            weight = backend.prepare(payload.to(device), multiplier.to(device), scheme)
+            found = backend.product(x.to(device), weight, None, torch.bfloat16).cpu().double()
     except Exception as error:  # whatever a library raises about a product that it does not have
         return f"it failed with {type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
     off = float((found - expected).norm() / expected.norm())

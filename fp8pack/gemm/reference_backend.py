@@ -29,8 +29,11 @@ class ReferenceBackend:
         return operand
 
     def product(self, x: Tensor, weight: Operand, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
-        """Return x @ weight^T + bias; in float32 throughout if that is the result's dtype."""
-        dtype = torch.float32 if out_dtype == torch.float32 else torch.bfloat16
+        """Return x @ weight^T + bias; in BF16, rounded before scales of tensors or channels and after them.
+
+        Another dtype than BF16 is computed in float32 and rounded once.
+        """
+        dtype = torch.bfloat16 if out_dtype == torch.bfloat16 else torch.float32
         kept = weight.values if weight.values is not None and dtype == torch.bfloat16 else None
         values = _values(weight, dtype) if kept is None else kept
         entered, scale = _rounded(x, weight, dtype)

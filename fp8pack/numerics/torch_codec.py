@@ -51,12 +51,16 @@ def quantize_unchecked(
         scales = scales_of(tiles.abs().amax(dim=(1, 3)), format, rounding)
     largest = torch.tensor(format.max, device=x.device)
     quotient = (tiles / scales[:, None, :, None]).clamp(-largest, largest)
+    quotient = torch.where(torch.isfinite(tiles), quotient, torch.nan)
     payload = quotient.to(getattr(torch, format.torch_dtype)).reshape(tiles.shape[0] * tiles.shape[1], -1)
     return payload[: x.shape[0], : x.shape[1]].contiguous(), scales
 
 
 def scales_of(amax: Tensor, format: Float8Format, rounding: ScaleRounding) -> Tensor:
-    """Return the scales, float32, of regions with these amax values, float32; same shape and device."""
+    """Return the scales, float32, of regions with these amax values, float32; same shape and device.
+
+    That of a region which holds a NaN or infinity is NaN.
+    """
     largest = torch.tensor(format.max, device=amax.device)
     scales = (amax / largest).clamp(min=MIN_SCALE)
     match rounding:
@@ -67,7 +71,8 @@ def scales_of(amax: Tensor, format: Float8Format, rounding: ScaleRounding) -> Te
         case ScaleRounding.FLOOR:
             exponent = (amax.view(torch.int32) >> 23) - format.emax
             scales = (exponent.clamp(min=1) << 23).view(torch.float32)
-    return torch.where(amax == 0, torch.ones_like(amax), scales)
+    scales = torch.where(amax == 0, torch.ones_like(amax), scales)
+    return torch.where(torch.isfinite(amax), scales, torch.full_like(amax, torch.nan))
 
 
 def as_fnuz(payload: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +10,8 @@ from torch import Tensor, nn
 from fp8pack.gemm.operand import Operand
 from fp8pack.numerics.granularity import CHANNEL, TENSOR
 from fp8pack.runtime.packed_tensor import PackedTensor
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def linear(
@@ -20,30 +23,40 @@ def linear(
 ) -> Tensor:
     """Return x @ weight^T + bias, computed in FP8 where the device can.
 
-    Shapes: x [..., K] bfloat16, float16 or float32; weight [N, K]; bias [N]; the result [..., N] of out_dtype.
+    Shapes: x [..., K] bfloat16, float16 or float32; weight [N, K]; bias [N]; the result [..., N] of out_dtype, one of
+        these three.
     Numerics: x becomes E4M3 with scales that match the weight's: one for the tensor, for each token, for each 1x128, MX
         1x32, or the static `input_scale` (by default the weight's own), float32, a multiplier; products of FP8 values
         are accumulated in float32. A weight-only checkpoint leaves x as it is. Any M, N and K: padding never changes a
-        result.
+        result. A NaN in x makes all that shares its scale NaN. Autocast has no say here.
     Raises:
-        ValueError: shapes or devices do not fit, or a static scale is given beside scales of blocks.
+        ValueError: shapes, dtypes or devices do not fit, or a static scale is given beside scales of blocks.
     """
     if weight.data.ndim != 2:
         raise ValueError(f"{weight.name} {list(weight.shape)} holds several weights: linear takes one [N, K]")
     operand = weight.operand
-    if x.shape[-1] != operand.shape[1]:
-        raise ValueError(f"x has K = {x.shape[-1]}, and {weight.name} {list(weight.shape)} takes {operand.shape[1]}")
+    n, k = operand.shape
+    if x.dtype not in _DTYPES or out_dtype not in _DTYPES:
+        raise ValueError(f"linear takes and gives bfloat16, float16 or float32: x is {x.dtype}, out_dtype {out_dtype}")
+    if x.ndim == 0 or x.shape[-1] != k:
+        raise ValueError(f"x has shape {list(x.shape)}, and {weight.name} {[n, k]} takes [..., {k}]")
     if x.device != operand.payload.device:
         raise ValueError(f"x is on {x.device}, and {weight.name} on {operand.payload.device}")
+    if bias is not None and (bias.shape != (n,) or bias.device != x.device):
+        raise ValueError(f"bias is {list(bias.shape)} on {bias.device}, and {weight.name} takes [{n}] on {x.device}")
     if input_scale is not None:
         operand = _with_input_scale(operand, input_scale, weight.name)
-    rows = x.detach().reshape(-1, x.shape[-1])
-    if rows.numel() == 0 or operand.payload.numel() == 0:
-        out = torch.zeros(rows.shape[0], operand.shape[0], dtype=out_dtype, device=x.device)
-        out = out if bias is None else (out + bias).to(out_dtype)
-    else:
-        out = operand.backend.product(rows, operand, bias, out_dtype)
-    return out.reshape(*x.shape[:-1], operand.shape[0])
+    rows = x.detach().reshape(x.shape[:-1].numel(), k)
+    with torch.autocast(x.device.type, enabled=False):
+        out = _product(rows, operand, None if bias is None else bias.detach().contiguous(), out_dtype)
+    return out.reshape(*x.shape[:-1], n)
+
+
+def _product(rows: Tensor, operand: Operand, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+    if rows.numel() and operand.payload.numel():
+        return operand.backend.product(rows, operand, bias, out_dtype)
+    out = torch.zeros(rows.shape[0], operand.shape[0], dtype=out_dtype, device=rows.device)
+    return out if bias is None else (out + bias).to(out_dtype)
 
 
 def _with_input_scale(operand: Operand, scale: Tensor, name: str) -> Operand:
@@ -55,46 +68,48 @@ def _with_input_scale(operand: Operand, scale: Tensor, name: str) -> Operand:
 class FP8Linear(nn.Module):
     """An nn.Linear of a packed weight [N, K]; parameters are the payload and its scales, which keep their dtypes.
 
-    out_dtype: that of the input by default.
+    The result has the dtype of the input, or `out_dtype`. What was prepared for the device is made anew when the module
+    is moved, loaded into or given other parameters; a parameter that is written to in place is not noticed.
     """
 
     def __init__(self, weight: PackedTensor, bias: Tensor | None = None, out_dtype: torch.dtype | None = None) -> None:
         super().__init__()
+        if weight.data.ndim != 2:
+            raise ValueError(f"{weight.name} {list(weight.shape)} holds several weights: FP8Linear takes one [N, K]")
         self.out_features, self.in_features = weight.shape
         self.out_dtype = out_dtype
-        self._packed = weight
         self.weight = nn.Parameter(weight.data, requires_grad=False)
         self.weight_scale_inv = nn.Parameter(weight.scale, requires_grad=False)
         self.input_scale = None if weight.input_scale is None else nn.Parameter(weight.input_scale, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-        self._state = self._current()
+        nothing = torch.empty(0)
+        self._form = replace(weight, data=nothing, scale=nothing, input_scale=None)
+        self._prepared: tuple[tuple[nn.Parameter | None, ...], PackedTensor] | None = None
+
+    @property
+    def name(self) -> str:
+        """The name of the weight in its checkpoint."""
+        return self._form.name
 
     @property
     def packed(self) -> PackedTensor:
-        """The weight, as it is now: on whatever device, with whatever was loaded into the parameters."""
-        state = self._current()
-        if state != self._state:
-            scale = None if self.input_scale is None else self.input_scale.data
-            weight, multiplier = self.weight.data, self.weight_scale_inv.data
-            self._packed = replace(self._packed, data=weight, scale=multiplier, input_scale=scale)
-            self._state = state
-        return self._packed
-
-    def _current(self) -> tuple[tuple[int, int, torch.device], ...]:
-        """What changes when a parameter is moved, or written to."""
+        """The weight, of the parameters as they are now."""
         parameters = (self.weight, self.weight_scale_inv, self.input_scale)
-        return tuple((p.data_ptr(), p._version, p.device) for p in parameters if p is not None)
+        if self._prepared is None or any(a is not b for a, b in zip(self._prepared[0], parameters, strict=True)):
+            scale = None if self.input_scale is None else self.input_scale.data
+            packed = replace(self._form, data=self.weight.data, scale=self.weight_scale_inv.data, input_scale=scale)
+            self._prepared = (parameters, packed)
+        return self._prepared[1]
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x @ weight^T + bias: x [..., K], the result [..., N]."""
         return linear(x, self.packed, self.bias, out_dtype=self.out_dtype or x.dtype)
 
     def extra_repr(self) -> str:
-        """Shape, scales and back end, as `print(model)` shows them."""
-        packed = self._packed
+        """Shape and scales, as `print(model)` shows them."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"{packed.format}, {packed.granularity}"
+            f"{self._form.format}, {self._form.granularity}"
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FP8Linear":
@@ -104,5 +119,14 @@ class FP8Linear(nn.Module):
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
+        self._prepared = None
         super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
         return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._prepared = None
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy takes along: the parameters, and nothing that was made of them."""
+        return {**self.__dict__, "_prepared": None}

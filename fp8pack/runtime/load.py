@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from fp8pack.checkpoint.digests import Expected, expected_digests
-from fp8pack.checkpoint.manifest_schema import check_headers
+from fp8pack.checkpoint.manifest_schema import PackedEntry, check_headers
 from fp8pack.checkpoint.quantized import read_contents
 from fp8pack.checkpoint.source import Source, open_checkpoint
 from fp8pack.errors import InputError, RecipeError
@@ -25,7 +25,7 @@ from fp8pack.planning.patterns import Matcher, Pattern
 from fp8pack.planning.spec import TensorSpec
 from fp8pack.planning.tensor_parallel import Part, Rank, part_of
 from fp8pack.runtime.fnuz import turn_into_fnuz
-from fp8pack.runtime.memory import Buffers, MappedFiles, Shapes
+from fp8pack.runtime.memory import Buffers, MappedFiles, Memory, Shapes
 from fp8pack.runtime.packed_checkpoint import PackedCheckpoint
 from fp8pack.runtime.placement import digest_reads, place
 from fp8pack.runtime.reader import Digests, read_all
@@ -37,7 +37,7 @@ def load_packed(
     path: str | Path,
     device: str | torch.device = "cpu",
     *,
-    tensors: Collection[str] | None = None,
+    tensors: str | Collection[str] | None = None,
     verify: bool = False,
     workers: int | None = None,
     tp: tuple[int, int] | None = None,
@@ -54,7 +54,7 @@ def load_packed(
         InputError: a file is malformed or not what the manifest says, an FP8 weight has no scale that fits it, or a
             weight does not spread over the ranks.
         VerificationError: a digest differs.
-        RecipeError: a pattern matches no tensor, or torch sees no CUDA device.
+        RecipeError: a pattern matches no tensor, torch sees no CUDA device, or what is asked for makes no sense.
     """
     with _collector_at_rest():
         source = open_checkpoint(Path(path))
@@ -63,19 +63,23 @@ def load_packed(
             raise InputError(f"{source.path} holds no FP8 weight: pack it with `fp8pack pack`")
         if source.manifest is not None:
             check_headers(source.specs, source.manifest)
-        contents = _select(contents, tensors)
+        weights = tuple(contents.quantized)
+        contents = _select(contents, [tensors] if isinstance(tensors, str) else tensors)
         parts = _parts(contents, Rank(*tp)) if tp else {}
         expected = _expected(source, contents) if verify else {}
-    target = _indexed(torch.device(device))
+    target = _checked(torch.device(device), verify, workers)
     count = workers or min(_MAX_WORKERS, len(os.sched_getaffinity(0)))
-    if target.type == "meta":
-        return PackedCheckpoint(source, contents, Shapes(), {})
-    if target.type != "cpu":
-        memory = fill_buffers(source.directory, contents, parts, expected, device=target, workers=count)
-        return PackedCheckpoint(source, contents, memory, parts)
-    reads = digest_reads(_stored(contents), {name: tensor.pieces for name, tensor in expected.items()})
-    _check(contents, expected, read_all(source.directory, reads, (), target, count))
-    return PackedCheckpoint(source, contents, MappedFiles(source.directory, parts), parts)
+    memory: Memory
+    match target.type:
+        case "meta":
+            memory = Shapes(parts)
+        case "cpu":
+            reads = [read for name, tensor in expected.items() for read in digest_reads(name, tensor)]
+            _check(expected, read_all(source.directory, reads, (), target, count))
+            memory = MappedFiles(source.directory, parts)
+        case _:
+            memory = fill_buffers(source.directory, contents, parts, expected, device=target, workers=count)
+    return PackedCheckpoint(source, contents, memory, parts, weights)
 
 
 def fill_buffers(
@@ -89,9 +93,9 @@ def fill_buffers(
 ) -> Buffers:
     """Read tensors, or parts of them, into buffers of a device; check what digests are expected."""
     wanted = ((spec, parts.get(spec.name)) for spec in _stored(contents))
-    placement = place(wanted, {name: tensor.pieces for name, tensor in expected.items()})
+    placement = place(wanted, expected)
     buffers = [torch.empty(nbytes, dtype=torch.uint8, device=device) for nbytes in placement.buffers]
-    _check(contents, expected, read_all(directory, placement.reads, buffers, device, workers))
+    _check(expected, read_all(directory, placement.reads, buffers, device, workers))
     memory = Buffers(buffers, placement.places, parts)
     if describe(device).is_fnuz:
         turn_into_fnuz(memory, contents)
@@ -130,24 +134,30 @@ def _stored(contents: Contents) -> list[TensorSpec]:
 
 
 def _expected(source: Source, contents: Contents) -> dict[str, Expected]:
-    """What the manifest says of the bytes of tensors, under the names that `contents` gives them."""
+    """What the manifest says of the bytes of tensors, under the names that `contents` gives them; markers, too."""
     if source.manifest is None:
         raise InputError(f"{source.path} has no fp8pack.json, so there is nothing to verify it with")
     for file, header in source.headers.items():
         source.manifest.check_header(file, header.raw)
     own = expected_digests(source.manifest, {spec.name: spec for spec in source.specs})
     names = {(spec.file, spec.begin): spec.name for spec in source.specs if spec.nbytes}
-    return {spec.name: own[names.get((spec.file, spec.begin), spec.name)] for spec in _stored(contents)}
+    found = {spec.name: own[names.get((spec.file, spec.begin), spec.name)] for spec in _stored(contents)}
+    entries = [source.manifest.tensors[name] for name in contents.quantized]
+    markers = [marker.tensor for entry in entries if isinstance(entry, PackedEntry) for marker in entry.markers]
+    return found | {name: own[name] for name in markers}
 
 
-def _check(contents: Contents, expected: Mapping[str, Expected], digests: Digests) -> None:
-    for spec in _stored(contents) if expected else ():
-        pieces = expected[spec.name].pieces
-        expected[spec.name].check(spec, [digest for piece in pieces for digest in digests[spec.name, piece.begin]])
+def _check(expected: Mapping[str, Expected], digests: Digests) -> None:
+    for name, tensor in expected.items():
+        tensor.check([digest for piece in tensor.pieces for digest in digests[name, piece.begin]])
 
 
-def _indexed(device: torch.device) -> torch.device:
-    """`cuda` means the current device, now and in every thread."""
+def _checked(device: torch.device, verify: bool, workers: int | None) -> torch.device:
+    """The device; `cuda` means the current one, now and in every thread."""
+    if workers is not None and workers < 1:
+        raise RecipeError(f"{workers} workers read nothing: name at least 1")
+    if device.type == "meta" and verify:
+        raise RecipeError("nothing is read for the meta device, so nothing can be verified")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise RecipeError(f"device {device}: torch sees no CUDA device here")
     if device.type == "cuda" and device.index is None:

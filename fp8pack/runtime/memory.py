@@ -49,9 +49,12 @@ class MappedFiles:
 class Shapes:
     """Tensors of the meta device: dtypes and shapes alone."""
 
+    def __init__(self, parts: Mapping[str, Part]) -> None:
+        self._parts = parts
+
     def tensor(self, spec: TensorSpec) -> Tensor:
-        """Return a tensor without data."""
-        return torch.empty(spec.shape, dtype=_dtype(spec), device="meta")
+        """Return a tensor without data, or the part of it that this rank holds."""
+        return torch.empty(_shape(spec, self._parts.get(spec.name)), dtype=_dtype(spec), device="meta")
 
 
 class Buffers:
@@ -62,8 +65,7 @@ class Buffers:
 
     def tensor(self, spec: TensorSpec) -> Tensor:
         """Return a tensor, or the part of it that this rank holds: a view."""
-        place, part = self._places[spec.name], self._parts.get(spec.name)
-        shape = spec.shape if part is None else part.shape[: len(spec.shape)]
+        place, shape = self._places[spec.name], _shape(spec, self._parts.get(spec.name))
         nbytes = math.prod(shape) * _dtype(spec).itemsize
         return _shaped(self._buffers[place.buffer][place.offset :][:nbytes], spec, shape)
 
@@ -74,6 +76,10 @@ def _shaped(data: Tensor, spec: TensorSpec, shape: tuple[int, ...]) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=data.device)
     aligned = data if data.storage_offset() % dtype.itemsize == 0 else data.clone()
     return aligned.view(dtype).view(shape)
+
+
+def _shape(spec: TensorSpec, part: Part | None) -> tuple[int, ...]:
+    return spec.shape if part is None else part.shape[: len(spec.shape)]
 
 
 def _dtype(spec: TensorSpec) -> torch.dtype:

@@ -1,6 +1,6 @@
 """A loaded checkpoint: a mapping from names to packed tensors and plain ones."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from itertools import pairwise
 
@@ -33,10 +33,17 @@ class PackedCheckpoint(Mapping[str, PackedTensor | Tensor]):
     (`….self_attn.k`), empty unless it holds some.
     """
 
-    def __init__(self, source: Source, contents: Contents, memory: Memory, parts: Mapping[str, Part]) -> None:
+    def __init__(
+        self,
+        source: Source,
+        contents: Contents,
+        memory: Memory,
+        parts: Mapping[str, Part],
+        stored_weights: Collection[str],
+    ) -> None:
         self.manifest, self.config = source.manifest, source.config or {}
         self.quant_method, self.activations = contents.method, contents.activations
-        self._contents, self._memory, self._parts = contents, memory, parts
+        self._contents, self._memory, self._parts, self._stored_weights = contents, memory, parts, stored_weights
         self._specs = {spec.name: spec for spec in contents.tensors}
         self._made: dict[str, PackedTensor | Tensor] = {}
         self._fused: dict[str, PackedTensor] = {}
@@ -73,6 +80,8 @@ class PackedCheckpoint(Mapping[str, PackedTensor | Tensor]):
         parts = [part for part in map(self.__getitem__, names) if isinstance(part, PackedTensor)]
         if not parts:
             raise KeyError(module)
+        if missing := [name for name in self._stored_weights if is_part_of(name, module) and name not in self._specs]:
+            raise InputError(f"{missing[0]} belongs to {module}, and was not loaded: select it, too")
         first = parts[0]
         if len(parts) != len(names) or len({(part.format, part.granularity, part.shape[1]) for part in parts}) > 1:
             raise InputError(f"the parts of {module} are not packed alike: {', '.join(names)}")
@@ -134,9 +143,15 @@ def _part_of_scales(weight: PackedTensor, shape: tuple[int, int], part: Part) ->
     return torch.cat([grid[lo // rows : ceil_div(hi, rows), left:right] for lo, hi in part.rows])
 
 
+def _is_behind(after: Tensor, before: Tensor) -> bool:
+    """Whether one begins where another ends, in the same buffer: those of a GPU may be neighbours, too."""
+    same = after.untyped_storage().data_ptr() == before.untyped_storage().data_ptr()
+    return same and before.data_ptr() + before.nbytes == after.data_ptr()
+
+
 def _join(parts: list[Tensor]) -> Tensor:
     """The parts below each other: a view where each begins in memory where the one before it ends, a copy elsewhere."""
-    if any(before.data_ptr() + before.nbytes != after.data_ptr() for before, after in pairwise(parts)):
+    if any(not _is_behind(after, before) for before, after in pairwise(parts)):
         return torch.cat(parts)
     rows = sum(part.shape[0] for part in parts)
     return parts[0].as_strided((rows, *parts[0].shape[1:]), parts[0].stride())

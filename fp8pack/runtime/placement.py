@@ -4,10 +4,10 @@ What is contiguous in a file is contiguous in a buffer, so that fused weights st
 buffer begins where the file has a gap, where a tensor is cut, and where a tensor would not be aligned.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from fp8pack.checkpoint.digests import Crop, Piece
+from fp8pack.checkpoint.digests import Crop, Expected, Piece
 from fp8pack.planning.spec import DTYPE_BITS, TensorSpec
 from fp8pack.planning.tensor_parallel import Part
 
@@ -62,10 +62,11 @@ class Placement:
     reads: tuple[Read, ...]
 
 
-def place(tensors: Iterable[tuple[TensorSpec, Part | None]], pieces: Mapping[str, Sequence[Piece]]) -> Placement:
+def place(tensors: Iterable[tuple[TensorSpec, Part | None]], expected: Mapping[str, Expected]) -> Placement:
     """Return where tensors go.
 
-    tensors: each with the part of it that is wanted, None for all. pieces: of the tensors whose digests are wanted.
+    tensors: each with the part of it that is wanted, None for all. expected: what is digested, by name; that may be
+        more than what is wanted.
     """
     runs: list[list[tuple[TensorSpec, Part | None]]] = []
     for spec, part in sorted(tensors, key=lambda item: (item[0].file, item[0].begin, item[0].end)):
@@ -82,26 +83,29 @@ def place(tensors: Iterable[tuple[TensorSpec, Part | None]], pieces: Mapping[str
             places[spec.name] = Place(i, spec.begin - first.begin)
         if part is None:
             buffers.append(last.end - first.begin)
-            reads += _whole_reads([spec for spec, _ in run], i, pieces)
+            reads += _whole_reads([spec for spec, _ in run], i, expected)
         else:
             buffers.append(_nbytes(first, part))
             reads += _part_reads(first, part, i)
-            reads += _digest_reads(first, pieces.get(first.name, ()))
+            reads += digest_reads(first.name, expected[first.name]) if first.name in expected else ()
+    reads += [read for name, other in expected.items() if name not in places for read in digest_reads(name, other)]
     return Placement(tuple(buffers), places, tuple(reads))
 
 
-def digest_reads(specs: Iterable[TensorSpec], pieces: Mapping[str, Sequence[Piece]]) -> list[Read]:
-    """Return the reads that only digest."""
-    return [read for spec in specs for read in _digest_reads(spec, pieces.get(spec.name, ()))]
+def digest_reads(name: str, tensor: Expected) -> Iterator[Read]:
+    """Yield the reads that only digest a tensor, under a name."""
+    spec = tensor.spec
+    for piece in tensor.pieces:
+        yield Read(spec.file, spec.begin + piece.begin, piece.nbytes, (), (Proof(0, piece, name),))
 
 
-def _whole_reads(run: list[TensorSpec], buffer: int, pieces: Mapping[str, Sequence[Piece]]) -> Iterator[Read]:
+def _whole_reads(run: list[TensorSpec], buffer: int, expected: Mapping[str, Expected]) -> Iterator[Read]:
     """Reads of tensors that follow each other, each of whole pieces where there are any."""
     begin = run[0].begin
     atoms: list[tuple[int, Proof | None]] = []  # bytes, and what is to be digested of them
     for spec in run:
-        if spec.name in pieces:
-            atoms += ((piece.nbytes, Proof(spec.begin, piece, spec.name)) for piece in pieces[spec.name])
+        if spec.name in expected:
+            atoms += ((piece.nbytes, Proof(spec.begin, piece, spec.name)) for piece in expected[spec.name].pieces)
         else:
             atoms += ((min(READ_NBYTES, spec.nbytes - at), None) for at in range(0, spec.nbytes, READ_NBYTES))
     for nbytes, proofs in _batches(atoms):
@@ -138,11 +142,6 @@ def _part_reads(spec: TensorSpec, part: Part, buffer: int) -> Iterator[Read]:
             nbytes = min(step, hi * row - at)
             yield Read(spec.file, spec.begin + at, nbytes, (Cut(0, nbytes, Place(buffer, filled), crop),))
             filled += nbytes // row * (right - left) if crop else nbytes
-
-
-def _digest_reads(spec: TensorSpec, pieces: Sequence[Piece]) -> Iterator[Read]:
-    for piece in pieces:
-        yield Read(spec.file, spec.begin + piece.begin, piece.nbytes, (), (Proof(0, piece, spec.name),))
 
 
 def _follows(spec: TensorSpec, first: TensorSpec, last: TensorSpec) -> bool:

@@ -198,6 +198,7 @@ def _is_cold(path: Path) -> bool:
     """Whether most of a file is not in the page cache, on a file system that reads past it."""
     fd = open_regular(path)
     try:
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)  # or looking at a page would read its neighbours
         size, missing, page = os.fstat(fd).st_size, 0, bytearray(_PAGE)
         for i in range(_SAMPLES):
             try:

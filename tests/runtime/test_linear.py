@@ -1,5 +1,6 @@
 """fp8pack.linear and FP8Linear on packed weights: leading dimensions, odd shapes, moves and casts of a module."""
 
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -68,13 +69,23 @@ def test_a_static_scale_can_be_given(make_checkpoint: MakeCheckpoint, tmp_path: 
 
 def test_what_does_not_fit_is_said(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     packed = weight(make_checkpoint, tmp_path / "out")
-    with pytest.raises(ValueError, match="x has K = 201"):
+    with pytest.raises(ValueError, match=r"x has shape \[2, 201\]"):
         fp8pack.linear(torch.ones(2, 201), packed)
     with pytest.raises(ValueError, match="a static one does not go with them"):
         fp8pack.linear(torch.ones(2, 200), packed, input_scale=torch.ones(1))
     experts = replace(packed, data=packed.data.expand(2, -1, -1))
     with pytest.raises(ValueError, match="holds several weights"):
         fp8pack.linear(torch.ones(2, 200), experts)
+    for x in (torch.ones(2, 200).to(torch.float8_e4m3fn), torch.ones(2, 200, dtype=torch.int64)):
+        with pytest.raises(ValueError, match="bfloat16, float16 or float32"):
+            fp8pack.FP8Linear(packed)(x)
+    with pytest.raises(ValueError, match=r"out_dtype torch\.int8"):
+        fp8pack.linear(torch.ones(2, 200), packed, out_dtype=torch.int8)
+    with pytest.raises(ValueError, match=r"x has shape \[\]"):
+        fp8pack.linear(torch.ones(()), packed)
+    for bias in (torch.ones(1), torch.ones(2, 131), torch.ones(131, device="meta")):
+        with pytest.raises(ValueError, match="bias is"):
+            fp8pack.linear(torch.ones(2, 200), packed, bias)
     with pytest.raises(ValueError, match="x is on meta"):
         fp8pack.linear(torch.ones(2, 200, device="meta"), packed)
 
@@ -102,10 +113,35 @@ def test_a_module_computes_with_what_was_loaded_into_it(make_checkpoint: MakeChe
     moved.load_state_dict(first.state_dict())
     x = torch.randn(3, 200).bfloat16()
     assert torch.equal(moved(x), first(x))
-    with torch.no_grad():
-        moved.weight_scale_inv.copy_(first.weight_scale_inv * 2)
-    changed = fp8pack.FP8Linear(moved.packed)
-    assert error(changed(x), 2 * first(x)) < 1e-2
+    moved.weight_scale_inv = torch.nn.Parameter(first.weight_scale_inv * 2, requires_grad=False)
+    assert error(moved(x), 2 * first(x)) < 1e-2
+    moved.load_state_dict(first.state_dict())
+    assert torch.equal(moved(x), first(x))
+
+
+def test_a_copy_takes_the_parameters_and_nothing_else(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    layer = fp8pack.FP8Linear(weight(make_checkpoint, tmp_path / "out"))
+    x = torch.randn(3, 200).bfloat16()
+    before = layer(x)
+    copied = deepcopy(layer)
+    assert copied._prepared is None
+    assert all(not torch.is_tensor(value) or not value.numel() for value in vars(copied._form).values())
+    assert torch.equal(copied(x), before)
+    layer.to("meta")
+    assert layer._prepared is None
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_autocast_and_inference_mode_change_nothing(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path, granularity: str
+) -> None:
+    packed, x = weight(make_checkpoint, tmp_path / "out", granularity), torch.randn(3, 200) * 100
+    expected = fp8pack.linear(x, packed, out_dtype=torch.float32)
+    for dtype in (torch.float16, torch.bfloat16):
+        with torch.autocast("cpu", dtype):
+            assert torch.equal(fp8pack.linear(x, packed, out_dtype=torch.float32), expected)
+    with torch.inference_mode():
+        assert torch.equal(fp8pack.FP8Linear(packed)(x), expected)
 
 
 def test_a_weight_only_checkpoint_leaves_activations_as_they_are(

@@ -40,7 +40,7 @@ def in_buffers(path: Path, *, tp: tuple[int, int] | None = None, verify: bool = 
     parts = load._parts(contents, load.Rank(*tp)) if tp else {}
     expected = load._expected(source, contents) if verify else {}
     memory = load.fill_buffers(source.directory, contents, parts, expected, device=CPU, workers=3)
-    return PackedCheckpoint(source, contents, memory, parts)
+    return PackedCheckpoint(source, contents, memory, parts, tuple(contents.quantized))
 
 
 def same(found: PackedCheckpoint, expected: PackedCheckpoint) -> bool:
@@ -120,6 +120,37 @@ def test_ranks_together_hold_everything(make_checkpoint: MakeCheckpoint, tmp_pat
 def test_ranks_are_verified_whole(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     out = packed(make_checkpoint, tmp_path / "out")
     assert same(in_buffers(out, tp=(1, 2), verify=True), fp8pack.load_packed(out, tp=(1, 2), verify=True))
+
+
+def test_a_fused_weight_is_whole_or_not_at_all(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    out = packed(make_checkpoint, tmp_path / "out")
+    some = fp8pack.load_packed(out, tensors="*.q_proj")
+    with pytest.raises(InputError, match=r"k_proj.weight belongs to .*qkv_proj, and was not loaded"):
+        some.fused("model.layers.0.self_attn.qkv_proj")
+
+
+def test_neighbours_in_memory_are_not_one_buffer() -> None:
+    space = torch.zeros(64, dtype=torch.uint8).numpy()
+    first, second = (torch.from_numpy(space[at : at + 32]).view(4, 8) for at in (0, 32))
+    assert first.data_ptr() + first.nbytes == second.data_ptr()
+    assert packed_checkpoint._join([first, second]).shape == (8, 8)
+
+
+@pytest.mark.parametrize("method", ["comfyui", "comfyui-scaled"])
+def test_markers_are_verified(make_checkpoint: MakeCheckpoint, tmp_path: Path, method: str) -> None:
+    out = tmp_path / "out"
+    fp8pack.pack(
+        make_checkpoint(), Request(granularity=parse_granularity("tensor"), quant_method=method), WriteOptions(out)
+    )
+    fp8pack.load_packed(out, verify=True)
+    markers = [spec for spec in open_checkpoint(out).specs if "comfy_quant" in spec.name]
+    assert bool(markers) == (method == "comfyui")
+    for spec in markers[:2]:
+        _flip(out / spec.file, spec.begin + 3)
+        for loader in (lambda: fp8pack.load_packed(out, verify=True), lambda: in_buffers(out, verify=True)):
+            with pytest.raises(VerificationError, match="comfy_quant"):
+                loader()
+        _flip(out / spec.file, spec.begin + 3)
 
 
 def _flip(path: Path, offset: int) -> None:
@@ -211,6 +242,12 @@ def test_shapes_alone_read_nothing(make_checkpoint: MakeCheckpoint, tmp_path: Pa
     weight = loaded[UP]
     assert isinstance(weight, fp8pack.PackedTensor)
     assert (weight.data.is_meta, weight.shape, weight.scale.shape) == (True, (512, 256), (4, 2))
+    half = fp8pack.load_packed(tmp_path / "out", "meta", tp=(1, 2))[UP]
+    assert half.shape == (256, 256)
+    with pytest.raises(RecipeError, match="nothing can be verified"):
+        fp8pack.load_packed(tmp_path / "out", "meta", verify=True)
+    with pytest.raises(RecipeError, match="0 workers"):
+        fp8pack.load_packed(tmp_path / "out", workers=0)
 
 
 def test_a_file_that_becomes_shorter_is_an_input_error(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
