@@ -189,16 +189,25 @@ def read_manifest(path: Path) -> Manifest:
     """
     try:
         raw = path.read_bytes()
-        schema = _Head.model_validate_json(raw).fp8pack.number
-    except (OSError, ValidationError):
+        manifest = Manifest.model_validate_json(raw)
+    except OSError:
+        raise InputError(f"{path} is no manifest of fp8pack") from None
+    except ValidationError as error:
+        _check_schema(path, raw)
+        first = error.errors()[0]
+        raise InputError(f"{path} is malformed: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    _check_schema(path, raw, manifest)
+    return manifest
+
+
+def _check_schema(path: Path, raw: bytes, manifest: Manifest | None = None) -> None:
+    """Raise InputError unless a manifest, or what may be one, has the schema that this version knows."""
+    try:
+        schema = manifest.fp8pack.schema_ if manifest else _Head.model_validate_json(raw).fp8pack.number
+    except ValidationError:
         raise InputError(f"{path} is no manifest of fp8pack") from None
     if schema != SCHEMA_VERSION:
         raise InputError(f"{path} has schema {schema}, this version reads {SCHEMA_VERSION}: use a newer one")
-    try:
-        return Manifest.model_validate_json(raw)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise InputError(f"{path} is malformed: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
 
 
 def check_headers(specs: Sequence[TensorSpec], manifest: Manifest) -> None:

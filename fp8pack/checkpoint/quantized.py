@@ -93,6 +93,7 @@ class _Reader:
         self._announced = announced
         self._transposed = source.facts.model_type in TRANSPOSED
         self._recorded = _recorded_granularities(source)
+        self._has_input_scales = any(name.endswith(_INPUT_SCALES) for name in self._specs)
 
     def weights(self) -> Iterator[_Weight]:
         """Yield every FP8 weight."""
@@ -114,7 +115,7 @@ class _Reader:
             module = name.removesuffix(".weight")
             tiled = module in self._announced.tiled and scale.dtype in ("U8", "F8_E8M0")
             granularity = self._granularity(spec, scale, tiled)
-            input_scale = self._find(module, name, _INPUT_SCALES)
+            input_scale = self._find(module, name, _INPUT_SCALES) if self._has_input_scales else None
             yield _Weight(payload, spec, Quantized(format, granularity, scale, tiled, input_scale))
 
     def _find_scale(self, payload: TensorSpec) -> TensorSpec | None:
@@ -130,8 +131,10 @@ class _Reader:
         glue = f"{module}."
         if not name.endswith(".weight"):
             glue, spellings = f"{name}_", [*spellings, *(spelling.removeprefix("weight_") for spelling in spellings)]
-        found = (self._specs.get(glue + spelling) for spelling in spellings)
-        return next(filter(None, found), None)
+        for spelling in spellings:
+            if (found := self._specs.get(glue + spelling)) is not None:
+                return found
+        return None
 
     def _granularity(self, spec: TensorSpec, scale: TensorSpec, tiled: bool) -> Granularity:
         shape, found = spec.shape, self._recorded.get(spec.name)
