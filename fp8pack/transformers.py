@@ -9,18 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from fp8pack.errors import InputError
+from fp8pack.models.loader import load_parameters
 from fp8pack.models.names import names_of
 from fp8pack.runtime.experts import FP8Experts
 from fp8pack.runtime.linear import FP8Linear
 from fp8pack.runtime.load import load_packed
-from fp8pack.runtime.model import install
+from fp8pack.runtime.model import install, plain
+from fp8pack.runtime.packed_checkpoint import PackedCheckpoint
+from fp8pack.runtime.packed_tensor import PackedTensor
 
 METHOD = "fp8pack"
 _SCALES = r"_scale_inv$|\.(input|k|v)_scale$"  # under whatever name transformers gives their weight
@@ -50,40 +53,52 @@ class FP8PackQuantizer(HfQuantizer):
         if not self.pre_quantized:
             raise InputError("this checkpoint is not packed: `fp8pack pack` packs it")
 
+    def update_device_map(self, device_map: Any) -> Any:
+        """Return one device where transformers was left to choose: the GPU, if there is one."""
+        if isinstance(device_map, str) and device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
+            return {"": torch.device("cuda" if torch.cuda.is_available() else "cpu")}
+        return device_map
+
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, device_map: Any = None, **kwargs: Any
     ) -> None:
         if not checkpoint_files:
             raise InputError("transformers named no files to load from")
-        self._path = Path(checkpoint_files[0]).parent
-        self._device = _only_device(device_map)
+        self._path, self._device = Path(checkpoint_files[0]).parent, _only_device(device_map)
         packed = load_packed(self._path, "meta")
-        self._names = names = names_of(model, packed)
-        known = set(model.state_dict())
-        held = install(model, packed, names)
-        self._tensors = sorted(name for name in held if name in packed)
-        self._layers: dict[str, FP8Linear | FP8Experts] = {}
-        for path, module in list(model.named_modules()):
-            within = any(path.startswith(f"{outer}.") for outer in self._layers)
-            if isinstance(module, FP8Linear | FP8Experts) and not within:
-                self._layers[path] = module
-                _replace(model, path, nn.Module())
-                # or transformers would initialize the weights that it does not find there
-                vars(model.get_submodule(path.rpartition(".")[0]))["_is_hf_initialized"] = True
-        hidden = [*held, *(known - set(model.state_dict()))]
-        ignored = {f"^{re.escape(name)}$" for name in hidden} | {_SCALES}
-        model._keys_to_ignore_on_load_unexpected = ignored.union(model._keys_to_ignore_on_load_unexpected or ())
+        self._names = names_of(model, packed)
+        parameters = dict(model.named_parameters())
+        held = install(model, packed, self._names)
+        self._layers = {path: module for path, module in model.named_modules() if isinstance(module, FP8Linear)}
+        experts = {path: module for path, module in model.named_modules() if isinstance(module, FP8Experts)}
+        for path in experts:
+            for inner in [inner for inner in self._layers if inner.startswith(f"{path}.")]:
+                del self._layers[inner]
+            _replace(model, path, torch.empty_like(parameters[path]))
+        for path in self._layers:
+            _replace(model, path, _Awaited(parameters[f"{path}.weight"], parameters.get(f"{path}.bias")))
+        self._experts = experts
+        self._dequantized = [key for key, _ in model.named_parameters() if self._is_packed(packed, key)]
+        hidden = {*held, *(parameters.keys() - dict(model.named_parameters()).keys())}
+        patterns = {f"^{re.sub(r'[0-9]+', '[0-9]+', re.escape(name))}$" for name in hidden} | {_SCALES}
+        model._keys_to_ignore_on_load_unexpected = patterns.union(model._keys_to_ignore_on_load_unexpected or ())
+        dequantized = (name for key in self._dequantized for name in self._names.of_parameter(key))
+        self._tensors = sorted({name for name in (*held, *dequantized) if name in packed})
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         packed: Any = load_packed(self._path, self._device, tensors=self._tensors)
         for path, layer in self._layers.items():
-            if isinstance(layer, FP8Linear):
-                (bias,) = self._names.of_parameter(f"{path}.bias")
-                _replace(model, path, FP8Linear(packed[layer.packed.name], packed.get(bias)))
-            else:
-                experts = ([FP8Linear(packed[part.packed.name]) for part in parts] for parts in layer.parts())
-                _replace(model, path, FP8Experts(list(experts)))
+            (bias,) = self._names.of_parameter(f"{path}.bias")
+            _replace(model, path, FP8Linear(packed[layer.name], packed.get(bias)))
+        for path, experts in self._experts.items():
+            layers = ([FP8Linear(packed[part.name]) for part in parts] for parts in experts.parts())
+            _replace(model, path, FP8Experts(list(layers)))
+        # over what transformers made of them: FP8 bytes, taken as values
+        load_parameters(model, self._names, self._dequantized, lambda name: plain(packed[name]), self._device)
         return model
+
+    def _is_packed(self, packed: PackedCheckpoint, parameter: str) -> bool:
+        return any(isinstance(packed.get(name), PackedTensor) for name in self._names.of_parameter(parameter))
 
     def is_serializable(self) -> bool:
         """No: the packed checkpoint is there already."""
@@ -95,13 +110,27 @@ class FP8PackQuantizer(HfQuantizer):
         return False
 
 
+class _Awaited(nn.Module):
+    """What stands for a layer while transformers loads the rest: tensors that its own initialization may write to."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.weight = torch.empty_like(weight, device="meta")
+        self.bias = None if bias is None else torch.empty_like(bias, device="meta")
+        self._is_hf_initialized = True
+
+
 def _only_device(device_map: Any) -> torch.device:
-    devices = {torch.device(device) for device in (device_map or {"": "cpu"}).values()}
-    if len(devices) > 1:
-        raise InputError(f"fp8pack loads a model to one device, not to {len(devices)}: name one in device_map")
-    return devices.pop()
+    names = {str(device) for device in (device_map or {"": "cpu"}).values()}
+    if len(names) > 1 or names & {"disk", "meta"}:
+        raise InputError(f"fp8pack loads a model to one device, not to {', '.join(sorted(names))}: name one")
+    name = names.pop()
+    return torch.device("cuda", int(name)) if name.isdecimal() else torch.device(name)
 
 
-def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
+def _replace(model: nn.Module, path: str, value: nn.Module | Tensor) -> None:
+    """Put a module, or a tensor that is no parameter, in the place of a module or of such a tensor."""
     parent, _, leaf = path.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, module)
+    module = model.get_submodule(parent)
+    delattr(module, leaf)
+    setattr(module, leaf, value)

@@ -20,7 +20,7 @@ from fp8pack.checkpoint.quantized import read_contents
 from fp8pack.checkpoint.source import ShardReader, Source
 from fp8pack.checkpoint.values import ValueReader
 from fp8pack.errors import InputError
-from fp8pack.models.names import names_of
+from fp8pack.models.names import Names, names_of
 from fp8pack.numerics.replaced_forwards import replaced_forwards
 from fp8pack.numerics.torch_dtypes import TORCH_DTYPES
 from fp8pack.planning.contents import Contents
@@ -60,37 +60,16 @@ class ModelLoader:
         """Bytes of all parameters."""
         return sum(parameter.nbytes for parameter in self.model.parameters())
 
-    def load(self, parameters: Iterable[str], read: Callable[[str], Any] | None = None) -> None:
+    def load(self, parameters: Iterable[str]) -> None:
         """Read parameters and buffers of these names from the checkpoint, FP8 weights dequantized.
 
-        read: returns what stands for a tensor of the checkpoint, a tensor or what becomes one when it is indexed.
         Raises:
             InputError: the checkpoint lacks one, or holds it in another shape.
         """
-        wanted = set(parameters)
-        tensors = {
-            name: _Lazy(self._source, self._contents, self._specs[name]) if read is None else read(name)
-            for key in wanted
-            for name in self.names.tensors.get(key, ())
-        }
-        info, _ = convert_and_load_state_dict_in_model(
-            self.model,
-            tensors,
-            LoadStateDictConfig(
-                dtype=torch.bfloat16,
-                dtype_plan=self.model._get_dtype_plan(torch.bfloat16),
-                weight_mapping=get_model_conversion_mapping(self.model),  # type: ignore[arg-type]
-                device_map={"": str(self.device)},
-            ),
-        )
-        for name, found, expected in info.mismatched_keys:
-            raise InputError(f"{name} is {list(found)} in the checkpoint, and {list(expected)} in {self._architecture}")
-        for name, problem in info.conversion_errors.items():
-            raise InputError(f"{name} cannot be loaded into {self._architecture}: {problem.strip().splitlines()[-1]}")
-        self.model.tie_weights()
-        missing = [name for name in wanted if self.model.get_parameter_or_buffer(name).is_meta]
-        if missing:
-            raise InputError(f"the checkpoint lacks {min(missing)}, which {self._architecture} needs")
+        load_parameters(self.model, self.names, parameters, self._lazy, self.device)
+
+    def _lazy(self, name: str) -> "_Lazy":
+        return _Lazy(self._source, self._contents, self._specs[name])
 
     def check_tokens(self, prompts: Mapping[str, Sequence[int]]) -> None:
         """Raise InputError if a prompt has a token that the model has no embedding for."""
@@ -113,9 +92,36 @@ class ModelLoader:
         """Read every parameter; raises as `load` does."""
         self.load(self.model.state_dict())
 
-    @property
-    def _architecture(self) -> str:
-        return type(self.model).__name__
+
+def load_parameters(
+    model: PreTrainedModel, names: Names, parameters: Iterable[str], read: Callable[[str], Any], device: torch.device
+) -> None:
+    """Give parameters and buffers of a model what the checkpoint's tensors make of them, by transformers' own rules.
+
+    read: returns what stands for a tensor of the checkpoint: a tensor, or what becomes one when it is indexed.
+    Raises:
+        InputError: the checkpoint lacks one, or holds it in another shape.
+    """
+    wanted, architecture = set(parameters), type(model).__name__
+    tensors = {name: read(name) for key in wanted for name in names.tensors.get(key, ())}
+    info, _ = convert_and_load_state_dict_in_model(
+        model,
+        tensors,
+        LoadStateDictConfig(
+            dtype=torch.bfloat16,
+            dtype_plan=model._get_dtype_plan(torch.bfloat16),
+            weight_mapping=get_model_conversion_mapping(model),  # type: ignore[arg-type]
+            device_map={"": str(device)},
+        ),
+    )
+    for name, found, expected in info.mismatched_keys:
+        raise InputError(f"{name} is {list(found)} in the checkpoint, and {list(expected)} in {architecture}")
+    for name, problem in info.conversion_errors.items():
+        raise InputError(f"{name} cannot be loaded into {architecture}: {problem.strip().splitlines()[-1]}")
+    model.tie_weights()
+    missing = [name for name in wanted if model.get_parameter_or_buffer(name).is_meta]
+    if missing:
+        raise InputError(f"the checkpoint lacks {min(missing)}, which {architecture} needs")
 
 
 def _build(source: Source, model_class: Any, config: Any) -> PreTrainedModel:

@@ -39,7 +39,13 @@ class Matcher:
     """Finds the first of several patterns that means a tensor, and remembers which ones meant any."""
 
     def __init__(self, patterns: tuple[Pattern, ...], flag: str) -> None:
-        self._patterns = [(pattern, pattern.compile()) for pattern in patterns]
+        self._exact: dict[str, list[tuple[int, Pattern]]] = {}
+        self._patterns: list[tuple[int, Pattern, re.Pattern[str]]] = []
+        for rank, pattern in enumerate(patterns):
+            if pattern.exact:  # looked up, since there may be as many as tensors
+                self._exact.setdefault(pattern.text.removeprefix("?"), []).append((rank, pattern))
+            else:
+                self._patterns.append((rank, pattern, pattern.compile()))
         self._flag = flag
         self._unused = {pattern.text for pattern in patterns if not pattern.optional}
 
@@ -49,9 +55,10 @@ class Matcher:
         names: the tensor's own, and that of the fused tensor which it is a part of.
         """
         candidates = {candidate for name in names for candidate in (name, name.removesuffix(".weight"))}
-        hits = [pattern for pattern, regex in self._patterns if any(map(regex.match, candidates))]
-        self._unused.difference_update(hit.text for hit in hits)
-        return hits[0] if hits else None
+        hits = [hit for candidate in candidates for hit in self._exact.get(candidate, ())]
+        hits += [(rank, pattern) for rank, pattern, regex in self._patterns if any(map(regex.match, candidates))]
+        self._unused.difference_update(hit.text for _, hit in hits)
+        return min(hits, key=lambda hit: hit[0])[1] if hits else None
 
     def check(self) -> None:
         """Raise RecipeError if a pattern meant no tensor."""

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from fp8pack.runtime.linear import FP8Linear
 
+_ONE_BY_ONE = "FP8 experts are taken one by one: model.set_experts_implementation('eager')"
+
 
 class ExpertWeight:
     """The weight of one expert, for torch.nn.functional.linear alone; parts lie below each other, as gate and up do."""
@@ -47,8 +49,16 @@ class FP8Experts(nn.Module):
         self.experts = nn.ModuleList(nn.ModuleList(parts) for parts in experts)
 
     def __getitem__(self, index: int | Tensor) -> ExpertWeight:
+        if isinstance(index, Tensor) and index.numel() != 1:
+            raise ValueError(_ONE_BY_ONE)
         parts: Any = self.experts[int(index)]
         return ExpertWeight(list(parts))
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            raise AttributeError(f"no {name}: {_ONE_BY_ONE}") from None
 
     def parts(self) -> list[list[FP8Linear]]:
         """Return the layers of each expert."""

@@ -1,15 +1,18 @@
 """`load_model`: a transformers model whose linears multiply in FP8, for any checkpoint that `load_packed` reads."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from fp8pack.checkpoint.source import open_checkpoint
-from fp8pack.models.loader import ModelLoader, quiet_transformers
+from fp8pack.errors import InputError, RecipeError
+from fp8pack.models.loader import ModelLoader, load_parameters, quiet_transformers
 from fp8pack.models.names import Names, is_experts
 from fp8pack.runtime.experts import FP8Experts
 from fp8pack.runtime.linear import FP8Linear
@@ -34,8 +37,11 @@ def load_model(
     Raises:
         InputError: as `load_packed` does; or transformers does not know the architecture, or it needs code of its own
             and `trust_remote_code` is off.
+        RecipeError: as `load_packed` does.
     """
     target = torch.device(device)
+    if target.type == "meta":
+        raise RecipeError("a model on the meta device holds no weights: name a CPU or a GPU")
     source = open_checkpoint(Path(path))
     with quiet_transformers():
         loader = ModelLoader(source, trust_remote_code=trust_remote_code, device=target)
@@ -44,24 +50,49 @@ def load_model(
     install(model, packed, loader.names)
     rest = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
     with quiet_transformers():
-        loader.load(rest, lambda name: _plain(packed[name]))
+        load_parameters(model, loader.names, rest, lambda name: plain(packed[name]), target)
     if (source.directory / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(source.directory, local_files_only=True)
-    return model
+    vars(model)["save_pretrained"] = _refuse_to_save
+    return model.requires_grad_(False)
+
+
+def _refuse_to_save(*args: object, **kwargs: object) -> NoReturn:
+    raise InputError("the layers of this model are FP8 bytes: copy the packed checkpoint, or `fp8pack unpack` it")
 
 
 def install(model: PreTrainedModel, packed: PackedCheckpoint, names: Names) -> set[str]:
-    """Put FP8 layers in the place of a model's linears and experts; return the tensors of the checkpoint they hold."""
+    """Put FP8 layers in the place of a model's linears and experts; return the tensors of the checkpoint they hold.
+
+    Raises:
+        InputError: the class does not put experts together that the checkpoint holds one by one.
+    """
     held: set[str] = set()
     for path, module in list(model.named_modules()):
         if isinstance(module, nn.Linear):
-            held |= _install_linear(model, path, module, packed, names)
+            held |= set() if _stays_wide(model, path) else _install_linear(model, path, module, packed, names)
         elif is_experts(module):
             held |= _install_experts(path, module, packed, names)
+            _check_experts(model, path, module, names)
     if any(isinstance(module, FP8Experts) for module in model.modules()):
         model.set_experts_implementation("eager")  # the one that takes experts one by one
     vars(model)["kv_scales"] = packed.kv_scales
     return held
+
+
+def _stays_wide(model: PreTrainedModel, path: str) -> bool:
+    """Whether the class wants a linear in float32: such code asks the weight for its dtype, as T5's does of `wo`."""
+    kept = [*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())]
+    return any(re.search(rf"(^|\.){name}($|\.)", path) for name in kept)
+
+
+def _check_experts(model: nn.Module, path: str, experts: nn.Module, names: Names) -> None:
+    for leaf, _ in experts.named_parameters(recurse=False):
+        if f"{path}.{leaf}" not in names.tensors:
+            raise InputError(
+                f"{type(model).__name__} does not put {path}.{leaf} together from a tensor for each expert, as the "
+                "checkpoint has them: serve it with an engine, or pack with --ignore '*experts*'"
+            )
 
 
 def _install_linear(model: nn.Module, path: str, linear: nn.Linear, packed: PackedCheckpoint, names: Names) -> set[str]:
@@ -72,7 +103,7 @@ def _install_linear(model: nn.Module, path: str, linear: nn.Linear, packed: Pack
     bias = None
     if linear.bias is not None:
         (name,) = names.of_parameter(f"{path}.bias")
-        bias = _plain(packed[name])
+        bias = plain(packed[name])
     parent, _, leaf = path.rpartition(".")
     setattr(model.get_submodule(parent), leaf, FP8Linear(weight, bias))
     return {*names.of_parameter(f"{path}.weight"), *(names.of_parameter(f"{path}.bias") if bias is not None else ())}
@@ -130,5 +161,6 @@ def split_experts(whole: PackedTensor) -> Iterator[PackedTensor]:
         yield replace(whole, name=f"{whole.name}[{i}]", data=data, scale=scale, granularity=granularity, tiled=False)
 
 
-def _plain(tensor: PackedTensor | Tensor) -> Tensor:
+def plain(tensor: PackedTensor | Tensor) -> Tensor:
+    """Return a tensor of a checkpoint as floats."""
     return tensor.dequantize(torch.bfloat16) if isinstance(tensor, PackedTensor) else tensor

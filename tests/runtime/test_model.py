@@ -12,9 +12,10 @@ from checkpoints import DEMO
 
 import fp8pack
 import fp8pack.transformers
-from fp8pack.errors import InputError
+from fp8pack.errors import InputError, RecipeError
 from fp8pack.numerics.granularity import parse_granularity
 from fp8pack.packing.prepare import WriteOptions
+from fp8pack.planning.patterns import Pattern
 from fp8pack.planning.recipe import Request
 from fp8pack.runtime.experts import FP8Experts
 from fp8pack.runtime.model import split_experts
@@ -130,5 +131,86 @@ def test_a_model_that_transformers_does_not_know_is_refused(tmp_path: Path) -> N
 
 def test_several_devices_are_refused(tmp_path: Path) -> None:
     path = packed_family("qwen3", tmp_path)
-    with pytest.raises(InputError, match="to one device"):
-        transformers.AutoModelForCausalLM.from_pretrained(path, device_map={"model": "cpu", "lm_head": "meta"})
+    for device_map in ({"model": "cpu", "lm_head": "meta"}, {"": "disk"}):
+        with pytest.raises(InputError, match="to one device"):
+            transformers.AutoModelForCausalLM.from_pretrained(path, device_map=device_map)
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, device_map="auto")
+    assert torch.equal(logits(model), logits(fp8pack.load_model(path)))
+
+
+def test_what_is_used_otherwise_is_dequantized(tmp_path: Path) -> None:
+    """An embedding, tied or not, and T5's `wo`, whose dtype its code asks for."""
+    tiny_models.save_model(tiny_models.make_model("qwen3"), tmp_path / "model")
+    asked = Request(
+        granularity=parse_granularity("group:32"), quant_method="fp8pack", pack=(Pattern("model.embed_tokens"),)
+    )
+    fp8pack.pack(tmp_path / "model", asked, WriteOptions(tmp_path / "packed"))
+    ours = fp8pack.load_model(tmp_path / "packed")
+    assert torch.equal(logits(type(ours).from_pretrained(tmp_path / "packed")), logits(ours))
+    path = packed_family("t5", tmp_path / "t5", "none")
+    fp8pack.unpack(path, options=WriteOptions(tmp_path / "unpacked"))
+    t5 = fp8pack.load_model(path)
+    unpacked = type(t5).from_pretrained(tmp_path / "unpacked", dtype=torch.bfloat16)
+    found = []
+    for model in (t5, type(t5).from_pretrained(path), unpacked):
+        with torch.no_grad():
+            found.append(model(**PROMPT, decoder_input_ids=PROMPT["input_ids"]).logits.float())
+    assert torch.equal(found[0], found[1])
+    assert error(found[0], found[2]) < 0.02
+    assert any(name.endswith("DenseReluDense.wo") for name in fp8pack.report_fp8(t5).others)
+
+
+@pytest.mark.parametrize("family", ["gptj", "codegen", "gpt_neo"])
+def test_buffers_that_are_not_stored_are_computed(tmp_path: Path, family: str) -> None:
+    small = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64, "rotary_dim": 8, "vocab_size": 272}
+    configs: dict[str, Any] = {
+        "gptj": lambda: transformers.GPTJConfig(**small),
+        "codegen": lambda: transformers.CodeGenConfig(**small),
+        "gpt_neo": lambda: transformers.GPTNeoConfig(
+            hidden_size=64, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]], vocab_size=272
+        ),
+    }
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(configs[family](), dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "model")
+    asked = Request(granularity=parse_granularity("group:32"), quant_method="fp8pack", activations="none")
+    fp8pack.pack(tmp_path / "model", asked, WriteOptions(tmp_path / "packed"))
+    ours, theirs = fp8pack.load_model(tmp_path / "packed"), type(model).from_pretrained(tmp_path / "packed")
+    assert torch.equal(logits(ours), logits(theirs))
+    assert error(logits(ours), logits(model.eval())) < 0.1
+
+
+def test_experts_that_the_class_does_not_put_together_are_refused(tmp_path: Path) -> None:
+    path = packed_family("gpt_oss", tmp_path)
+    for load in (fp8pack.load_model, transformers.AutoModelForCausalLM.from_pretrained):
+        with pytest.raises(InputError, match=r"GptOssForCausalLM does not put .*experts.* together"):
+            load(path)
+
+
+def test_many_experts_take_no_longer(tmp_path: Path) -> None:
+    """Each name was a pattern of its own once, and each key was held against all of them: minutes for a thousand."""
+    config = transformers.Qwen3MoeConfig(
+        **tiny_models.WIDE | {"num_hidden_layers": 2, "moe_intermediate_size": 32, "num_experts": 96}
+    )
+    model = transformers.Qwen3MoeForCausalLM(config).to(torch.bfloat16)
+    tiny_models.save_model(model, tmp_path / "model")
+    asked = Request(granularity=parse_granularity("group:32"), quant_method="fp8pack")
+    fp8pack.pack(tmp_path / "model", asked, WriteOptions(tmp_path / "packed"))
+    loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    assert len(loaded._keys_to_ignore_on_load_unexpected) < 60
+    assert torch.equal(logits(loaded), logits(fp8pack.load_model(tmp_path / "packed")))
+    with pytest.raises(ValueError, match="taken one by one"):
+        loaded.set_experts_implementation("batched_mm")
+        logits(loaded)
+
+
+def test_a_loaded_model_is_not_saved_and_has_no_gradients(tmp_path: Path) -> None:
+    path = packed_family("qwen3", tmp_path)
+    for model in (fp8pack.load_model(path), transformers.AutoModelForCausalLM.from_pretrained(path)):
+        with pytest.raises((InputError, ValueError)):
+            model.save_pretrained(tmp_path / "again")
+    assert not any(parameter.requires_grad for parameter in fp8pack.load_model(path).parameters())
+    with pytest.raises(RecipeError, match="meta device"):
+        fp8pack.load_model(path, "meta")
+    with torch.inference_mode():
+        assert torch.isfinite(logits(fp8pack.load_model(path))).all()
