@@ -1,6 +1,5 @@
 """Where the bytes of a loaded checkpoint lie: in mapped files on a CPU, in buffers on any other device."""
 
-import math
 import mmap
 import os
 from collections.abc import Mapping, Sequence
@@ -31,13 +30,13 @@ class MappedFiles:
 
     def __init__(self, directory: Path, parts: Mapping[str, Part]) -> None:
         self._directory, self._parts = directory, parts
-        self._files: dict[str, Tensor] = {}
+        self._files: dict[str, _Bytes] = {}
 
     def tensor(self, spec: TensorSpec) -> Tensor:
         """Return a tensor, or the part of it that this rank holds; a view unless it is misaligned, or many spans."""
         if spec.file not in self._files:
-            self._files[spec.file] = _map(self._directory / spec.file)
-        whole = _shaped(self._files[spec.file][spec.begin : spec.end], spec, spec.shape)
+            self._files[spec.file] = _Bytes(_map(self._directory / spec.file))
+        whole = self._files[spec.file].tensor(spec.begin, spec, spec.shape)
         part = self._parts.get(spec.name)
         if part is None:
             return whole
@@ -61,21 +60,36 @@ class Buffers:
     """Buffers of a device, each with the bytes of tensors that follow each other in a file."""
 
     def __init__(self, buffers: Sequence[Tensor], places: Mapping[str, Place], parts: Mapping[str, Part]) -> None:
-        self._buffers, self._places, self._parts = buffers, places, parts
+        self._buffers, self._places, self._parts = [_Bytes(buffer) for buffer in buffers], places, parts
 
     def tensor(self, spec: TensorSpec) -> Tensor:
         """Return a tensor, or the part of it that this rank holds: a view."""
-        place, shape = self._places[spec.name], _shape(spec, self._parts.get(spec.name))
-        nbytes = math.prod(shape) * _dtype(spec).itemsize
-        return _shaped(self._buffers[place.buffer][place.offset :][:nbytes], spec, shape)
+        place = self._places[spec.name]
+        return self._buffers[place.buffer].tensor(place.offset, spec, _shape(spec, self._parts.get(spec.name)))
 
 
-def _shaped(data: Tensor, spec: TensorSpec, shape: tuple[int, ...]) -> Tensor:
-    dtype = _dtype(spec)
-    if not math.prod(shape):
-        return torch.empty(shape, dtype=dtype, device=data.device)
-    aligned = data if data.storage_offset() % dtype.itemsize == 0 else data.clone()
-    return aligned.view(dtype).view(shape)
+class _Bytes:
+    """A buffer, and a view of all of it for each dtype, so that a tensor is made by one call into torch."""
+
+    def __init__(self, data: Tensor) -> None:
+        self._data = data
+        self._views: dict[torch.dtype, Tensor] = {}
+
+    def tensor(self, offset: int, spec: TensorSpec, shape: tuple[int, ...]) -> Tensor:
+        """Return the tensor that begins at an offset; a copy where it is misaligned."""
+        dtype = _dtype(spec)
+        count, strides = 1, [1] * len(shape)
+        for axis in range(len(shape) - 1, -1, -1):
+            strides[axis] = count
+            count *= shape[axis]
+        if not count:
+            return torch.empty(shape, dtype=dtype, device=self._data.device)
+        if offset % dtype.itemsize:
+            return self._data[offset : offset + count * dtype.itemsize].clone().view(dtype).view(shape)
+        if dtype not in self._views:
+            whole = self._data.numel() // dtype.itemsize * dtype.itemsize
+            self._views[dtype] = self._data[:whole].view(dtype)
+        return self._views[dtype].as_strided(shape, strides, offset // dtype.itemsize)
 
 
 def _shape(spec: TensorSpec, part: Part | None) -> tuple[int, ...]:

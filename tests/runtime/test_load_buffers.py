@@ -74,7 +74,7 @@ def test_tensors_are_views_of_few_buffers_and_aligned(make_checkpoint: MakeCheck
     assert len(loaded._memory._buffers) == 1
     for tensor in loaded.values():
         data = tensor.data if isinstance(tensor, fp8pack.PackedTensor) else tensor
-        assert data.data_ptr() % 16 == loaded._memory._buffers[0].data_ptr() % 16
+        assert data.data_ptr() % 16 == loaded._memory._buffers[0]._data.data_ptr() % 16
     fused = loaded.fused("model.layers.0.mlp.gate_up_proj")
     first = loaded["model.layers.0.mlp.gate_proj.weight"]
     assert isinstance(first, fp8pack.PackedTensor)
