@@ -165,7 +165,7 @@ def load_alone(folder: Path, trials: int) -> dict[str, Any]:
         begin = time.perf_counter()
         loaded = fp8pack.load_packed(folder)
         middle = time.perf_counter()
-        count = sum(1 for _ in loaded.values())
+        count = sum(1 for _ in tensors_of(loaded))
         seconds.append(middle - begin)
         making.append(time.perf_counter() - middle)
         del loaded
@@ -310,7 +310,8 @@ def measure_all(bench: Bench, out: Path | None) -> list[Row]:
         "times as many rounds those count in which other processes took the least of the processors. "
         "The value is the ratio of the medians, the range that of the ratios within a round. Row 2: "
         f"`load_packed` alone, {TRIALS} calls after the first of a process; the bound is "
-        f"{FIXED_SECONDS * 1e3:.0f} ms and {SECONDS_A_TENSOR * 1e6:.0f} µs for each entry of the mapping. Rows without "
+        f"{FIXED_SECONDS * 1e3:.0f} ms and {SECONDS_A_TENSOR * 1e6:.0f} µs for each tensor in the files, payloads and "
+        "scales. Rows without "
         f"a bound are there to explain the others. The second model has {NUM_EXPERTS} experts in {NUM_LAYERS} layers, "
         "with three matrices of 128 x 128 each."
     )

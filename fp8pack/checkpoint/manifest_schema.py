@@ -212,20 +212,20 @@ def _check_schema(path: Path, raw: bytes, manifest: Manifest | None = None) -> N
 
 def check_headers(specs: Sequence[TensorSpec], manifest: Manifest) -> None:
     """Raise InputError unless every tensor of the manifest lies in its file, as it says, and nothing else does."""
-    found = {spec.name: (spec.file, spec.dtype, list(spec.shape)) for spec in specs}
+    found = {spec.name: (spec.file, spec.dtype, spec.shape) for spec in specs}
     dtypes = {format.name: format.dtype for format in FORMATS}
     for name, entry in manifest.tensors.items():
         if isinstance(entry, PackedEntry):
             stored, dtype = entry.tensor or name, dtypes[entry.format]
         else:
             stored, dtype = name, entry.dtype
-        if found.pop(stored, None) != (entry.file, dtype, list(entry.shape)):
+        if found.pop(stored, None) != (entry.file, dtype, tuple(entry.shape)):
             raise InputError(f"tensor {name!r} is not what fp8pack.json says: the files were changed after packing")
-        small: list[ScaleEntry | ActivationEntry | StoredEntry] = list(entry.activation_scales)
+        small: tuple[ScaleEntry | ActivationEntry | StoredEntry, ...] = entry.activation_scales
         if isinstance(entry, PackedEntry):
-            small += [entry.scale_inv, *entry.markers]
+            small = (*small, entry.scale_inv, *entry.markers)
         for scale in small:
-            if found.pop(scale.tensor, None) != (entry.file, scale.dtype, scale.shape):
+            if found.pop(scale.tensor, None) != (entry.file, scale.dtype, tuple(scale.shape)):
                 raise InputError(
                     f"scale {scale.tensor!r} is not what fp8pack.json says: the files were changed after packing"
                 )
