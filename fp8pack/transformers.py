@@ -69,15 +69,15 @@ class FP8PackQuantizer(HfQuantizer):
         self._names = names_of(model, packed)
         parameters = dict(model.named_parameters())
         held = install(model, packed, self._names)
-        self._layers = {path: module for path, module in model.named_modules() if isinstance(module, FP8Linear)}
-        experts = {path: module for path, module in model.named_modules() if isinstance(module, FP8Experts)}
-        for path in experts:
-            for inner in [inner for inner in self._layers if inner.startswith(f"{path}.")]:
-                del self._layers[inner]
+        modules = dict(model.named_modules())
+        self._experts = {path: module for path, module in modules.items() if isinstance(module, FP8Experts)}
+        within = {inner for experts in self._experts.values() for inner in experts.modules()}
+        layers = {path: module for path, module in modules.items() if isinstance(module, FP8Linear)}
+        self._layers = {path: layer for path, layer in layers.items() if layer not in within}
+        for path in self._experts:
             _replace(model, path, torch.empty_like(parameters[path]))
         for path in self._layers:
             _replace(model, path, _Awaited(parameters[f"{path}.weight"], parameters.get(f"{path}.bias")))
-        self._experts = experts
         self._dequantized = [key for key, _ in model.named_parameters() if self._is_packed(packed, key)]
         hidden = {*held, *(parameters.keys() - dict(model.named_parameters()).keys())}
         patterns = {f"^{re.sub(r'[0-9]+', '[0-9]+', re.escape(name))}$" for name in hidden} | {_SCALES}
