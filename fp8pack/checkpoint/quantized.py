@@ -19,12 +19,13 @@ from fp8pack.numerics.granularity import BLOCK_128, CHANNEL, MX, TENSOR, Granula
 from fp8pack.numerics.swizzle import padded
 from fp8pack.planning.contents import Contents, Quantized
 from fp8pack.planning.experts import TRANSPOSED
-from fp8pack.planning.spec import TensorSpec
+from fp8pack.planning.spec import DTYPE_BITS, TensorSpec
 
 _FORMATS: Mapping[str, Float8Format] = {"F8_E4M3": E4M3, "F8_E5M2": E5M2}
 _SCALES = ("weight_scale_inv", "weight_scale", "scale_weight", "qscale_weight", "scale")  # beside `weight`
 _INPUT_SCALES = ("input_scale", "activation_scale", "scale_input", "qscale_act")
 _SCALE_DTYPES = ("F32", "BF16", "F16", "U8", "F8_E8M0")
+_ODD_DTYPES = frozenset(dtype for dtype in DTYPE_BITS if dtype.startswith(("F4", "F6")) or dtype.endswith("FNUZ"))
 _KV_SCALE = re.compile(
     r"(?P<attention>.+?)(\.(k|v|qkv)_proj)?(\.attn)?\."
     r"((?P<kind>[kv])(_cache\.scale|_scale|_fake_quantizer\.qscale_act)|(?P<both>kv_scale)|(?P<output>output_scale))$"
@@ -241,7 +242,7 @@ def _is_scale(name: str) -> bool:
 
 def _is_packed_otherwise(spec: TensorSpec) -> bool:
     """Whether it is FP4, an integer format, or FP8 as AMD's older GPUs have it, where a weight should be."""
-    if spec.dtype.startswith(("F4", "F6")) or spec.dtype.endswith("FNUZ"):
+    if spec.dtype in _ODD_DTYPES:
         return True
     return spec.dtype in ("U8", "I8", "I32") and len(spec.shape) > 1 and bool(_PACKED_OTHERWISE.search(spec.name))
 
