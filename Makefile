@@ -1,6 +1,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
+SHELL = /bin/bash
 SOURCES = fp8pack tests benchmarks examples
 NVIDIA_ROOT ?= $(wildcard build/cuda/lib/python3*/site-packages/nvidia/cu13)
 NVIDIA_PACKAGES = nvidia-cublas nvidia-cuda-runtime nvidia-cuda-crt nvidia-cuda-cccl
@@ -69,8 +70,9 @@ cpp: install $(if $(NVIDIA_ROOT),,build/cuda/installed) ## compile fp8pack.hpp a
 	FP8PACK_NVIDIA_ROOT="$$(cd $(if $(NVIDIA_ROOT),$(NVIDIA_ROOT),build/cuda/lib/python3*/site-packages/nvidia/cu13) && pwd)" \
 	$(BIN)/python -m pytest -q tests/cpp
 
-test-gpu: install ## run the tests that need a CUDA device
-	$(BIN)/python -m pytest -q -m gpu
+test-gpu: install ## run the tests that need a CUDA device, and write what they say to docs/benchmarks/
+	@$(BIN)/python -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "torch sees no CUDA device here")'
+	set -o pipefail; { $(BIN)/fp8pack env && $(BIN)/python -m pytest -q -m gpu; } 2>&1 | tee docs/benchmarks/test-gpu_$$(date +%Y%m).txt
 
 clean: ## remove what is built
 	rm -rf $(VENV) build dist demo-output demo-calibration.safetensors .mypy_cache .ruff_cache .pytest_cache .hypothesis
