@@ -15,12 +15,13 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from fp8pack.checkpoint.source import open_checkpoint
 from fp8pack.errors import InputError
 from fp8pack.models.loader import load_parameters
 from fp8pack.models.names import names_of
 from fp8pack.runtime.experts import FP8Experts
 from fp8pack.runtime.linear import FP8Linear
-from fp8pack.runtime.load import load_packed
+from fp8pack.runtime.load import load_source
 from fp8pack.runtime.model import install, plain
 from fp8pack.runtime.packed_checkpoint import PackedCheckpoint
 from fp8pack.runtime.packed_tensor import PackedTensor
@@ -64,8 +65,9 @@ class FP8PackQuantizer(HfQuantizer):
     ) -> None:
         if not checkpoint_files:
             raise InputError("transformers named no files to load from")
-        self._path, self._device = Path(checkpoint_files[0]).parent, _only_device(device_map)
-        packed = load_packed(self._path, "meta")
+        self._source = open_checkpoint(Path(checkpoint_files[0]).parent)
+        self._device = _only_device(device_map)
+        packed = load_source(self._source, "meta")
         self._names = names_of(model, packed)
         parameters = dict(model.named_parameters())
         held = install(model, packed, self._names)
@@ -86,7 +88,7 @@ class FP8PackQuantizer(HfQuantizer):
         self._tensors = sorted({name for name in (*held, *dequantized) if name in packed})
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        packed: Any = load_packed(self._path, self._device, tensors=self._tensors)
+        packed: Any = load_source(self._source, self._device, tensors=self._tensors)
         for path, layer in self._layers.items():
             (bias,) = self._names.of_parameter(f"{path}.bias")
             _replace(model, path, FP8Linear(packed[layer.name], packed.get(bias)))

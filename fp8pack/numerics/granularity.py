@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 
 from fp8pack.errors import RecipeError
 from fp8pack.units import ceil_div
@@ -46,7 +46,7 @@ MX = Granularity("mx", 1, 32)
 BLOCK_128 = Granularity("block:128x128", 128, 128)
 
 
-@cache
+@lru_cache(maxsize=256)
 def parse_granularity(text: str) -> Granularity:
     """Return the granularity of `tensor`, `channel`, `group:64`, `block:128x128` or `mx`."""
     name = text.lower().replace("_", "-").removeprefix("per-")

@@ -23,12 +23,12 @@ def turn_into_fnuz(memory: Buffers, contents: Contents) -> None:
         quantized = contents.quantized.get(spec.name)
         if quantized is None or quantized.format != E4M3:
             continue
-        if _holds_nan(memory.tensor(spec).view(torch.uint8).view(-1)):
+        if _turn(memory.tensor(spec).view(torch.uint8).view(-1)):
             raise InputError(f"{spec.file}: {spec.name!r} holds a NaN, which has no counterpart on this device")
 
 
-def _holds_nan(payload: Tensor) -> bool:
-    """Turn minus zeros into zeros; say whether a byte is a NaN."""
+def _turn(payload: Tensor) -> bool:
+    """Turn minus zeros into zeros, in place; return whether a byte is a NaN."""
     found = torch.zeros((), dtype=torch.bool, device=payload.device)
     for step in torch.split(payload, _STEP):
         found |= ((step & _NAN) == _NAN).any()

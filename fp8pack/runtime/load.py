@@ -58,6 +58,20 @@ def load_packed(
     """
     with _collector_at_rest():
         source = open_checkpoint(Path(path))
+    return load_source(source, device, tensors=tensors, verify=verify, workers=workers, tp=tp)
+
+
+def load_source(
+    source: Source,
+    device: str | torch.device,
+    *,
+    tensors: str | Collection[str] | None = None,
+    verify: bool = False,
+    workers: int | None = None,
+    tp: tuple[int, int] | None = None,
+) -> PackedCheckpoint:
+    """Load a checkpoint that was looked at already; the rest as `load_packed`."""
+    with _collector_at_rest():
         contents = read_contents(source)
         if not contents.quantized:
             raise InputError(f"{source.path} holds no FP8 weight: pack it with `fp8pack pack`")

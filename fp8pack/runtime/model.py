@@ -16,7 +16,7 @@ from fp8pack.models.loader import ModelLoader, load_parameters, quiet_transforme
 from fp8pack.models.names import Names, is_experts
 from fp8pack.runtime.experts import FP8Experts
 from fp8pack.runtime.linear import FP8Linear
-from fp8pack.runtime.load import load_packed
+from fp8pack.runtime.load import load_source
 from fp8pack.runtime.packed_checkpoint import PackedCheckpoint
 from fp8pack.runtime.packed_tensor import PackedTensor
 
@@ -45,7 +45,7 @@ def load_model(
     source = open_checkpoint(Path(path))
     with quiet_transformers():
         loader = ModelLoader(source, trust_remote_code=trust_remote_code, device=target)
-    packed = load_packed(path, target, verify=verify, workers=workers)
+    packed = load_source(source, target, verify=verify, workers=workers)
     model = loader.model
     install(model, packed, loader.names)
     rest = [name for name, tensor in model.state_dict().items() if tensor.is_meta]

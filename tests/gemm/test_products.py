@@ -4,42 +4,19 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
+from products import AS_ENTERED, AS_QUANTIZED, as_quantized, error, weight_of
 
-from fp8pack.gemm.activations import multiplier_of, quantize_activation, quantize_in_torch
+from fp8pack.gemm.activations import multiplier_of, quantize_activation
 from fp8pack.gemm.operand import Backend
 from fp8pack.gemm.reference_backend import ReferenceBackend
-from fp8pack.gemm.scheme import Scheme, scheme_of
+from fp8pack.gemm.scheme import scheme_of
 from fp8pack.gemm.torch_backend import TorchBackend
 from fp8pack.numerics import torch_codec
 from fp8pack.numerics.formats import E4M3, E5M2, Float8Format
 from fp8pack.numerics.granularity import CHANNEL, MX, TENSOR, Granularity, parse_granularity
-from fp8pack.numerics.scaling import ScaleRounding
 
-AS_QUANTIZED, AS_ENTERED = 5e-3, 4e-2  # relative, Frobenius
 SHAPES = [(1, 1, 1), (1, 384, 256), (7, 131, 200), (16, 128, 128), (33, 257, 130), (5, 48, 1000)]
 GRANULARITIES = ["tensor", "channel", "block:128x128", "block:64x96", "group:64", "group:128", "mx"]
-
-
-def weight_of(scheme: Scheme, n: int, k: int) -> tuple[Tensor, Tensor]:
-    """A payload and its multipliers."""
-    rounding = ScaleRounding.UP if scheme.granularity == MX else ScaleRounding.NONE
-    values = torch.randn(n, k, generator=torch.Generator().manual_seed(n * k))
-    return torch_codec.quantize(values, scheme.granularity.region((n, k)), format=scheme.format, rounding=rounding)
-
-
-def rounded(x: Tensor, scheme: Scheme, static: Tensor | None = None) -> Tensor:
-    """The activation as quantized, float64."""
-    if scheme.activation is None:
-        return x.double()
-    m, k = x.shape
-    payload, scale = quantize_in_torch(x, scheme.activation, padded=(m, k), scale=static)
-    region = (m, k) if scale.numel() == 1 else scheme.activation.region((m, k))
-    return torch_codec.dequantize(payload, multiplier_of(scale).reshape(-1, scale.shape[-1]), region).double()
-
-
-def error(found: Tensor, expected: Tensor) -> float:
-    return float((found.double() - expected).norm() / expected.norm())
 
 
 def backends(granularity: str, weight_only: bool) -> list[Backend]:
@@ -64,7 +41,7 @@ def test_products_are_right(
         found = backend.product(x, operand, bias, torch.bfloat16)
         assert found.shape == (m, n)
         assert found.dtype == torch.bfloat16
-        assert error(found, rounded(x, scheme) @ weight.t() + bias.double()) <= AS_QUANTIZED
+        assert error(found, as_quantized(x, scheme) @ weight.t() + bias.double()) <= AS_QUANTIZED
         if n * m * k > 100:
             assert error(found, x.double() @ weight.t() + bias.double()) <= AS_ENTERED
 
@@ -80,7 +57,7 @@ def test_the_result_has_the_dtype_that_is_asked_for(granularity: str, dtype: tor
         found = backend.product(x, backend.prepare(payload, multiplier, scheme), None, dtype)
         assert found.dtype == dtype
         bound = AS_QUANTIZED if dtype != torch.float32 or backend.name == "torch" else 1e-6
-        assert error(found, rounded(x, scheme) @ weight.t()) <= bound
+        assert error(found, as_quantized(x, scheme) @ weight.t()) <= bound
 
 
 @pytest.mark.parametrize("granularity", ["tensor", "channel"])
@@ -92,7 +69,7 @@ def test_a_static_scale_is_that_of_every_token(granularity: str) -> None:
     x[0, 0] = 100.0  # beyond the scale: it saturates at 448 * 0.004
     for backend in backends(granularity, False):
         operand = replace(backend.prepare(payload, multiplier, scheme), input_scale=static)
-        expected = rounded(x, scheme, static)
+        expected = as_quantized(x, scheme, static)
         assert expected.max() == pytest.approx(448 * 0.004)
         assert error(backend.product(x, operand, None, torch.bfloat16), expected @ weight.t()) <= AS_QUANTIZED
 

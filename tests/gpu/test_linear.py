@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import DEMO, MakeCheckpoint, random_weight
+from products import AS_ENTERED, AS_QUANTIZED, as_quantized, error, random, weight_of
 from torch import Tensor
 
 import fp8pack
@@ -29,7 +30,6 @@ from fp8pack.planning.recipe import Request
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 DEVICE = torch.device("cuda")
-AS_QUANTIZED, AS_ENTERED = 5e-3, 4e-2  # relative, Frobenius
 GRANULARITIES = ["tensor", "channel", "block:128x128", "block:64x128", "group:64", "group:128", "mx"]
 SHAPES = [
     (1, 384, 256), (1, 4096, 4096), (7, 131, 200), (16, 128, 128), (17, 1024, 1000), (33, 257, 130), (130, 48, 1040),
@@ -38,33 +38,8 @@ SHAPES = [
 NAME = "model.layers.0.mlp.up_proj.weight"
 
 
-def random(*shape: int, seed: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def weight_of(scheme: Scheme, n: int, k: int) -> tuple[Tensor, Tensor]:
-    """A payload and its multipliers, on the CPU."""
-    region, rounding = scheme.granularity.region((n, k)), rounding_of(scheme.granularity)
-    return torch_codec.quantize(random(n, k, seed=n * k), region, format=scheme.format, rounding=rounding)
-
-
 def rounding_of(granularity: Granularity) -> ScaleRounding:
     return ScaleRounding.UP if granularity == MX else ScaleRounding.NONE
-
-
-def as_quantized(x: Tensor, scheme: Scheme, static: Tensor | None = None) -> Tensor:
-    """An activation as the product takes it, float64, on the CPU."""
-    if scheme.activation is None:
-        return x.double()
-    m, k = x.shape
-    payload, scale = quantize_in_torch(x, scheme.activation, padded=(m, k), scale=static)
-    region = (m, k) if scale.numel() == 1 else scheme.activation.region((m, k))
-    return torch_codec.dequantize(payload, multiplier_of(scale).reshape(-1, scale.shape[-1]), region).double()
-
-
-def error(found: Tensor, expected: Tensor) -> float:
-    """The relative error (Frobenius) of a result of the device."""
-    return float((found.cpu().double() - expected).norm() / expected.norm())
 
 
 def backends(scheme: Scheme) -> Iterator[Backend]:

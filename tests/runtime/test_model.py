@@ -1,13 +1,13 @@
 """Models of transformers with FP8 layers, loaded by us and by transformers."""
 
 import logging
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from calibration import tiny_models
 from checkpoints import DEMO
 
 import fp8pack
@@ -19,9 +19,6 @@ from fp8pack.planning.patterns import Pattern
 from fp8pack.planning.recipe import Request
 from fp8pack.runtime.experts import FP8Experts
 from fp8pack.runtime.model import split_experts
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "calibration"))
-import tiny_models
 
 PROMPT = {"input_ids": torch.tensor([[5, 6, 7, 8, 9, 10]])}
 
