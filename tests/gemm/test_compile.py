@@ -1,4 +1,4 @@
-"""Our kernels compile to machine code for the GPUs that they are for, without one: division is exact, FP8 is multiplied.
+"""Our kernels compile to machine code for the GPUs that they are for, without one: exact division, FP8 products.
 
 A program of its own compiles, since here the kernels may be defined for Triton's interpreter.
 """
