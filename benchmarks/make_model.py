@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fp8pack.checkpoint.header import build_header
-from fp8pack.planning.layout import Stored
+from fp8pack.modelfacts.spec import Stored
 from fp8pack.units import parse_size
 
 HIDDEN, INTERMEDIATE, VOCAB = 4096, 11008, 32000

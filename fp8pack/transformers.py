@@ -17,8 +17,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from fp8pack.checkpoint.source import open_checkpoint
 from fp8pack.errors import InputError
-from fp8pack.models.loader import load_parameters
-from fp8pack.models.names import names_of
+from fp8pack.modelrun.loader import load_parameters
+from fp8pack.modelrun.names import names_of
 from fp8pack.runtime.experts import FP8Experts
 from fp8pack.runtime.linear import FP8Linear
 from fp8pack.runtime.load import load_source

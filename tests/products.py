@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from fp8pack.gemm.activations import multiplier_of, quantize_in_torch
-from fp8pack.gemm.scheme import Scheme
+from fp8pack.gemm.scheme import GemmScheme
 from fp8pack.numerics import torch_codec
 from fp8pack.numerics.granularity import MX
 from fp8pack.numerics.scaling import ScaleRounding
@@ -17,14 +17,14 @@ def random(*shape: int, seed: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def weight_of(scheme: Scheme, n: int, k: int) -> tuple[Tensor, Tensor]:
+def weight_of(scheme: GemmScheme, n: int, k: int) -> tuple[Tensor, Tensor]:
     """A payload and its multipliers, on the CPU."""
     rounding = ScaleRounding.UP if scheme.granularity == MX else ScaleRounding.NONE
     region = scheme.granularity.region((n, k))
     return torch_codec.quantize(random(n, k, seed=n * k), region, format=scheme.format, rounding=rounding)
 
 
-def as_quantized(x: Tensor, scheme: Scheme, static: Tensor | None = None) -> Tensor:
+def as_quantized(x: Tensor, scheme: GemmScheme, static: Tensor | None = None) -> Tensor:
     """An activation as the product takes it, float64, on the CPU."""
     if scheme.activation is None:
         return x.double()

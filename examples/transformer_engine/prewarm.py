@@ -27,9 +27,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from fp8pack.modelfacts.fused import fused_module
 from fp8pack.numerics.formats import E4M3
 from fp8pack.planning.calibration import Calibration, values_of
-from fp8pack.planning.policy import fused_module
 
 INPUT, WEIGHT = 0, 1  # of the tensors of a GEMM; the third is its output, which stays BF16
 

@@ -7,17 +7,17 @@ from typing import Any
 
 import torch
 
+from fp8pack.calibration.calibration_journal import CalibrationJournal
+from fp8pack.calibration.open_run import Run, open_run
 from fp8pack.calibration.options import CalibrateOptions
-from fp8pack.calibration.prepare import Run, prepare
 from fp8pack.calibration.progress import OnNote, OnProgress, Progress
 from fp8pack.calibration.resident import CONVERGENCE_WINDOW, run_resident
-from fp8pack.calibration.state import Journal
 from fp8pack.calibration.streamed import run_streamed
 from fp8pack.checkpoint.calibration_file import read_calibration, write_calibration
 from fp8pack.checkpoint.shard_writer import check_space
 from fp8pack.checkpoint.staging import Staging
 from fp8pack.errors import DeadlineError, InputError, OutputError
-from fp8pack.models.loader import quiet_transformers
+from fp8pack.modelrun.loader import quiet_transformers
 from fp8pack.planning.calibration import Calibration, has_converged
 from fp8pack.planning.calibration_facts import calibration_facts
 
@@ -45,7 +45,7 @@ def calibrate(
 
 def _calibrate(model: Path, options: CalibrateOptions, on_progress: OnProgress, on_note: OnNote) -> dict[str, Any]:
     started = time.monotonic()
-    run = prepare(model, options)
+    run = open_run(model, options)
     for note in run.notes:
         on_note(f"note     {note}")
     staging = Staging(run.output)
@@ -102,7 +102,7 @@ def _finished(run: Run) -> Calibration | None:
 
 def _carry_out(run: Run, staging: Staging, progress: Progress) -> Calibration:
     """Run what is not done yet, and make the file the output."""
-    journal, result = Journal(staging.journal), staging.content / run.output.name
+    journal, result = CalibrationJournal(staging.journal), staging.content / run.output.name
     if not journal.resume(run.head, throw_away=not run.options.resume):
         staging.clear_content()
     if result.exists():  # an earlier run came as far as its commit
@@ -116,7 +116,7 @@ def _carry_out(run: Run, staging: Staging, progress: Progress) -> Calibration:
     return calibration
 
 
-def _run(run: Run, staging: Staging, journal: Journal, progress: Progress) -> Calibration:
+def _run(run: Run, staging: Staging, journal: CalibrationJournal, progress: Progress) -> Calibration:
     done = journal.done
     if run.stack is None:
         calibration = run_resident(run, staging.content, journal, progress)

@@ -19,7 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import GeneralInterface
 
 from fp8pack.calibration.recorder import Rows
-from fp8pack.models.names import Names, is_experts
+from fp8pack.modelrun.names import Names, is_experts
 
 
 class Recording(Protocol):

@@ -23,7 +23,7 @@ from fp8pack.calibration.sharing import Recorders
 from fp8pack.checkpoint.calibration_file import write_calibration
 from fp8pack.checkpoint.source import open_checkpoint
 from fp8pack.errors import InputError
-from fp8pack.models.names import Names, is_experts, is_transformers_model, names_of, transformers_parts
+from fp8pack.modelrun.names import Names, is_experts, is_transformers_model, names_of, transformers_parts
 from fp8pack.planning.calibration import INFINITY, Calibration, Site, site_order
 
 _NOT_IDS = ("attention_mask", "position_ids", "token_type_ids", "cache_position")

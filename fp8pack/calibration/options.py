@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from fp8pack.calibration.prompts import BUILT_IN
 from fp8pack.errors import RecipeError
+from fp8pack.modelrun.prompts import BUILT_IN
 
 FEWEST_PROMPTS, DEFAULT_PROMPTS, MOST_PROMPTS = 128, 256, 512
 STREAM_LAYERS = ("auto", "on", "off")

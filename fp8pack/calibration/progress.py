@@ -3,8 +3,8 @@
 import time
 from collections.abc import Callable
 
+from fp8pack.calibration.open_run import Run
 from fp8pack.calibration.options import FEWEST_PROMPTS
-from fp8pack.calibration.prepare import Run
 from fp8pack.units import format_seconds
 
 _ESTIMATE_SECONDS = 3.0  # after which the pace is known

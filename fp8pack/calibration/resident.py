@@ -3,10 +3,10 @@
 import time
 from pathlib import Path
 
+from fp8pack.calibration.calibration_journal import CalibrationJournal
 from fp8pack.calibration.observers import Observation
-from fp8pack.calibration.prepare import Run
+from fp8pack.calibration.open_run import Run
 from fp8pack.calibration.progress import Progress
-from fp8pack.calibration.state import Journal
 from fp8pack.checkpoint.calibration_file import read_calibration, write_calibration
 from fp8pack.planning.calibration import Calibration, has_converged
 
@@ -14,7 +14,7 @@ CONVERGENCE_WINDOW = 64
 _SAVE_SHARE = 50  # a save may cost one part in so many of the time since the last
 
 
-def run_resident(run: Run, folder: Path, journal: Journal, progress: Progress) -> Calibration | None:
+def run_resident(run: Run, folder: Path, journal: CalibrationJournal, progress: Progress) -> Calibration | None:
     """Run every batch that is not done; return None if the deadline came.
 
     folder: where the state is saved, at the end of a batch, as often as it costs next to nothing.

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from fp8pack.calibration.recorder import Recorder
+from fp8pack.modelfacts.roles import layer_of
 from fp8pack.planning.calibration import Site
-from fp8pack.planning.policy import layer_of
 
 _MAX_OPEN = 4  # tensors that may still enter another module: a norm's output enters q, k and v
 

@@ -5,19 +5,21 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
+from fp8pack.calibration.calibration_journal import CalibrationJournal
 from fp8pack.calibration.observers import Observation
-from fp8pack.calibration.prepare import Run
+from fp8pack.calibration.open_run import Run
 from fp8pack.calibration.progress import Progress
-from fp8pack.calibration.state import Journal
-from fp8pack.calibration.stream_layers import Rounds, Stack
 from fp8pack.checkpoint.calibration_file import read_calibration, write_calibration
 from fp8pack.checkpoint.shard_writer import sync_file
+from fp8pack.modelrun.stream_layers import Rounds, Stack
 from fp8pack.planning.calibration import Calibration, Site, site_order
 
 _M_MMAP_THRESHOLD = -3  # of mallopt(3)
 
 
-def run_streamed(run: Run, stack: Stack, folder: Path, journal: Journal, progress: Progress) -> Calibration | None:
+def run_streamed(
+    run: Run, stack: Stack, folder: Path, journal: CalibrationJournal, progress: Progress
+) -> Calibration | None:
     """Run every layer that is not done, and what lies outside the layers last; return None if the deadline came.
 
     folder: keeps the hidden states that enter the next layer, and the statistics of each finished one.

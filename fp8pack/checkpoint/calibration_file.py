@@ -22,9 +22,8 @@ from fp8pack.checkpoint.header import build_header, read_header
 from fp8pack.checkpoint.shard_writer import ShardWriter, sync_directory
 from fp8pack.checkpoint.source import ShardReader, open_regular
 from fp8pack.errors import InputError, SpaceError
+from fp8pack.modelfacts.spec import Stored, TensorSpec
 from fp8pack.planning.calibration import INFINITY, NUM_MAGNITUDES, Calibration, Site
-from fp8pack.planning.layout import Stored
-from fp8pack.planning.spec import TensorSpec
 
 SCHEMA_VERSION = 1
 METADATA_KEY = "fp8pack_calibration"

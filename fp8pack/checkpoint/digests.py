@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from fp8pack.checkpoint.manifest import digest_of_bands
 from fp8pack.checkpoint.manifest_schema import ActivationEntry, Manifest, PackedEntry, StoredEntry, UnpackedEntry
 from fp8pack.errors import InputError, VerificationError
+from fp8pack.modelfacts.spec import DTYPE_BITS, TensorSpec
 from fp8pack.numerics.granularity import TENSOR, parse_granularity
 from fp8pack.numerics.swizzle import padded
 from fp8pack.planning.make_plan import BAND_NBYTES
-from fp8pack.planning.spec import DTYPE_BITS, TensorSpec
 
 
 @dataclass(frozen=True, slots=True)

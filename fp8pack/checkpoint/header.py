@@ -16,8 +16,7 @@ from math import prod
 from typing import Any, NoReturn
 
 from fp8pack.errors import InputError
-from fp8pack.planning.layout import Stored
-from fp8pack.planning.spec import DTYPE_BITS, TensorSpec, nbytes_of
+from fp8pack.modelfacts.spec import DTYPE_BITS, Stored, TensorSpec, nbytes_of
 
 MAX_HEADER_NBYTES = 100_000_000  # the safetensors library's own limit
 DATA_ALIGNMENT = 4096

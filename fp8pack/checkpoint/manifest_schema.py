@@ -9,8 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fp8pack.checkpoint.manifest import MANIFEST_NAME, SCHEMA_VERSION
 from fp8pack.errors import InputError, VerificationError
+from fp8pack.modelfacts.spec import TensorSpec
 from fp8pack.numerics.formats import FORMATS
-from fp8pack.planning.spec import TensorSpec
 
 Digest = Annotated[str, Field(pattern=r"^blake3:[0-9a-f]{64}$")]
 GranularityName = Annotated[

@@ -14,12 +14,12 @@ from fp8pack.checkpoint.announcement import Announcement, read_announcement
 from fp8pack.checkpoint.manifest_schema import PackedEntry
 from fp8pack.checkpoint.source import Source
 from fp8pack.errors import InputError
+from fp8pack.modelfacts.contents import Contents, Quantized
+from fp8pack.modelfacts.experts import TRANSPOSED
+from fp8pack.modelfacts.spec import DTYPE_BITS, TensorSpec
 from fp8pack.numerics.formats import E4M3, E5M2, Float8Format
 from fp8pack.numerics.granularity import BLOCK_128, CHANNEL, MX, TENSOR, Granularity, parse_granularity
 from fp8pack.numerics.swizzle import padded
-from fp8pack.planning.contents import Contents, Quantized
-from fp8pack.planning.experts import TRANSPOSED
-from fp8pack.planning.spec import DTYPE_BITS, TensorSpec
 
 _FORMATS: Mapping[str, Float8Format] = {"F8_E4M3": E4M3, "F8_E5M2": E5M2}
 _SCALES = ("weight_scale_inv", "weight_scale", "scale_weight", "qscale_weight", "scale")  # beside `weight`

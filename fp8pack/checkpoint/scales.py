@@ -6,11 +6,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fp8pack.errors import InputError
+from fp8pack.modelfacts.contents import Quantized
+from fp8pack.modelfacts.spec import DTYPE_BITS, TensorSpec
 from fp8pack.numerics.metrics import widen
 from fp8pack.numerics.scaling import decode_e8m0
 from fp8pack.numerics.swizzle import TILE, padded, unswizzle
-from fp8pack.planning.contents import Quantized
-from fp8pack.planning.spec import DTYPE_BITS, TensorSpec
 from fp8pack.units import ceil_div
 
 Span = tuple[int, int]

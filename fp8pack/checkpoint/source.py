@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from fp8pack.checkpoint.header import Header, read_header
 from fp8pack.checkpoint.manifest_schema import Manifest, find_manifest, read_manifest
 from fp8pack.errors import InputError
-from fp8pack.planning.model import ModelFacts, read_facts
-from fp8pack.planning.spec import TensorSpec
+from fp8pack.modelfacts.model import ModelFacts, read_facts
+from fp8pack.modelfacts.spec import TensorSpec
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"

@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 from fp8pack.checkpoint.scales import Read, Span, offset_in_region, read_scales
 from fp8pack.checkpoint.source import ShardReader, Source, gather
 from fp8pack.errors import InputError
+from fp8pack.modelfacts.contents import Contents, Quantized
+from fp8pack.modelfacts.spec import DTYPE_BITS, TensorSpec
 from fp8pack.numerics import native
 from fp8pack.numerics.metrics import widen
-from fp8pack.planning.contents import Contents, Quantized
-from fp8pack.planning.spec import DTYPE_BITS, TensorSpec
 
 _STRIP_NBYTES = 4 << 20
 _BITS = {"BF16": np.uint16, "F16": np.uint16, "F32": np.uint32}

@@ -19,8 +19,8 @@ def diff(
     as_json: options.AsJson = False,
 ) -> None:
     """Compare two checkpoints tensor by tensor: formats, scales, equal bytes, and the SQNR of B against A."""
-    from fp8pack.packing import diff as comparison  # imports NumPy and LLVM, which --help must not wait for
-    from fp8pack.packing import inspect as inspection
+    from fp8pack.reading import diff as comparison  # imports NumPy and LLVM, which --help must not wait for
+    from fp8pack.reading import inspect as inspection
     from fp8pack.report.diff import print_diff
 
     bounds = [inspection.parse_bound(text) for text in fail_if or ()]

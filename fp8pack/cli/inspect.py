@@ -29,7 +29,7 @@ def inspect(
     as_json: options.AsJson = False,
 ) -> None:
     """Show what a checkpoint of any convention holds, and who loads it; or a calibration, site by site."""
-    from fp8pack.packing import inspect as inspection  # imports NumPy and LLVM, which --help must not wait for
+    from fp8pack.reading import inspect as inspection  # imports NumPy and LLVM, which --help must not wait for
     from fp8pack.report.calibration import print_calibration
     from fp8pack.report.table import print_inspection
 

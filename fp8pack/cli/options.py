@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fp8pack.engines.known import parse_targets
 from fp8pack.errors import RecipeError
+from fp8pack.modelfacts.patterns import Pattern
 from fp8pack.numerics.formats import parse_format
 from fp8pack.numerics.granularity import parse_granularity
 from fp8pack.numerics.scaling import ScaleRounding
-from fp8pack.planning.engines import parse_targets
-from fp8pack.planning.patterns import Pattern
 from fp8pack.planning.recipe import MAX_MARGIN, WRITABLE, Request
 from fp8pack.units import parse_duration, parse_size
 

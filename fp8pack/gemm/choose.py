@@ -13,7 +13,7 @@ from fp8pack.gemm.activations import multiplier_of, quantize_in_torch
 from fp8pack.gemm.device import DeviceFacts, describe
 from fp8pack.gemm.operand import Backend
 from fp8pack.gemm.reference_backend import ReferenceBackend
-from fp8pack.gemm.scheme import Scheme
+from fp8pack.gemm.scheme import GemmScheme
 from fp8pack.gemm.torch_backend import TorchBackend, torch_problem
 from fp8pack.numerics import torch_codec
 from fp8pack.numerics.formats import E4M3
@@ -34,7 +34,7 @@ class Candidate:
     problem: str | None
 
 
-def candidates(scheme: Scheme, facts: DeviceFacts) -> Iterator[Candidate]:
+def candidates(scheme: GemmScheme, facts: DeviceFacts) -> Iterator[Candidate]:
     """Yield the back ends, the fastest first, with what rules know of them; the reference always serves.
 
     On a CPU the reference comes first: with the weight kept in BF16 it takes 1/50 (M = 1) to 1/5 (M = 128) of the time
@@ -53,7 +53,7 @@ def candidates(scheme: Scheme, facts: DeviceFacts) -> Iterator[Candidate]:
 
 
 @cache
-def choose(device: torch.device, scheme: Scheme) -> Backend:
+def choose(device: torch.device, scheme: GemmScheme) -> Backend:
     """Return the back end for a device and a scheme; that it is not the fastest is said once, with the reason."""
     reasons: list[str] = []
     for candidate in candidates(scheme, describe(device)):
@@ -66,7 +66,7 @@ def choose(device: torch.device, scheme: Scheme) -> Backend:
     raise RuntimeError(f"no back end multiplies {scheme} on {device}: {'; '.join(reasons)}")
 
 
-def prove(backend: Backend, scheme: Scheme, device: torch.device) -> str | None:
+def prove(backend: Backend, scheme: GemmScheme, device: torch.device) -> str | None:
     """Multiply small random matrices; return what is wrong with the result, None if it is right.
 
     Right is a relative error (Frobenius) of at most 5e-3 against the float64 product of the operands as quantized.
@@ -88,7 +88,7 @@ def prove(backend: Backend, scheme: Scheme, device: torch.device) -> str | None:
     return None if off <= _MAX_ERROR else f"its result is off by {off:.1e}, relative"
 
 
-def _quantized(weight: Tensor, granularity: Granularity, scheme: Scheme) -> tuple[Tensor, Tensor]:
+def _quantized(weight: Tensor, granularity: Granularity, scheme: GemmScheme) -> tuple[Tensor, Tensor]:
     rounding = ScaleRounding.UP if granularity == MX else ScaleRounding.NONE
     return torch_codec.quantize(weight, granularity.region((_N, _K)), format=scheme.format, rounding=rounding)
 

@@ -6,7 +6,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fp8pack.gemm.scheme import Scheme
+from fp8pack.gemm.scheme import GemmScheme
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +20,7 @@ class Operand:
     payload: Tensor
     scale: Tensor
     shape: tuple[int, int]
-    scheme: Scheme
+    scheme: GemmScheme
     backend: "Backend"
     input_scale: Tensor | None = None
     values: Tensor | None = None
@@ -40,7 +40,7 @@ class Backend(Protocol):
         """`torch`, `triton` or `reference`."""
         ...
 
-    def prepare(self, payload: Tensor, multiplier: Tensor, scheme: Scheme) -> Operand:
+    def prepare(self, payload: Tensor, multiplier: Tensor, scheme: GemmScheme) -> Operand:
         """Return a weight [N, K] with its scales, float32 [ceil(N/R), ceil(K/C)], padded and laid out."""
         ...
 

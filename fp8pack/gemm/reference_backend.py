@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fp8pack.gemm.activations import multiplier_of, quantize_activation
 from fp8pack.gemm.operand import Operand
-from fp8pack.gemm.scheme import Scheme
+from fp8pack.gemm.scheme import GemmScheme
 from fp8pack.numerics import torch_codec
 from fp8pack.numerics.granularity import CHANNEL, TENSOR, Granularity
 
@@ -21,7 +21,7 @@ class ReferenceBackend:
 
     name: str = "reference"
 
-    def prepare(self, payload: Tensor, multiplier: Tensor, scheme: Scheme) -> Operand:
+    def prepare(self, payload: Tensor, multiplier: Tensor, scheme: GemmScheme) -> Operand:
         """Return a weight with its scales as they are, and on a CPU its values in BF16."""
         operand = Operand(payload, multiplier, (payload.shape[0], payload.shape[1]), scheme, self)
         if payload.device.type == "cpu" and 2 * payload.numel() < _available_nbytes() // _RESERVE:

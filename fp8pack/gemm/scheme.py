@@ -9,7 +9,7 @@ GROUP_128 = Granularity("group:128", 1, 128)
 
 
 @dataclass(frozen=True, slots=True)
-class Scheme:
+class GemmScheme:
     """The formats and scales of both operands.
 
     granularity: of the weight [N, K]. activation: of what enters it, [M, K], taken as a matrix of its own: `channel` is
@@ -28,18 +28,25 @@ class Scheme:
 _SPOKEN = {"tensor": "per tensor", "channel": "per token", "mx": "MX 1x32"}
 
 
-def scheme_of(format: Float8Format, granularity: Granularity, *, weight_only: bool = False) -> Scheme:
+def scheme_of(format: Float8Format, granularity: Granularity, *, weight_only: bool = False) -> GemmScheme:
     """Return the scheme of a weight: the activation's scales are those that kernels take beside the weight's.
 
     Where no kernel takes one for each 1x128, because the weight's regions are not whole multiples of that, it is one
     for each token.
     """
     if weight_only:
-        return Scheme(format, granularity, None)
+        return GemmScheme(format, granularity, None)
     if granularity in (TENSOR, CHANNEL, MX):
-        return Scheme(format, granularity, granularity)
+        return GemmScheme(format, granularity, granularity)
     cols = granularity.cols
-    return Scheme(format, granularity, GROUP_128 if cols is not None and cols % 128 == 0 else CHANNEL)
+    return GemmScheme(format, granularity, GROUP_128 if cols is not None and cols % 128 == 0 else CHANNEL)
 
 
-SCHEMES = (TENSOR, CHANNEL, BLOCK_128, MX, GROUP_128, Granularity("group:64", 1, 64))  # that `fp8pack env` tries
+TRIED_GRANULARITIES = (
+    TENSOR,
+    CHANNEL,
+    BLOCK_128,
+    MX,
+    GROUP_128,
+    Granularity("group:64", 1, 64),
+)  # that `fp8pack env` tries

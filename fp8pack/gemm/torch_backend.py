@@ -15,7 +15,7 @@ from fp8pack.gemm.activations import quantize_activation
 from fp8pack.gemm.device import DeviceFacts
 from fp8pack.gemm.layouts import for_cublaslt, pad
 from fp8pack.gemm.operand import Operand
-from fp8pack.gemm.scheme import Scheme
+from fp8pack.gemm.scheme import GemmScheme
 from fp8pack.numerics.formats import E4M3
 from fp8pack.numerics.granularity import BLOCK_128, CHANNEL, MX, TENSOR
 from fp8pack.numerics.torch_codec import as_fnuz
@@ -30,7 +30,7 @@ _RECIPES = {
 }
 
 
-def torch_problem(scheme: Scheme, facts: DeviceFacts) -> str | None:
+def torch_problem(scheme: GemmScheme, facts: DeviceFacts) -> str | None:
     """Return why torch has no product for a scheme on a device, None if it should have one."""
     if scheme.activation is None:
         return "torch has no product of FP8 weights with activations that are not quantized"
@@ -47,7 +47,7 @@ def torch_problem(scheme: Scheme, facts: DeviceFacts) -> str | None:
             return f"fp8pack knows no FP8 product of torch on {facts.kind}"
 
 
-def _problem_on_nvidia(scheme: Scheme, facts: DeviceFacts) -> str | None:
+def _problem_on_nvidia(scheme: GemmScheme, facts: DeviceFacts) -> str | None:
     capability = facts.capability
     if capability < (8, 9):
         return f"SM{capability[0]}{capability[1]} has no FP8 tensor cores: they begin with SM89"
@@ -58,7 +58,7 @@ def _problem_on_nvidia(scheme: Scheme, facts: DeviceFacts) -> str | None:
     return None
 
 
-def _problem_on_amd(scheme: Scheme, facts: DeviceFacts) -> str | None:
+def _problem_on_amd(scheme: GemmScheme, facts: DeviceFacts) -> str | None:
     if not facts.arch.startswith(("gfx94", "gfx95", "gfx12")):
         return f"{facts.arch} has no FP8 matrix cores: they begin with gfx942"
     if scheme.granularity not in (TENSOR, CHANNEL):
@@ -72,7 +72,7 @@ class TorchBackend:
 
     name: str = "torch"
 
-    def prepare(self, payload: Tensor, multiplier: Tensor, scheme: Scheme) -> Operand:
+    def prepare(self, payload: Tensor, multiplier: Tensor, scheme: GemmScheme) -> Operand:
         """Return a weight, N and K padded to what the kernel wants, its scales laid out."""
         n, k = payload.shape
         rows = round_up(n, 128 if scheme.granularity == MX else _MULTIPLE)

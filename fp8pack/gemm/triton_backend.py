@@ -9,7 +9,7 @@ from fp8pack.gemm.activations import multiplier_of, quantize_activation
 from fp8pack.gemm.device import DeviceFacts
 from fp8pack.gemm.layouts import pad
 from fp8pack.gemm.operand import Operand
-from fp8pack.gemm.scheme import Scheme
+from fp8pack.gemm.scheme import GemmScheme
 from fp8pack.gemm.triton_gemm import dequantize_gemm, scaled_gemm, serves
 from fp8pack.units import round_up
 
@@ -17,7 +17,7 @@ _MULTIPLE = 16  # bytes of a load
 _SHAPE = (384, 384)  # of a weight that is larger than any region that kernels know
 
 
-def triton_problem(scheme: Scheme, facts: DeviceFacts) -> str | None:
+def triton_problem(scheme: GemmScheme, facts: DeviceFacts) -> str | None:
     """Return why our kernels do not compute the products of a scheme on a device, None if they should."""
     if facts.kind != "cuda":
         return "fp8pack's Triton kernels are for NVIDIA GPUs"
@@ -32,7 +32,7 @@ class TritonBackend:
 
     name: str = "triton"
 
-    def prepare(self, payload: Tensor, multiplier: Tensor, scheme: Scheme) -> Operand:
+    def prepare(self, payload: Tensor, multiplier: Tensor, scheme: GemmScheme) -> Operand:
         """Return a weight with its scales in float32, as they are; rows begin at multiples of 16 bytes."""
         n, k = payload.shape
         return Operand(pad(payload, n, round_up(k, _MULTIPLE)), multiplier, (n, k), scheme, self)

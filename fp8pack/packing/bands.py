@@ -18,15 +18,15 @@ from fp8pack.checkpoint.scales import offset_in_region, read_scales
 from fp8pack.checkpoint.shard_writer import ShardWriter
 from fp8pack.checkpoint.source import ShardReader, gather
 from fp8pack.checkpoint.values import dequantize
+from fp8pack.modelfacts.contents import Quantized
+from fp8pack.modelfacts.spec import DTYPE_BITS, TensorSpec
 from fp8pack.numerics import native
 from fp8pack.numerics.formats import value_table
 from fp8pack.numerics.granularity import TENSOR
 from fp8pack.numerics.metrics import error_energy
 from fp8pack.packing.codecs import BITS_DTYPE, Codec
 from fp8pack.packing.scales import encode_scales, refine
-from fp8pack.planning.contents import Quantized
 from fp8pack.planning.plan import Packing, TensorPlan
-from fp8pack.planning.spec import DTYPE_BITS, TensorSpec
 from fp8pack.units import ceil_div
 
 SAMPLE_ROWS = 8  # rows of each band whose error is measured
@@ -61,7 +61,7 @@ class Band:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class OutputPlace:
     """Where a tensor's payload (or copy) and its scales begin in an output file."""
 
     file: str
@@ -90,7 +90,7 @@ class BandWorker:
                 break
         return found
 
-    def copy(self, band: Band, place: Place) -> BandResult:
+    def copy(self, band: Band, place: OutputPlace) -> BandResult:
         """Copy a band as it is."""
         begin, end = band.rows
         spec, hasher = band.tensor.spec, blake3()
@@ -105,7 +105,7 @@ class BandWorker:
             writer.write(data, place.payload_begin + lo)
         return BandResult(spec.name, band.index, hasher.hexdigest())
 
-    def pack(self, band: Band, packing: Packing, place: Place, fixed_scale: np.float32) -> BandResult:
+    def pack(self, band: Band, packing: Packing, place: OutputPlace, fixed_scale: np.float32) -> BandResult:
         """Quantize a band; `fixed_scale` is the scale of a two-pass packing, ignored otherwise."""
         spec = band.tensor.spec
         begin, region_rows = band.rows[0], packing.granularity.region(spec.shape)[0]
@@ -135,7 +135,7 @@ class BandWorker:
         scale_digest = self._write_scales(band, packing, place, scales)
         return BandResult(spec.name, band.index, hasher.hexdigest(), scale_digest, amax, *energies)
 
-    def carry(self, band: Band, packing: Packing, place: Place) -> BandResult:
+    def carry(self, band: Band, packing: Packing, place: OutputPlace) -> BandResult:
         """Write the FP8 bytes of a band as they are, and their scales under the convention's name and shape."""
         spec, quantized = band.tensor.spec, _quantized(band)
         hasher, amax, writer = blake3(), 0.0, self._open_writer(place.file)
@@ -153,7 +153,7 @@ class BandWorker:
         scale_digest = self._write_scales(band, packing, place, scales)
         return BandResult(spec.name, band.index, hasher.hexdigest(), scale_digest, amax)
 
-    def unpack(self, band: Band, place: Place) -> BandResult:
+    def unpack(self, band: Band, place: OutputPlace) -> BandResult:
         """Dequantize a band: the product in float32, rounded once."""
         spec, dtype, quantized = band.tensor.spec, band.tensor.data.dtype, _quantized(band)
         itemsize = DTYPE_BITS[dtype] // 8
@@ -201,7 +201,7 @@ class BandWorker:
         (top, bottom), (left, right) = band.rows, band.cols
         return np.empty(packing.granularity.scale_shape((bottom - top, right - left)), np.float32)
 
-    def _write_scales(self, band: Band, packing: Packing, place: Place, scales: NDArray[np.float32]) -> str:
+    def _write_scales(self, band: Band, packing: Packing, place: OutputPlace, scales: NDArray[np.float32]) -> str:
         """Write the band's part of the scales, which is contiguous: whole rows of them, or a part of one row."""
         if packing.granularity == TENSOR and band.index > 0:
             return ""

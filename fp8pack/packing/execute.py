@@ -21,7 +21,7 @@ from fp8pack.checkpoint.source import Source
 from fp8pack.errors import InputError
 from fp8pack.numerics.scaling import scale_of
 from fp8pack.packing.amax_pass import AmaxCollector
-from fp8pack.packing.bands import Band, BandWorker, Place
+from fp8pack.packing.bands import Band, BandWorker, OutputPlace
 from fp8pack.packing.codecs import Codec
 from fp8pack.packing.workers import Stop, run_threads
 from fp8pack.planning.layout import ShardPlan
@@ -38,7 +38,7 @@ class ShardWork:
     tensors: tuple[TensorPlan, ...]
     digest: str
     header: bytes
-    places: dict[str, Place]
+    places: dict[str, OutputPlace]
     num_bands: int
     constants: tuple[tuple[int, bytes], ...] = ()  # small tensors that the plan itself knows, and their offsets
     results: dict[tuple[str, int], BandResult] = field(default_factory=dict)
@@ -110,7 +110,7 @@ def plan_work(plan: Plan, source: Source) -> tuple[ShardWork, ...]:
         header = build_header(shard.tensors, shard.begins, about)
         begins = {stored.name: len(header) + begin for stored, begin in zip(shard.tensors, shard.begins, strict=True)}
         places = {
-            t.spec.name: Place(shard.file, begins[t.data.name], begins[t.packing.scale.name] if t.packing else 0)
+            t.spec.name: OutputPlace(shard.file, begins[t.data.name], begins[t.packing.scale.name] if t.packing else 0)
             for t in tensors
         }
         constants = tuple((begins[c.stored.name], c.data) for tensor in tensors for c in tensor.constants)

@@ -12,12 +12,12 @@ from fp8pack.checkpoint.journal import BandResult
 from fp8pack.checkpoint.manifest import MANIFEST_NAME, NUMERICS_VERSION, SCHEMA_VERSION, digest_of_bands, write_manifest
 from fp8pack.checkpoint.shard_writer import ShardWriter, write_file
 from fp8pack.checkpoint.source import INDEX_NAME, SINGLE_NAME, ShardReader
+from fp8pack.modelfacts.contents import Quantized
+from fp8pack.modelfacts.spec import Stored
 from fp8pack.packing.execute import ShardWork
 from fp8pack.packing.model_card import CARD_NAME, MAX_CARD_NBYTES, model_card, strip_card
 from fp8pack.packing.prepare import Prepared
 from fp8pack.planning.activation_scales import ActivationScale
-from fp8pack.planning.contents import Quantized
-from fp8pack.planning.layout import Stored
 from fp8pack.planning.plan import Packing, PackPlan, Plan, TensorPlan
 
 _COPY_NBYTES = 1 << 20

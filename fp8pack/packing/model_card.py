@@ -13,8 +13,8 @@ from typing import Any
 import yaml
 
 from fp8pack.checkpoint.source import Source
+from fp8pack.engines.known import NAMES
 from fp8pack.numerics.metrics import sqnr_db
-from fp8pack.planning.engines import NAMES
 from fp8pack.planning.plan import Action, PackPlan
 from fp8pack.planning.recipe import WRITABLE
 from fp8pack.units import format_size

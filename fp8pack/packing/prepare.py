@@ -16,10 +16,10 @@ from fp8pack.checkpoint.side_files import SideFile, list_side_files
 from fp8pack.checkpoint.source import Source, beside, open_checkpoint, open_source, read_json
 from fp8pack.checkpoint.staging import check_output, check_output_file
 from fp8pack.errors import InputError, RecipeError
+from fp8pack.modelfacts.contents import Contents
+from fp8pack.modelfacts.experts import split_experts
 from fp8pack.planning.calibration import Calibration
-from fp8pack.planning.contents import Contents
 from fp8pack.planning.decide import decide
-from fp8pack.planning.experts import split_experts
 from fp8pack.planning.make_plan import choose_recipe, make_plan, make_unpack_plan
 from fp8pack.planning.plan import Plan
 from fp8pack.planning.recipe import Request, parse_scheme, resolve_conversion

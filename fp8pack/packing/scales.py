@@ -7,11 +7,11 @@ from numpy.typing import NDArray
 
 from fp8pack.checkpoint.scales import Span
 from fp8pack.errors import InputError
+from fp8pack.modelfacts.contents import Quantized
+from fp8pack.modelfacts.spec import TensorSpec
 from fp8pack.numerics.scaling import decode_e8m0, encode_e8m0
 from fp8pack.numerics.swizzle import swizzle
-from fp8pack.planning.contents import Quantized
 from fp8pack.planning.plan import Packing
-from fp8pack.planning.spec import TensorSpec
 from fp8pack.units import ceil_div
 
 

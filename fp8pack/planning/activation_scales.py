@@ -8,11 +8,11 @@ from typing import Literal
 import numpy as np
 
 from fp8pack.errors import InputError
+from fp8pack.modelfacts.fused import fused_module
+from fp8pack.modelfacts.spec import Stored
 from fp8pack.numerics.formats import E4M3, Float8Format
 from fp8pack.numerics.scaling import MIN_SCALE, ScaleRounding, scale_of
 from fp8pack.planning.calibration import MIN_EXPERT_TOKENS, Calibration, Site, expert_of, values_of
-from fp8pack.planning.layout import Stored
-from fp8pack.planning.policy import fused_module
 
 Kind = Literal["input", "k", "v"]
 Source = Literal["routed", "all_experts", "peers"]  # tokens that came here; all tokens; those of the other experts

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fp8pack.planning.policy import storage_key
+from fp8pack.modelfacts.fused import storage_key
 
 NUM_MAGNITUDES = 1 << 15  # of BF16, the sign left out
 INFINITY = 0x7F80  # and above it NaN

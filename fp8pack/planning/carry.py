@@ -5,14 +5,13 @@ from dataclasses import replace
 from math import prod
 
 from fp8pack.errors import InputError
+from fp8pack.modelfacts.contents import Contents, Quantized
+from fp8pack.modelfacts.spec import Stored, TensorSpec
 from fp8pack.numerics.granularity import TENSOR
 from fp8pack.numerics.scaling import ScaleRounding
 from fp8pack.planning.activation_scales import Kind
-from fp8pack.planning.contents import Contents, Quantized
-from fp8pack.planning.layout import Stored
 from fp8pack.planning.plan import Action, Packing, QuantMethod, TensorPlan
 from fp8pack.planning.recipe import Recipe
-from fp8pack.planning.spec import TensorSpec
 
 
 def can_carry(spec: TensorSpec, quantized: Quantized, packing: Packing, *, powers_of_two: bool) -> bool:

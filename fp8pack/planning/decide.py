@@ -4,13 +4,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from fp8pack.errors import RecipeError
+from fp8pack.modelfacts.contents import Contents
+from fp8pack.modelfacts.fused import together
+from fp8pack.modelfacts.patterns import Matcher, Pattern
+from fp8pack.modelfacts.roles import Verdict, judge, layer_of
+from fp8pack.modelfacts.spec import FLOAT_DTYPES, TensorSpec
 from fp8pack.numerics.granularity import CHANNEL, Granularity
-from fp8pack.planning.contents import Contents
-from fp8pack.planning.patterns import Matcher, Pattern
 from fp8pack.planning.plan import QuantMethod
-from fp8pack.planning.policy import Verdict, judge, layer_of, together
 from fp8pack.planning.recipe import Recipe, Request, Rule, RuleAction
-from fp8pack.planning.spec import FLOAT_DTYPES, TensorSpec
 
 MAX_GRANULE_NBYTES = 16 << 20  # rows of one region above this are cut into columns
 

@@ -9,24 +9,10 @@ fused weight is one view.
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from fp8pack.planning.policy import storage_key
-from fp8pack.planning.spec import DTYPE_BITS, TensorSpec, nbytes_of
+from fp8pack.modelfacts.fused import storage_key
+from fp8pack.modelfacts.spec import DTYPE_BITS, Stored, TensorSpec
 
 ALIGNMENT = 16
-
-
-@dataclass(frozen=True, slots=True)
-class Stored:
-    """Name, dtype and shape of an output tensor."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of data."""
-        return nbytes_of(self.dtype, self.shape)
 
 
 @dataclass(frozen=True, slots=True)

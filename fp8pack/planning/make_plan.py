@@ -4,23 +4,26 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from fp8pack.engines.judge import check_targets, judge_engines
+from fp8pack.engines.module_names import spellings
 from fp8pack.errors import InputError, RecipeError
+from fp8pack.modelfacts.contents import Contents, Quantized
+from fp8pack.modelfacts.fused import fused_module
+from fp8pack.modelfacts.model import ModelFacts
+from fp8pack.modelfacts.roles import UNKNOWN_LINEAR, judge
+from fp8pack.modelfacts.spec import DTYPE_BITS, Stored, TensorSpec
+from fp8pack.modelfacts.storage import Storage
 from fp8pack.numerics.granularity import MX
 from fp8pack.numerics.scaling import ScaleRounding
 from fp8pack.numerics.swizzle import TILE
 from fp8pack.planning.activation_scales import ActivationScale, ActivationScales, Observed
 from fp8pack.planning.calibration import Calibration
 from fp8pack.planning.carry import activation_scales, agree, can_carry
-from fp8pack.planning.contents import Contents, Quantized
+from fp8pack.planning.choose_scheme import choose_scheme
 from fp8pack.planning.decide import MAX_GRANULE_NBYTES, Decision, granularity_of, settle
-from fp8pack.planning.engines import check_targets, choose_scheme, judge_engines
-from fp8pack.planning.layout import Output, Stored, arrange
-from fp8pack.planning.model import ModelFacts
+from fp8pack.planning.layout import Output, arrange
 from fp8pack.planning.plan import Action, Packing, PackPlan, Plan, QuantMethod, TensorPlan
-from fp8pack.planning.policy import UNKNOWN_LINEAR, fused_module, judge, spellings
 from fp8pack.planning.recipe import USUAL_GRANULARITY, Recipe, Request, parse_scheme, resolve, selection_of
-from fp8pack.planning.spec import DTYPE_BITS, TensorSpec
-from fp8pack.planning.storage import Storage
 from fp8pack.units import ceil_div
 
 BAND_NBYTES = 8 << 20

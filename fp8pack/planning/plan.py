@@ -5,17 +5,17 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Protocol
 
+from fp8pack.engines.judge import EngineVerdict
+from fp8pack.modelfacts.contents import Quantized
+from fp8pack.modelfacts.model import ModelFacts
+from fp8pack.modelfacts.spec import Stored, TensorSpec
+from fp8pack.modelfacts.storage import Storage
 from fp8pack.numerics.formats import Float8Format
 from fp8pack.numerics.granularity import TENSOR, Granularity
 from fp8pack.numerics.scaling import ScaleRounding
 from fp8pack.planning.activation_scales import ActivationScale, Kind
-from fp8pack.planning.contents import Quantized
-from fp8pack.planning.engines import EngineVerdict
-from fp8pack.planning.layout import Constant, ShardPlan, Stored
-from fp8pack.planning.model import ModelFacts
+from fp8pack.planning.layout import Constant, ShardPlan
 from fp8pack.planning.recipe import Recipe
-from fp8pack.planning.spec import TensorSpec
-from fp8pack.planning.storage import Storage
 from fp8pack.units import ceil_div
 
 

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from fp8pack.errors import RecipeError
+from fp8pack.modelfacts.patterns import Pattern
+from fp8pack.modelfacts.storage import Storage
 from fp8pack.numerics.formats import E4M3, Float8Format
 from fp8pack.numerics.granularity import BLOCK_128, CHANNEL, MX, TENSOR, Granularity
 from fp8pack.numerics.scaling import ScaleRounding
 from fp8pack.planning.activation_scales import ActivationOptions
 from fp8pack.planning.calibration import Calibration
-from fp8pack.planning.patterns import Pattern
-from fp8pack.planning.storage import Storage
 
 
 class RuleAction(StrEnum):
@@ -254,7 +254,7 @@ def _override(scheme: Scheme, request: Request, reason: str, calibration: Calibr
         request.kv_cache,
         calibration,
         ActivationOptions(request.percentile, request.margin, request.warmup),
-        "transformers" if _is_for_transformers(request, method, granularity) else "",
+        spelling_of(request, method, granularity),
     )
 
 
@@ -267,8 +267,10 @@ def _suffix(format: Float8Format, granularity: Granularity, activations: str) ->
     return f"FP8-{detail}" if format == E4M3 else f"FP8-{format.name}-{detail}"
 
 
-def _is_for_transformers(request: Request, method: str, granularity: Granularity) -> bool:
-    return method == "fp8" and granularity == TENSOR and "transformers" in request.targets
+def spelling_of(request: Request, method: str, granularity: Granularity) -> str:
+    """Return the spelling of a storage: transformers has names of its own for tensor scales under `fp8`."""
+    is_for_transformers = method == "fp8" and granularity == TENSOR and "transformers" in request.targets
+    return "transformers" if is_for_transformers else ""
 
 
 def _method_of(format: Float8Format, granularity: Granularity, rounding: ScaleRounding, activations: str) -> str:

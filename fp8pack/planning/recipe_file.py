@@ -6,10 +6,10 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fp8pack.errors import RecipeError
+from fp8pack.modelfacts.patterns import Pattern
 from fp8pack.numerics.formats import parse_format
 from fp8pack.numerics.granularity import parse_granularity
 from fp8pack.numerics.scaling import ScaleRounding
-from fp8pack.planning.patterns import Pattern
 from fp8pack.planning.recipe import MAX_MARGIN, Request, Rule, RuleAction
 
 

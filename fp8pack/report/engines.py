@@ -2,7 +2,10 @@
 
 from typing import Any
 
-from fp8pack.planning.engines import NAMES, NO_ARCHITECTURE, WHOLE
+from fp8pack.engines.judge import NO_ARCHITECTURE
+from fp8pack.engines.known import ENGINES, NAMES
+
+_WHOLE = {engine.id for engine in ENGINES if engine.loads_whole}
 
 
 def engine_lines(engines: list[dict[str, Any]], command: str = "") -> list[str]:
@@ -17,7 +20,7 @@ def engine_lines(engines: list[dict[str, Any]], command: str = "") -> list[str]:
     for engine in engines:
         if engine["tp"]:
             name = NAMES[engine["engine"]] + (f" ({engine['note']})" if engine["note"] else "")
-            groups.setdefault(() if engine["engine"] in WHOLE else tuple(engine["tp"]), []).append(name)
+            groups.setdefault(() if engine["engine"] in _WHOLE else tuple(engine["tp"]), []).append(name)
     loads = [
         ", ".join(names) + (f" at TP {' '.join(map(str, sizes))}" if sizes else "") for sizes, names in groups.items()
     ]

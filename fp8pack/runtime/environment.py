@@ -9,7 +9,7 @@ import torch
 from fp8pack import __version__
 from fp8pack.gemm.choose import candidates, prove
 from fp8pack.gemm.device import describe
-from fp8pack.gemm.scheme import SCHEMES, Scheme, scheme_of
+from fp8pack.gemm.scheme import TRIED_GRANULARITIES, GemmScheme, scheme_of
 from fp8pack.numerics.formats import E4M3
 from fp8pack.numerics.granularity import CHANNEL
 
@@ -32,7 +32,7 @@ def environment() -> dict[str, Any]:
 
 def _device(device: torch.device) -> dict[str, Any]:
     facts = describe(device)
-    schemes = [scheme_of(E4M3, granularity) for granularity in SCHEMES]
+    schemes = [scheme_of(E4M3, granularity) for granularity in TRIED_GRANULARITIES]
     return {
         "device": str(device),
         "name": facts.name,
@@ -41,7 +41,7 @@ def _device(device: torch.device) -> dict[str, Any]:
     }
 
 
-def _product(scheme: Scheme, device: torch.device) -> dict[str, Any]:
+def _product(scheme: GemmScheme, device: torch.device) -> dict[str, Any]:
     """The back end that serves a scheme, and why each other does not: null where it would, too."""
     tried = {
         candidate.backend.name: candidate.problem or prove(candidate.backend, scheme, device)

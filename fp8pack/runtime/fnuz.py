@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 
 from fp8pack.errors import InputError
+from fp8pack.modelfacts.contents import Contents
 from fp8pack.numerics.formats import E4M3
 from fp8pack.numerics.torch_codec import as_fnuz
-from fp8pack.planning.contents import Contents
 from fp8pack.runtime.memory import Buffers
 
 _STEP = 64 << 20

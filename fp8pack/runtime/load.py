@@ -20,10 +20,10 @@ from fp8pack.checkpoint.quantized import read_contents
 from fp8pack.checkpoint.source import Source, open_checkpoint
 from fp8pack.errors import InputError, RecipeError
 from fp8pack.gemm.device import describe
-from fp8pack.planning.contents import Contents
-from fp8pack.planning.patterns import Matcher, Pattern
-from fp8pack.planning.spec import TensorSpec
-from fp8pack.planning.tensor_parallel import Part, Rank, part_of
+from fp8pack.modelfacts.contents import Contents
+from fp8pack.modelfacts.patterns import Matcher, Pattern
+from fp8pack.modelfacts.spec import TensorSpec
+from fp8pack.modelfacts.tensor_parallel import Part, Rank, part_of
 from fp8pack.runtime.fnuz import turn_into_fnuz
 from fp8pack.runtime.memory import Buffers, MappedFiles, Memory, Shapes
 from fp8pack.runtime.packed_checkpoint import PackedCheckpoint

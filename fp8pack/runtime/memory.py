@@ -11,10 +11,10 @@ from torch import Tensor
 
 from fp8pack.checkpoint.source import open_regular
 from fp8pack.errors import InputError
+from fp8pack.modelfacts.spec import TensorSpec
+from fp8pack.modelfacts.tensor_parallel import Part
 from fp8pack.numerics.torch_dtypes import TORCH_DTYPES
-from fp8pack.planning.spec import TensorSpec
-from fp8pack.planning.tensor_parallel import Part
-from fp8pack.runtime.placement import Place
+from fp8pack.runtime.placement import BufferPlace
 
 
 class Memory(Protocol):
@@ -59,7 +59,7 @@ class Shapes:
 class Buffers:
     """Buffers of a device, each with the bytes of tensors that follow each other in a file."""
 
-    def __init__(self, buffers: Sequence[Tensor], places: Mapping[str, Place], parts: Mapping[str, Part]) -> None:
+    def __init__(self, buffers: Sequence[Tensor], places: Mapping[str, BufferPlace], parts: Mapping[str, Part]) -> None:
         self._buffers, self._places, self._parts = [_Bytes(buffer) for buffer in buffers], places, parts
 
     def tensor(self, spec: TensorSpec) -> Tensor:

@@ -11,13 +11,13 @@ from fp8pack.checkpoint.manifest_schema import PackedEntry
 from fp8pack.checkpoint.source import Source
 from fp8pack.errors import InputError
 from fp8pack.gemm.device import describe
+from fp8pack.modelfacts.contents import Contents, Quantized
+from fp8pack.modelfacts.fused import is_part_of, storage_key
+from fp8pack.modelfacts.spec import TensorSpec
+from fp8pack.modelfacts.tensor_parallel import Part
 from fp8pack.numerics.formats import E4M3
 from fp8pack.numerics.swizzle import TILE
 from fp8pack.numerics.torch_dtypes import TORCH_DTYPES
-from fp8pack.planning.contents import Contents, Quantized
-from fp8pack.planning.policy import is_part_of, storage_key
-from fp8pack.planning.spec import TensorSpec
-from fp8pack.planning.tensor_parallel import Part
 from fp8pack.runtime.fnuz import double
 from fp8pack.runtime.memory import Memory
 from fp8pack.runtime.packed_tensor import PackedTensor, grid_of

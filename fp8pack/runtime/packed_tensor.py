@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from fp8pack.gemm.layouts import for_cublaslt, for_deepgemm, untile
+from fp8pack.gemm.make_operand import make_operand
 from fp8pack.gemm.operand import Operand
-from fp8pack.gemm.prepare import prepare
 from fp8pack.numerics import torch_codec
 from fp8pack.numerics.formats import parse_format
 from fp8pack.numerics.granularity import parse_granularity
@@ -54,7 +54,7 @@ class PackedTensor:
     @cached_property
     def operand(self) -> Operand:
         """The weight as a GEMM of its device takes it: padded, its scales laid out; made once, when first asked for."""
-        return prepare(
+        return make_operand(
             self.data.reshape(-1, self.shape[-1]),
             self.multiplier,
             parse_format(self.format),

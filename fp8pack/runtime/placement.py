@@ -8,15 +8,15 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from fp8pack.checkpoint.digests import Crop, Expected, Piece
-from fp8pack.planning.spec import DTYPE_BITS, TensorSpec
-from fp8pack.planning.tensor_parallel import Part
+from fp8pack.modelfacts.spec import DTYPE_BITS, TensorSpec
+from fp8pack.modelfacts.tensor_parallel import Part
 
 READ_NBYTES = 8 << 20
 _PAYLOAD_ALIGNMENT = 16  # of the operands of FP8 GEMMs, in bytes (cuBLAS documentation, cublasLtMatmul)
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class BufferPlace:
     """Where bytes lie: a buffer, and an offset."""
 
     buffer: int
@@ -29,7 +29,7 @@ class Cut:
 
     begin: int
     nbytes: int
-    place: Place
+    place: BufferPlace
     crop: Crop | None = None
 
 
@@ -58,7 +58,7 @@ class Placement:
     """The buffers, in bytes; the place of each tensor; and the reads that fill them, in the order of the files."""
 
     buffers: tuple[int, ...]
-    places: Mapping[str, Place]
+    places: Mapping[str, BufferPlace]
     reads: tuple[Read, ...]
 
 
@@ -75,12 +75,12 @@ def place(tensors: Iterable[tuple[TensorSpec, Part | None]], expected: Mapping[s
         else:
             runs.append([(spec, part)])
     buffers: list[int] = []
-    places: dict[str, Place] = {}
+    places: dict[str, BufferPlace] = {}
     reads: list[Read] = []
     for i, run in enumerate(runs):
         (first, part), (last, _) = run[0], run[-1]
         for spec, _ in run:
-            places[spec.name] = Place(i, spec.begin - first.begin)
+            places[spec.name] = BufferPlace(i, spec.begin - first.begin)
         if part is None:
             buffers.append(last.end - first.begin)
             reads += _whole_reads([spec for spec, _ in run], i, expected)
@@ -109,7 +109,7 @@ def _whole_reads(run: list[TensorSpec], buffer: int, expected: Mapping[str, Expe
         else:
             atoms += ((min(READ_NBYTES, spec.nbytes - at), None) for at in range(0, spec.nbytes, READ_NBYTES))
     for nbytes, proofs in _batches(atoms):
-        cut = Cut(0, nbytes, Place(buffer, begin - run[0].begin))
+        cut = Cut(0, nbytes, BufferPlace(buffer, begin - run[0].begin))
         moved = (Proof(proof.begin + proof.piece.begin - begin, proof.piece, proof.tensor) for proof in proofs)
         yield Read(run[0].file, begin, nbytes, (cut,), tuple(moved))
         begin += nbytes
@@ -140,7 +140,7 @@ def _part_reads(spec: TensorSpec, part: Part, buffer: int) -> Iterator[Read]:
     for lo, hi in part.rows:
         for at in range(lo * row, hi * row, step):
             nbytes = min(step, hi * row - at)
-            yield Read(spec.file, spec.begin + at, nbytes, (Cut(0, nbytes, Place(buffer, filled), crop),))
+            yield Read(spec.file, spec.begin + at, nbytes, (Cut(0, nbytes, BufferPlace(buffer, filled), crop),))
             filled += nbytes // row * (right - left) if crop else nbytes
 
 

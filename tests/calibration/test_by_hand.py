@@ -33,9 +33,9 @@ from numpy.typing import NDArray
 
 import fp8pack
 from fp8pack.calibration.calibrate import calibrate
-from fp8pack.calibration.prepare import CalibrateOptions
-from fp8pack.calibration.prompts import load_prompts, tokenize
+from fp8pack.calibration.options import CalibrateOptions
 from fp8pack.checkpoint.calibration_file import read_calibration
+from fp8pack.modelrun.prompts import load_prompts, tokenize
 from fp8pack.planning.calibration import Calibration
 
 BUILT_IN = DEMO.parents[1] / "calib_prompts" / "prompts.jsonl"

@@ -17,8 +17,8 @@ import pytest
 from checkpoints import DEMO
 
 from fp8pack.calibration.calibrate import calibrate
-from fp8pack.calibration.prepare import CalibrateOptions
-from fp8pack.calibration.state import Journal
+from fp8pack.calibration.calibration_journal import CalibrationJournal
+from fp8pack.calibration.options import CalibrateOptions
 from fp8pack.checkpoint.calibration_file import read_calibration
 from fp8pack.checkpoint.staging import Staging
 from fp8pack.errors import Fp8PackError, OutputError
@@ -480,12 +480,12 @@ def test_a_torn_journal_never_changes_the_bytes(
 def test_what_is_noted_after_a_torn_line_is_found_again(name: str, tmp_path: Path) -> None:
     """A journal that goes on behind a line that nobody can read must not lose what comes after it."""
     path, head = tmp_path / "journal.jsonl", {"fingerprint": "f", "prompts": "p", "options": {"a": 1}, "streamed": True}
-    assert Journal(path).resume(head, throw_away=False) == 0
-    Journal(path).add(1)
+    assert CalibrationJournal(path).resume(head, throw_away=False) == 0
+    CalibrationJournal(path).add(1)
     path.write_bytes(TORN[name](path.read_bytes()))
-    assert Journal(path).resume(head, throw_away=False) == 1
-    Journal(path).add(2)
-    assert Journal(path).resume(head, throw_away=False) == 2
+    assert CalibrationJournal(path).resume(head, throw_away=False) == 1
+    CalibrationJournal(path).add(2)
+    assert CalibrationJournal(path).resume(head, throw_away=False) == 2
 
 
 @pytest.mark.parametrize(("before", "after"), [("off", "on"), ("on", "off")])

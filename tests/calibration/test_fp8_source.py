@@ -9,7 +9,7 @@ from checkpoints import DEMO
 
 import fp8pack
 from fp8pack.checkpoint.source import open_checkpoint
-from fp8pack.models.loader import ModelLoader
+from fp8pack.modelrun.loader import ModelLoader
 from fp8pack.numerics.granularity import parse_granularity
 
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from fp8pack.calibration.calibrate import calibrate
 from fp8pack.calibration.merge import join, merge
-from fp8pack.calibration.prepare import CalibrateOptions
+from fp8pack.calibration.options import CalibrateOptions
 from fp8pack.checkpoint.calibration_file import read_calibration, write_calibration
 from fp8pack.errors import Fp8PackError, InputError, OutputError, SpaceError
 from fp8pack.planning.calibration import Calibration, Site

@@ -21,7 +21,7 @@ import fp8pack
 from fp8pack.calibration.observers import Observation
 from fp8pack.checkpoint.calibration_file import read_calibration
 from fp8pack.errors import InputError
-from fp8pack.models.names import names_of
+from fp8pack.modelrun.names import names_of
 
 K = 8
 

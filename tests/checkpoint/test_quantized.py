@@ -19,8 +19,8 @@ import fp8pack
 from fp8pack.checkpoint.quantized import read_contents
 from fp8pack.checkpoint.source import open_checkpoint
 from fp8pack.errors import InputError
+from fp8pack.modelfacts.contents import Contents
 from fp8pack.packing.prepare import WriteOptions
-from fp8pack.planning.contents import Contents
 from fp8pack.planning.recipe import Request
 
 E8M0, BF16 = ml_dtypes.float8_e8m0fnu, ml_dtypes.bfloat16

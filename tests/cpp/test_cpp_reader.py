@@ -23,12 +23,12 @@ import fp8pack
 from fp8pack.checkpoint.calibration_file import write_calibration
 from fp8pack.checkpoint.header import read_header
 from fp8pack.errors import InputError
+from fp8pack.modelfacts.patterns import Pattern
 from fp8pack.numerics.formats import parse_format
 from fp8pack.numerics.granularity import parse_granularity
 from fp8pack.numerics.swizzle import swizzle
 from fp8pack.packing.prepare import WriteOptions
 from fp8pack.planning.calibration import Calibration, Site
-from fp8pack.planning.patterns import Pattern
 from fp8pack.planning.recipe import Request
 
 ROOT = Path(__file__).parents[2]

@@ -12,7 +12,7 @@ from fp8pack.gemm.choose import Candidate, candidates, choose, prove
 from fp8pack.gemm.device import DeviceFacts, describe
 from fp8pack.gemm.operand import Operand
 from fp8pack.gemm.reference_backend import ReferenceBackend
-from fp8pack.gemm.scheme import Scheme, scheme_of
+from fp8pack.gemm.scheme import GemmScheme, scheme_of
 from fp8pack.numerics.formats import E4M3, E5M2
 from fp8pack.numerics.granularity import BLOCK_128, CHANNEL, MX, TENSOR, parse_granularity
 
@@ -22,7 +22,7 @@ H200 = DeviceFacts("cuda", "H200", (9, 0), toolkit=(12, 9))
 MI300 = DeviceFacts("hip", "MI300X", arch="gfx942", toolkit=(7, 0))
 
 
-def first(scheme: Scheme, facts: DeviceFacts) -> str:
+def first(scheme: GemmScheme, facts: DeviceFacts) -> str:
     return next(found.backend.name for found in candidates(scheme, facts) if found.problem is None)
 
 
@@ -77,7 +77,7 @@ class Broken:
     raises: bool
     name: str = "broken"
 
-    def prepare(self, payload: Tensor, multiplier: Tensor, scheme: Scheme) -> Operand:
+    def prepare(self, payload: Tensor, multiplier: Tensor, scheme: GemmScheme) -> Operand:
         return ReferenceBackend().prepare(payload, multiplier, scheme)
 
     def product(self, x: Tensor, weight: Operand, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:

@@ -17,7 +17,7 @@ from fp8pack.gemm.activations import multiplier_of, quantize_activation, quantiz
 from fp8pack.gemm.choose import candidates, prove
 from fp8pack.gemm.device import describe
 from fp8pack.gemm.operand import Backend
-from fp8pack.gemm.scheme import SCHEMES, Scheme, scheme_of
+from fp8pack.gemm.scheme import TRIED_GRANULARITIES, GemmScheme, scheme_of
 from fp8pack.gemm.torch_backend import TorchBackend, torch_problem
 from fp8pack.numerics import torch_codec
 from fp8pack.numerics.formats import E4M3, E5M2, FORMATS, Float8Format
@@ -42,7 +42,7 @@ def rounding_of(granularity: Granularity) -> ScaleRounding:
     return ScaleRounding.UP if granularity == MX else ScaleRounding.NONE
 
 
-def backends(scheme: Scheme) -> Iterator[Backend]:
+def backends(scheme: GemmScheme) -> Iterator[Backend]:
     """Every back end that should serve a scheme on this device."""
     return (found.backend for found in candidates(scheme, describe(DEVICE)) if found.problem is None)
 
@@ -84,7 +84,7 @@ def test_every_back_end_is_right(
 
 @pytest.mark.parametrize("format", FORMATS, ids=lambda format: format.name)
 @pytest.mark.parametrize("weight_only", [False, True], ids=["", "weight-only"])
-@pytest.mark.parametrize("granularity", SCHEMES, ids=str)
+@pytest.mark.parametrize("granularity", TRIED_GRANULARITIES, ids=str)
 def test_a_back_end_without_a_problem_proves_right(
     granularity: Granularity, weight_only: bool, format: Float8Format
 ) -> None:

@@ -18,10 +18,10 @@ from safetensors import safe_open
 
 from fp8pack.checkpoint.source import read_json
 from fp8pack.errors import Fp8PackError, InputError, OutputError, SpaceError
+from fp8pack.modelfacts.patterns import Pattern
 from fp8pack.numerics.granularity import BLOCK_128, CHANNEL, MX, TENSOR, Granularity
 from fp8pack.packing.pack import pack
 from fp8pack.packing.prepare import WriteOptions, prepare_pack
-from fp8pack.planning.patterns import Pattern
 from fp8pack.planning.recipe import Request
 
 Refused = Callable[..., str]

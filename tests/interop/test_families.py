@@ -11,8 +11,8 @@ import transformers
 from transformers.utils import logging
 
 import fp8pack
+from fp8pack.modelfacts.patterns import Pattern
 from fp8pack.packing.prepare import WriteOptions
-from fp8pack.planning.patterns import Pattern
 from fp8pack.planning.recipe import Request
 
 SIZES: dict[str, Any] = {

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 import fp8pack
 from fp8pack.checkpoint.calibration_file import write_calibration
 from fp8pack.checkpoint.source import open_checkpoint
+from fp8pack.modelfacts.patterns import Pattern
 from fp8pack.numerics.simulate import Dynamic, Static, simulated
 from fp8pack.packing.prepare import WriteOptions
 from fp8pack.planning.calibration import Calibration, Site, histogram_of
-from fp8pack.planning.patterns import Pattern
 from fp8pack.planning.recipe import Request
 
 transformers = pytest.importorskip("transformers")

@@ -28,6 +28,7 @@ from fp8pack.checkpoint.quantized import read_contents
 from fp8pack.checkpoint.source import open_checkpoint
 from fp8pack.cli.app import app
 from fp8pack.errors import Fp8PackError, InputError, OutputError, RecipeError
+from fp8pack.modelfacts.patterns import Pattern
 from fp8pack.numerics.formats import parse_format
 from fp8pack.numerics.granularity import parse_granularity
 from fp8pack.numerics.scaling import ScaleRounding
@@ -35,7 +36,6 @@ from fp8pack.packing import bands, codecs, execute
 from fp8pack.packing.prepare import WriteOptions
 from fp8pack.planning import make_plan
 from fp8pack.planning.calibration import Calibration, Site
-from fp8pack.planning.patterns import Pattern
 from fp8pack.planning.recipe import Request, Rule, RuleAction
 
 E4M3, BF16 = ml_dtypes.float8_e4m3fn, ml_dtypes.bfloat16

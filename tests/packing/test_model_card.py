@@ -9,8 +9,8 @@ import yaml
 from checkpoints import DEMO, llama_config, llama_tensors, write_model
 
 import fp8pack
+from fp8pack.modelfacts.patterns import Pattern
 from fp8pack.packing.prepare import WriteOptions
-from fp8pack.planning.patterns import Pattern
 from fp8pack.planning.recipe import Request
 
 BASE = "---\nlicense: no\nlanguage: [en, no]\ntags: [chat]\nlibrary_name: transformers\n---\n\n# A model\n\nIts text.\n"

@@ -18,13 +18,13 @@ from fp8pack.checkpoint.manifest import root_of
 from fp8pack.checkpoint.manifest_schema import Manifest, PackedEntry, read_manifest
 from fp8pack.checkpoint.source import ShardReader, open_checkpoint
 from fp8pack.errors import InputError, OutputError
+from fp8pack.modelfacts.patterns import Pattern
 from fp8pack.numerics.formats import parse_format
 from fp8pack.numerics.granularity import parse_granularity
 from fp8pack.numerics.scaling import ScaleRounding, decode_e8m0
 from fp8pack.packing import bands, codecs, pack
 from fp8pack.packing.prepare import WriteOptions
 from fp8pack.planning import decide, make_plan
-from fp8pack.planning.patterns import Pattern
 from fp8pack.planning.recipe import Request
 
 GRANULARITIES = ("tensor", "channel", "group:64", "block:128x128", "block:48x80", "mx")

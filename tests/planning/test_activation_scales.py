@@ -13,20 +13,19 @@ import pytest
 
 from fp8pack.checkpoint.quant_methods import METHODS, find_method
 from fp8pack.errors import Fp8PackError, InputError, RecipeError
+from fp8pack.modelfacts.contents import Contents
+from fp8pack.modelfacts.model import ModelFacts
+from fp8pack.modelfacts.patterns import Pattern
+from fp8pack.modelfacts.spec import Stored, TensorSpec
 from fp8pack.numerics.formats import E4M3, E5M2, Float8Format
 from fp8pack.numerics.granularity import parse_granularity
 from fp8pack.planning.activation_scales import ActivationOptions, ActivationScale, ActivationScales
 from fp8pack.planning.calibration import Calibration, Site
-from fp8pack.planning.contents import Contents
 from fp8pack.planning.decide import decide
-from fp8pack.planning.layout import Stored
 from fp8pack.planning.make_plan import choose_recipe, make_plan
-from fp8pack.planning.model import ModelFacts
-from fp8pack.planning.patterns import Pattern
 from fp8pack.planning.plan import PackPlan
 from fp8pack.planning.recipe import WRITABLE, Request, Rule, RuleAction
 from fp8pack.planning.recipe_file import parse_recipe
-from fp8pack.planning.spec import TensorSpec
 
 QWEN = ModelFacts("Qwen3ForCausalLM", "qwen3", num_layers=2, head_dim=64, num_heads=4, num_kv_heads=2)
 LAYER = "model.layers.0"

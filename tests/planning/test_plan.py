@@ -8,16 +8,16 @@ import pytest
 
 from fp8pack.checkpoint.quant_methods import find_method
 from fp8pack.errors import RecipeError
+from fp8pack.modelfacts.contents import Contents
+from fp8pack.modelfacts.model import ModelFacts
+from fp8pack.modelfacts.patterns import Pattern
+from fp8pack.modelfacts.spec import TensorSpec
 from fp8pack.numerics.granularity import CHANNEL, TENSOR, parse_granularity
-from fp8pack.planning.contents import Contents
 from fp8pack.planning.decide import decide
 from fp8pack.planning.make_plan import choose_recipe, make_plan
-from fp8pack.planning.model import ModelFacts
-from fp8pack.planning.patterns import Pattern
 from fp8pack.planning.plan import PackPlan
 from fp8pack.planning.recipe import Request, Rule, RuleAction
 from fp8pack.planning.recipe_file import parse_recipe
-from fp8pack.planning.spec import TensorSpec
 
 QWEN = ModelFacts("Qwen3ForCausalLM", "qwen3", num_layers=2, head_dim=128, num_kv_heads=8)
 Shapes = dict[str, tuple[int, ...]]

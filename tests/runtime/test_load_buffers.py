@@ -277,7 +277,7 @@ def test_reading_past_the_page_cache_gives_the_same_bytes(tmp_path: Path) -> Non
 
 
 def test_foreign_weights_that_lie_unaligned_get_buffers_of_their_own() -> None:
-    from fp8pack.planning.spec import TensorSpec
+    from fp8pack.modelfacts.spec import TensorSpec
 
     first = TensorSpec("a", "F8_E4M3", (3, 5), "f", 100, 115)
     second = TensorSpec("b", "F8_E4M3", (4, 4), "f", 115, 131)

@@ -13,9 +13,9 @@ from checkpoints import DEMO
 import fp8pack
 import fp8pack.transformers
 from fp8pack.errors import InputError, RecipeError
+from fp8pack.modelfacts.patterns import Pattern
 from fp8pack.numerics.granularity import parse_granularity
 from fp8pack.packing.prepare import WriteOptions
-from fp8pack.planning.patterns import Pattern
 from fp8pack.planning.recipe import Request
 from fp8pack.runtime.experts import FP8Experts
 from fp8pack.runtime.model import split_experts

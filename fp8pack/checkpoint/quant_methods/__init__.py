@@ -13,8 +13,8 @@ from fp8pack.checkpoint.quant_methods.mxfp8 import Mxfp8
 from fp8pack.checkpoint.quant_methods.quark import Quark
 from fp8pack.checkpoint.quant_methods.torchao import TorchAo
 from fp8pack.errors import RecipeError
+from fp8pack.modelfacts.storage import Storage
 from fp8pack.planning.recipe import Recipe, Rule
-from fp8pack.planning.storage import Storage
 
 METHODS: tuple[Convention, ...] = (
     Fp8(),

@@ -9,13 +9,13 @@ import json
 from typing import Any
 
 from fp8pack.checkpoint.quant_methods.convention import Convention
+from fp8pack.modelfacts.spec import Stored, TensorSpec
+from fp8pack.modelfacts.storage import Storage
 from fp8pack.numerics.formats import E4M3
 from fp8pack.numerics.granularity import MX, TENSOR, Granularity
 from fp8pack.numerics.swizzle import padded
-from fp8pack.planning.layout import Constant, Stored
+from fp8pack.planning.layout import Constant
 from fp8pack.planning.plan import PackPlan
-from fp8pack.planning.spec import TensorSpec
-from fp8pack.planning.storage import Storage
 
 _PREFIX = "model.diffusion_model."  # of the diffusion model in an all-in-one file
 

@@ -12,13 +12,12 @@ from math import prod
 from typing import Any
 
 from fp8pack.checkpoint.quant_methods.convention import Convention
+from fp8pack.modelfacts.spec import Stored, TensorSpec
+from fp8pack.modelfacts.storage import Storage
 from fp8pack.numerics.formats import E4M3
 from fp8pack.numerics.granularity import CHANNEL, MX, TENSOR, Granularity
 from fp8pack.planning.activation_scales import Kind
-from fp8pack.planning.layout import Stored
 from fp8pack.planning.plan import PackPlan
-from fp8pack.planning.spec import TensorSpec
-from fp8pack.planning.storage import Storage
 
 # The version of the schema that is written, not a library that is needed.
 _VERSION = "0.20.0"

@@ -4,13 +4,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
+from fp8pack.modelfacts.spec import Stored, TensorSpec
+from fp8pack.modelfacts.storage import Storage
 from fp8pack.numerics.formats import Float8Format
-from fp8pack.numerics.granularity import CHANNEL, MX, TENSOR, Granularity
+from fp8pack.numerics.granularity import MX, TENSOR, Granularity
 from fp8pack.planning.activation_scales import Kind
-from fp8pack.planning.layout import Constant, Stored
+from fp8pack.planning.layout import Constant
 from fp8pack.planning.plan import PackPlan, TensorPlan
-from fp8pack.planning.spec import TensorSpec
-from fp8pack.planning.storage import Storage
+from fp8pack.planning.shapes import shape_problem
 
 
 class Convention(ABC):
@@ -29,13 +30,8 @@ class Convention(ABC):
         """See QuantMethod."""
 
     def problem(self, shape: tuple[int, ...], granularity: Granularity) -> str | None:
-        """Return why a weight stays: a region that reaches over its edge, or dimensions that no FP8 GEMM takes."""
-        if granularity not in (TENSOR, CHANNEL) and not granularity.fits(shape):
-            if granularity.rows == 1:
-                return f"K = {shape[1]} is no multiple of {granularity.cols}"
-            return f"{shape[0]} x {shape[1]} is no multiple of {granularity.rows}: --scheme FP8_DYNAMIC packs it"
-        n, k = shape
-        return f"{n} x {k} is no multiple of 16: no FP8 GEMM takes it" if n % 16 or k % 16 else None
+        """Return why a weight stays, see `shape_problem`."""
+        return shape_problem(shape, granularity)
 
     def payload(self, spec: TensorSpec, format: Float8Format) -> Stored:
         """Return the weight's own name."""

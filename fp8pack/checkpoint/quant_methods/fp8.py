@@ -9,13 +9,12 @@ All are multipliers: value = fp8 * scale.
 from typing import Any
 
 from fp8pack.checkpoint.quant_methods.convention import Convention
+from fp8pack.modelfacts.spec import Stored, TensorSpec
+from fp8pack.modelfacts.storage import Storage
 from fp8pack.numerics.formats import E4M3
 from fp8pack.numerics.granularity import BLOCK_128, TENSOR, Granularity
 from fp8pack.numerics.scaling import ScaleRounding
-from fp8pack.planning.layout import Stored
 from fp8pack.planning.plan import PackPlan
-from fp8pack.planning.spec import TensorSpec
-from fp8pack.planning.storage import Storage
 
 
 class Fp8(Convention):

@@ -6,11 +6,10 @@
 from typing import Any
 
 from fp8pack.checkpoint.quant_methods.convention import Convention
+from fp8pack.modelfacts.spec import Stored, TensorSpec
+from fp8pack.modelfacts.storage import Storage
 from fp8pack.numerics.granularity import MX, Granularity
-from fp8pack.planning.layout import Stored
 from fp8pack.planning.plan import PackPlan
-from fp8pack.planning.spec import TensorSpec
-from fp8pack.planning.storage import Storage
 
 
 class Fp8Pack(Convention):

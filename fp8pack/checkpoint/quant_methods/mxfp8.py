@@ -6,12 +6,11 @@ mx  `<weight>_scale_inv` U8 [N, K/32], value 2^(byte - 127); activations dynamic
 from typing import Any
 
 from fp8pack.checkpoint.quant_methods.convention import Convention
+from fp8pack.modelfacts.spec import Stored, TensorSpec
+from fp8pack.modelfacts.storage import Storage
 from fp8pack.numerics.formats import E4M3
 from fp8pack.numerics.granularity import MX, Granularity
-from fp8pack.planning.layout import Stored
 from fp8pack.planning.plan import PackPlan
-from fp8pack.planning.spec import TensorSpec
-from fp8pack.planning.storage import Storage
 
 
 class Mxfp8(Convention):

@@ -9,12 +9,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from fp8pack.checkpoint.quant_methods.convention import Convention
+from fp8pack.modelfacts.spec import Stored, TensorSpec
+from fp8pack.modelfacts.storage import Storage
 from fp8pack.numerics.formats import E4M3, Float8Format
 from fp8pack.numerics.granularity import CHANNEL, TENSOR, Granularity
-from fp8pack.planning.layout import Stored
 from fp8pack.planning.plan import PackPlan, TensorPlan
-from fp8pack.planning.spec import TensorSpec
-from fp8pack.planning.storage import Storage
 
 _FLOAT8 = {"_type": "torch.dtype", "_data": "float8_e4m3fn"}
 _AUTO = {"_type": "KernelPreference", "_data": "AUTO"}

@@ -1,0 +1,196 @@
+"""Everything that is decided before the first token is run."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from blake3 import blake3
+
+from fp8pack.calibration.calibration_journal import CalibrationJournal
+from fp8pack.calibration.observers import observable, prompt_digest
+from fp8pack.calibration.options import FEWEST_PROMPTS, MOST_PROMPTS, CalibrateOptions
+from fp8pack.checkpoint.source import Source, beside, open_checkpoint
+from fp8pack.checkpoint.staging import Staging, check_output_file
+from fp8pack.errors import InputError, RecipeError
+from fp8pack.modelfacts.roles import judge
+from fp8pack.modelrun.loader import ModelLoader, read_tokenizer
+from fp8pack.modelrun.prompts import load_prompts, tokenize
+from fp8pack.modelrun.stream_layers import Stack, find_stack, probe
+
+_DEFAULT_LENGTH = 2048
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Everything that is known before the first token is run."""
+
+    source: Source
+    loader: ModelLoader
+    stack: Stack | None
+    ids: tuple[tuple[int, ...], ...]
+    digests: tuple[str, ...]
+    pad: int
+    decisive: dict[str, Any]
+    output: Path
+    options: CalibrateOptions
+    notes: tuple[str, ...]
+
+    @property
+    def head(self) -> dict[str, Any]:
+        """What makes an unfinished calibration the same as this one."""
+        prompts = blake3("".join(self.digests).encode()).hexdigest()
+        head = {"fingerprint": self.source.fingerprint, "prompts": prompts, "options": self.decisive}
+        return {**head, "streamed": self.stack is not None}
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all prompts."""
+        return sum(map(len, self.ids))
+
+    def batches(self) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
+        """Yield the number of tokens and the arguments of each call, padded on the right where lengths differ."""
+        for start in range(0, len(self.ids), self.options.batch_size):
+            rows = self.ids[start : start + self.options.batch_size]
+            length = max(map(len, rows))
+            padded = [[*row, *[self.pad] * (length - len(row))] for row in rows]
+            call = {"input_ids": torch.tensor(padded, device=self.loader.device)}
+            if any(len(row) < length for row in rows):
+                mask = [[1] * len(row) + [0] * (length - len(row)) for row in rows]
+                call["attention_mask"] = torch.tensor(mask, device=self.loader.device)
+            yield sum(map(len, rows)), call
+
+
+def open_run(model: Path, options: CalibrateOptions) -> Run:
+    """Open the checkpoint, read the prompts and decide how to run; raises as `calibrate` does."""
+    source = open_checkpoint(model)
+    output = Path(os.path.abspath(options.output or beside(source, f"{source.name}-calibration.safetensors")))
+    if output.suffix != ".safetensors":
+        raise RecipeError(f"-o must name a .safetensors file, not {output.name}")
+    check_output_file(output, source.path, overwrite=options.overwrite)
+    prompts = load_prompts(options.prompts, options.num_prompts)
+    if not prompts:
+        raise InputError(f"{options.prompts} holds no prompt")
+    device = _device(options.device)
+    loader = ModelLoader(source, trust_remote_code=options.trust_remote_code, device=device)
+    if loader.model.config.is_encoder_decoder:
+        raise InputError(
+            f"{source.facts.architecture} wants more than a prompt: record with fp8pack.observe() in your own loop"
+        )
+    for config in (loader.model.config, loader.model.config.get_text_config()):
+        config.use_cache = False
+    tokenizer = read_tokenizer(source, trust_remote_code=options.trust_remote_code)
+    longest = min(_DEFAULT_LENGTH, loader.max_positions or _DEFAULT_LENGTH)
+    max_length = options.max_length or longest
+    if loader.max_positions and max_length > loader.max_positions:
+        raise RecipeError(f"--max-length {max_length} is more than the {loader.max_positions} positions of the model")
+    tokenized = dict(zip((prompt.name for prompt in prompts), tokenize(prompts, tokenizer, max_length), strict=True))
+    loader.check_tokens({name: ids for name, (ids, _) in tokenized.items()})
+    by_digest = {prompt_digest(ids): (tuple(ids), is_cut) for ids, is_cut in tokenized.values()}
+    notes = _count_notes(len(by_digest), len(prompts), options)
+    if cut := sum(is_cut for _, is_cut in by_digest.values()):
+        notes.append(f"{cut} prompts are cut to {max_length} tokens")
+    notes += _unseen_notes(source, loader)
+    stack, why = _choose_stack(loader, options, _was_streamed(source, output, options))
+    if why:
+        notes.append(f"the whole model is loaded: {why}")
+    decisive = {
+        "max_length": max_length,
+        "batch_size": options.batch_size,
+        "all_experts": options.all_experts,
+        "until_converged": options.until_converged,
+    }
+    return Run(
+        source=source,
+        loader=loader,
+        stack=stack,
+        ids=tuple(ids for ids, _ in by_digest.values()),
+        digests=tuple(by_digest),
+        pad=tokenizer.pad_token_id or 0,
+        decisive=decisive,
+        output=output,
+        options=options,
+        notes=tuple(notes),
+    )
+
+
+def _device(text: str) -> torch.device:
+    if text == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if text.partition(":")[0] not in ("cpu", "cuda"):
+        raise RecipeError(f"--device {text!r} is not known: choose auto, cpu or cuda")
+    if text.startswith("cuda") and not torch.cuda.is_available():
+        raise RecipeError("--device cuda: torch sees no CUDA device here")
+    try:
+        return torch.device(text)
+    except RuntimeError:
+        raise RecipeError(f"--device {text!r} is not known: choose auto, cpu or cuda") from None
+
+
+def _count_notes(count: int, loaded: int, options: CalibrateOptions) -> list[str]:
+    notes = [f"{loaded - count} prompts came twice and are run once"] if loaded > count else []
+    if loaded < options.num_prompts:
+        notes.append(f"{options.prompts} holds {loaded} prompts, fewer than the {options.num_prompts} asked for")
+    if not FEWEST_PROMPTS <= count <= MOST_PROMPTS:
+        effect = (
+            "scales may miss what the model really sees" if count < FEWEST_PROMPTS else "more rarely change a scale"
+        )
+        notes.append(f"{count} prompts: {FEWEST_PROMPTS} to {MOST_PROMPTS} are usual, {effect}")
+    return notes
+
+
+def _unseen_notes(source: Source, loader: ModelLoader) -> list[str]:
+    """Weights that pack would take and whose input nothing will see: better said before the run than after it."""
+    seen = observable(loader.model, loader.names)
+    unseen = [
+        spec.name
+        for spec in source.specs
+        if ((verdict := judge(spec, source.facts)).packed or verdict.role == "experts")
+        and spec.name.removesuffix(".weight") not in seen
+    ]
+    if not unseen:
+        return []
+    some = f"{len(unseen)} weights, such as {unseen[0]},"
+    return [f"what enters {some} cannot be seen in this model: they will have no static scales"]
+
+
+def _was_streamed(source: Source, output: Path, options: CalibrateOptions) -> bool | None:
+    """How an unfinished run of this model went, which `auto` continues; None if there is none."""
+    head = CalibrationJournal(Staging(output).journal).head() if options.resume else {}
+    return head.get("streamed") if head.get("fingerprint") == source.fingerprint else None
+
+
+def _choose_stack(
+    loader: ModelLoader, options: CalibrateOptions, was_streamed: bool | None
+) -> tuple[Stack | None, str]:
+    """The layers to be read one at a time; None for a resident run, and why, if that is not what was asked for."""
+    if options.stream_layers == "off":
+        return None, ""
+    if options.stream_layers == "auto":
+        large = 2 * loader.weight_nbytes > _free_memory(loader.device)
+        if not (large if was_streamed is None else was_streamed):
+            return None, ""
+    if options.until_converged:
+        if options.stream_layers == "on":
+            raise RecipeError("--until-converged needs all layers of a prompt before the next: --stream-layers off")
+        return None, "--until-converged runs prompt by prompt"
+    found = find_stack(loader.model, least_share=0.5 if options.stream_layers == "auto" else 0.0)
+    if isinstance(found, str):
+        return None, found
+    path, layers = found
+    loader.load(name for name in loader.model.state_dict() if not name.startswith(f"{path}."))
+    ids = torch.ones((1, 4), dtype=torch.long, device=loader.device)
+    stack = probe(path, layers, lambda: loader.model(input_ids=ids))
+    return (None, stack) if isinstance(stack, str) else (stack, "")
+
+
+def _free_memory(device: torch.device) -> int:
+    """The bytes that a process can still take, of the device's memory or by the kernel's estimate of this machine's."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return 0

@@ -1,0 +1,282 @@
+"""Whether an inference engine loads a checkpoint, decided offline from what is known of it.
+
+The rules were read in the engines' code, and no engine was run; docs/engines.md says which libraries were.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+from fp8pack.engines.engine import Edges, Engine, EngineRule, kind_of, rules_for
+from fp8pack.engines.gpus import Gpu, parse_gpu
+from fp8pack.engines.ignore_list import find_listed, is_understood
+from fp8pack.engines.known import ENGINES, NAMES
+from fp8pack.errors import RecipeError
+from fp8pack.modelfacts.fused import LAST_PARTS, REPLICATED, fused_module, together
+from fp8pack.modelfacts.model import ModelFacts
+from fp8pack.modelfacts.spec import TensorSpec
+from fp8pack.modelfacts.storage import Storage
+from fp8pack.modelfacts.tensor_parallel import GEMM_MULTIPLE, Packed, tp_problem
+from fp8pack.numerics.formats import E5M2
+from fp8pack.numerics.granularity import BLOCK_128, CHANNEL, MX
+
+TP_SIZES = (1, 2, 4, 8)
+NO_ARCHITECTURE = "no config.json names an architecture"
+
+_EXPERT = re.compile(r"\.experts\.\d+\.")
+
+
+@dataclass(frozen=True, slots=True)
+class EngineVerdict:
+    """Whether an engine loads the output: the tensor-parallel sizes that it loads at, or the reason and the remedy.
+
+    If it loads at some sizes only, the reason is that of the first at which it does not.
+    """
+
+    engine: str
+    tp: tuple[int, ...]
+    note: str = ""
+    reason: str = ""
+    remedy: str = ""
+
+
+class _Refusal(NamedTuple):
+    reason: str
+    remedy: str = ""
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is judged: FP8 weights and how they are stored, the model, where it is to run, and what stays."""
+
+    storage: Storage
+    packed: Packed
+    facts: ModelFacts
+    sizes: tuple[int, ...]
+    gpu: Gpu | None = None
+    kept: tuple[str, ...] = ()
+
+    @cached_property
+    def kind(self) -> str:
+        """How the rules call the storage."""
+        return kind_of(self.storage)
+
+    @cached_property
+    def cuts(self) -> dict[int, str | None]:
+        """Of each tensor-parallel size, why it is none."""
+        return {tp: tp_problem(self.packed, self.storage.granularity, tp, self.facts) for tp in self.sizes}
+
+    @cached_property
+    def modules(self) -> dict[str, str]:
+        """The modules that engines build of FP8 weights -> one of the checkpoint; an expert stands for its layer's."""
+        one_expert = {_EXPERT.sub(".experts.*.", spec.name): spec.name for spec, _ in reversed(self.packed)}
+        parts = {name.removesuffix(".weight"): fused_module(name) for name in one_expert.values()}
+        return {module: module for module in parts} | {fused: module for module, fused in parts.items() if fused}
+
+    @cached_property
+    def groups(self) -> dict[str | None, str]:
+        """What engines fuse -> a module of it that is FP8."""
+        return {together(spec.name): spec.name.removesuffix(".weight") for spec, _ in reversed(self.packed)}
+
+
+def judge_engines(
+    storage: Storage,
+    packed: Packed,
+    facts: ModelFacts,
+    *,
+    tp: int | None = None,
+    gpu: str | None = None,
+    kept: Sequence[str] = (),
+) -> tuple[EngineVerdict, ...]:
+    """Return a verdict for every engine.
+
+    packed: the FP8 weights [N, K] and their roles. tp, gpu: what it must load at, by default the usual sizes, any GPU.
+    kept: the modules that stay, as the checkpoint lists them; empty if the list is not known.
+    """
+    case = Case(storage, packed, facts, (tp,) if tp else TP_SIZES, parse_gpu(gpu), tuple(kept))
+    return tuple(judge_engine(engine, case) for engine in ENGINES)
+
+
+def check_targets(verdicts: Sequence[EngineVerdict], storage: Storage, targets: Sequence[str]) -> None:
+    """Raise RecipeError if an engine named by --target cannot load the output."""
+    for verdict in verdicts:
+        if verdict.engine in targets and not verdict.tp:
+            remedy = f": use {verdict.remedy}" if verdict.remedy else ""
+            raise RecipeError(
+                f"{NAMES[verdict.engine]} cannot load {storage.granularity} scales in {storage.quant_method}: "
+                f"{verdict.reason}{remedy}"
+            )
+
+
+def judge_engine(engine: Engine, case: Case) -> EngineVerdict:
+    notes: list[str] = []
+    for look in (_architecture, _reader, _weights, _shapes, _groups, _list, _head, _gpu):
+        for found in look(engine, case):
+            if isinstance(found, _Refusal):
+                return EngineVerdict(engine.id, (), "", found.reason, found.remedy)
+            notes.append(found)
+    note = "; ".join(dict.fromkeys([*notes, *_kv_cache(engine, case)]))
+    if engine.loads_whole:
+        return EngineVerdict(engine.id, (1,), note)
+    fitting = tuple(tp for tp, cut in case.cuts.items() if cut is None)
+    for tp, cut in case.cuts.items():
+        if cut:
+            return EngineVerdict(engine.id, fitting, note, cut, _remedy_of_cut(engine, case, tp))
+    return EngineVerdict(engine.id, fitting, note)
+
+
+_Findings = Iterable[_Refusal | str]
+
+
+def _architecture(engine: Engine, case: Case) -> _Findings:
+    if not case.facts.architecture and engine.is_for_language_models:
+        yield _Refusal(NO_ARCHITECTURE)
+
+
+def _reader(engine: Engine, case: Case) -> _Findings:
+    storage = case.storage
+    if storage.format == E5M2 and engine.id != "comfyui" and (engine.id != "cublaslt" or storage.granularity == MX):
+        who = "cuBLASLt takes no E5M2 with MX scales" if engine.id == "cublaslt" else "no LLM engine reads E5M2 weights"
+        yield _Refusal(who, "--format e4m3")
+    if storage.quant_method == "fp8pack" and engine.id != "cublaslt":
+        yield _Refusal("only load_packed() reads quant_method fp8pack", "--scheme FP8_BLOCK or FP8_DYNAMIC")
+    rule = next(iter(rules_for(engine.readers, case.kind, case.facts.architecture)), None)
+    if rule is None:
+        activations = {"none": " with activations in BF16", "static": " with static activations"}
+        which = f"{storage.granularity} scales{activations.get(storage.activations, '')}"
+        remedy = "--scheme FP8_DYNAMIC --quant-method compressed-tensors"
+        yield _Refusal(f"it has no reader for {which} in {storage.quant_method}", remedy)
+    else:
+        yield from _say(rule)
+
+
+def _say(rule: EngineRule) -> _Findings:
+    if not rule.loads:
+        yield _Refusal(rule.text, rule.remedy)
+    elif rule.text:
+        yield rule.text
+
+
+def _weights(engine: Engine, case: Case) -> _Findings:
+    first = {role: spec.name for spec, role in reversed(case.packed)}
+    for role, name in first.items():
+        for rule in rules_for(engine.weights, case.kind, role):
+            yield _Refusal(f"{name} is FP8, and it {rule.text}", rule.remedy)
+    if any(role.startswith("expert") for role in first):
+        for rule in rules_for(engine.experts, case.kind, case.facts.architecture)[:1]:
+            if not rule.loads:
+                yield _Refusal(f"it {rule.text}", rule.remedy)
+    if case.facts.wrapper:
+        for rule in rules_for(engine.wrappers, case.kind, case.facts.architecture):
+            yield _Refusal(f"it {rule.text}", rule.remedy)
+
+
+def _shapes(engine: Engine, case: Case) -> _Findings:
+    granularity = case.storage.granularity
+    if not engine.is_for_language_models:
+        return
+    for spec, _ in case.packed:
+        n, k = spec.shape
+        if granularity == MX and k % 32:
+            yield _Refusal(f"{spec.name} has K = {k}, no multiple of 32", "--scheme FP8_DYNAMIC")
+        if engine.fuses and (n % GEMM_MULTIPLE or k % GEMM_MULTIPLE):
+            reason = f"{spec.name} is {n} x {k}, no multiple of {GEMM_MULTIPLE}, which no FP8 GEMM takes"
+            yield _Refusal(reason, f"--ignore {spec.name.removesuffix('.weight')}")
+        if granularity == BLOCK_128 and not granularity.fits(spec.shape) and not _takes_edge(engine, case, spec):
+            reason = f"{spec.name} is {n} x {k}, no multiple of 128"
+            yield _Refusal(reason, "" if engine.id == "lmdeploy" else "--scheme FP8_DYNAMIC")
+
+
+def _takes_edge(engine: Engine, case: Case, spec: TensorSpec) -> bool:
+    """Say whether an engine reads a weight with partial blocks: at its edge in N, if it is a part of a fused one."""
+    edges = engine.partial_blocks.edges if engine.partial_blocks else Edges.NONE
+    if engine.id == "transformers" and case.storage.quant_method != "fp8":
+        return True  # compressed-tensors cuts its blocks itself
+    if edges == Edges.NONE:
+        return False
+    is_expert, leaf = _EXPERT.search(spec.name) is not None, _leaf(spec)
+    if spec.shape[0] % 128 == 0 or not (is_expert or fused_module(spec.name)):
+        return True
+    return not is_expert and leaf in LAST_PARTS and (edges == Edges.LAST or leaf in REPLICATED)
+
+
+def _leaf(spec: TensorSpec) -> str:
+    return spec.name.removesuffix(".weight").rpartition(".")[2]
+
+
+def _groups(engine: Engine, case: Case) -> _Findings:
+    """A fused module is FP8 in all of its parts, or in none."""
+    if not engine.fuses or not case.kept:
+        return
+    for kept in case.kept:
+        group = together(f"{kept}.weight")
+        if group and (module := case.groups.get(group)):
+            yield _Refusal(f"{module} is FP8 and {kept} is not, which it fuses into {group}", f"--ignore {module}")
+    if engine.id == "vllm":
+        yield from _missing_parts(case)
+
+
+def _missing_parts(case: Case) -> _Findings:
+    """K and V may share their projection (Gemma 4): vLLM takes the v_proj that is not there for FP8."""
+    kept = set(case.kept)
+    if not all(is_understood(entry, ()) for entry in kept):
+        return
+    for module in case.kept:
+        parent, _, leaf = module.rpartition(".")
+        parts = {f"{parent}.{part}" for part in ("k_proj", "v_proj", "qkv_proj")}
+        if leaf == "q_proj" and parts & kept == {f"{parent}.k_proj"}:
+            reason = f"the list of modules that stay names {module} without {parent}.v_proj, which it takes for FP8"
+            yield _Refusal(reason, "an entry for it in the list in config.json")
+
+
+def _list(engine: Engine, case: Case) -> _Findings:
+    """No FP8 module is meant by the list of modules that stay; an entry that means nothing is worth a note."""
+    syntax = engine.list_syntax(case.kind)
+    if syntax is None or not case.kept:
+        return
+    if listed := find_listed(case.kept, tuple(case.modules), syntax.matches):
+        entry, module = listed
+        reason = f"{module} is FP8, and `{entry}` in the list of modules that stay means it"
+        yield _Refusal(reason, f"--ignore {case.modules[module]}")
+    if alien := next((entry for entry in case.kept if not is_understood(entry, syntax.matches)), None):
+        yield f"`{alien}` in the list of modules that stay means nothing to it"
+    if case.facts.tied and syntax.lists_tied_head and not find_listed(case.kept, ["lm_head"], syntax.matches):
+        reason = "lm_head is tied to the embedding and not listed as staying, so it is taken for FP8"
+        yield _Refusal(reason, "an entry for it in the list in config.json")
+
+
+def _head(engine: Engine, case: Case) -> _Findings:
+    """Logits that are tied to the embedding have no weight of their own."""
+    if not case.facts.tied or not engine.is_for_language_models:
+        return
+    if head := next((spec.name for spec, _ in case.packed if spec.name.endswith("lm_head.weight")), None):
+        yield _Refusal(f"{head} is FP8, and config.json ties it to the embedding", "--ignore lm_head")
+
+
+def _gpu(engine: Engine, case: Case) -> _Findings:
+    gpu = case.gpu
+    rules = rules_for(engine.on_gpu, case.kind, gpu.arch if gpu else "any")
+    for rule in sorted(rules, key=lambda rule: rule.loads):
+        yield from _say(rule)
+    rounds = gpu is not None and gpu.wants_powers_of_two and bool(engine.rounds_on_sm100)
+    if rounds and case.storage.granularity == BLOCK_128 and not case.storage.powers_of_two:
+        yield "block scales are rounded up to powers of two at load; --scale-rounding up makes that exact"
+
+
+def _kv_cache(engine: Engine, case: Case) -> list[str]:
+    if not case.storage.kv_cache:
+        return []
+    return [rule.text for rule in rules_for(engine.kv_cache, case.kind, case.facts.architecture)]
+
+
+def _remedy_of_cut(engine: Engine, case: Case, tp: int) -> str:
+    """Channel scales survive more cuts, and expert parallelism does not cut experts: what is named does mend it."""
+    remedies = []
+    if engine.id != "lmdeploy" and tp_problem(case.packed, CHANNEL, tp, case.facts) is None:
+        remedies.append("--scheme FP8_DYNAMIC")
+    others = [(spec, role) for spec, role in case.packed if not role.startswith("expert")]
+    if engine.id != "tgi" and tp_problem(others, case.storage.granularity, tp, case.facts) is None:
+        remedies.append("serve with expert parallelism" if remedies else "expert parallelism")
+    return ", or ".join(remedies)

@@ -1,0 +1,188 @@
+"""What vLLM loads, as read in its code."""
+
+from fp8pack.engines.engine import (
+    BLOCK,
+    DYNAMIC,
+    FNUZ,
+    INFERRED,
+    REPORTED,
+    Edges,
+    Engine,
+    EngineRule,
+    PartialBlocks,
+    renaming_rules,
+)
+from fp8pack.engines.gpus import BEFORE_ADA, BEFORE_SM100
+from fp8pack.engines.ignore_list import ListSyntax, Match
+
+# Classes that rename `weight_scale_inv` to `weight_scale`: they read tensor scales in transformers' spelling, and lose
+# block scales, which the engine keeps under `weight_scale_inv`.
+_RENAMING = {"Mistral3ForConditionalGeneration": "Mistral3"}
+
+VLLM = Engine(
+    "vllm",
+    "vLLM",
+    "vLLM 0.33.0",
+    readers=(
+        *renaming_rules(_RENAMING, "models/mistral3.py"),
+        EngineRule("fp8 block:128x128 dynamic, fp8 tensor dynamic, fp8 tensor static", True, "fp8.py"),
+        EngineRule("fp8 block:* static", False, "fp8.py", "block scales go with dynamic activations only", BLOCK),
+        EngineRule(
+            "fp8/transformers *",
+            False,
+            "fp8.py",
+            "it looks for weight_scale, and only its Mistral3 class renames weight_scale_inv",
+            DYNAMIC,
+        ),
+        EngineRule(
+            "compressed-tensors tensor *, compressed-tensors channel *, compressed-tensors block:128x128 dynamic, "
+            "compressed-tensors block:128x128 none",
+            True,
+            "compressed_tensors/compressed_tensors.py, schemes/",
+        ),
+        EngineRule(
+            "compressed-tensors block:* static",
+            False,
+            "compressed_tensors/schemes/",
+            "block scales go with dynamic activations only",
+            BLOCK,
+        ),
+        EngineRule(
+            "compressed-tensors group:*",
+            False,
+            "compressed_tensors/compressed_tensors.py",
+            "it has kernels for tensor, channel and block scales only",
+            DYNAMIC,
+        ),
+        EngineRule(
+            "compressed-tensors mx dynamic, compressed-tensors mx none",
+            True,
+            "compressed_tensors/compressed_tensors.py",
+        ),
+        EngineRule(
+            "modelopt tensor static, modelopt channel dynamic, modelopt block:128x128 dynamic, modelopt mx dynamic",
+            True,
+            "modelopt.py, modelopt_block_quant.py",
+        ),
+        EngineRule("mxfp8 mx dynamic", True, "models/minimax_m3/nvidia/model.py", only=("MiniMaxM3*",)),
+        EngineRule(
+            "mxfp8 *",
+            False,
+            "models/minimax_m3/nvidia/model.py",
+            "only its MiniMax-M3 class reads quant_method mxfp8",
+            "--quant-method modelopt",
+        ),
+        EngineRule(
+            "torchao tensor dynamic, torchao tensor none, torchao channel dynamic, torchao channel none",
+            True,
+            "torchao.py",
+            "with safetensors_load_strategy=torchao",
+        ),
+        EngineRule(
+            "quark tensor *, quark channel dynamic, quark channel static, quark block:128x128 dynamic, "
+            "quark mx dynamic",
+            True,
+            "quark/quark.py, quark/schemes/",
+        ),
+        EngineRule("fbgemm_fp8 channel dynamic", True, "fbgemm_fp8.py", "with its flag for deprecated methods"),
+        EngineRule("auto-round block:128x128 dynamic, auto-round mx dynamic", True, "inc/inc.py"),
+    ),
+    weights=(
+        EngineRule(
+            "fp8 *, fp8/transformers *, fbgemm_fp8 *",
+            False,
+            "fp8.py, vllm-project/vllm#31757",
+            "never takes the logits for FP8 under this quant method",
+            "--quant-method compressed-tensors",
+            only=("logits",),
+        ),
+        EngineRule(
+            "*",
+            False,
+            "compressed_tensors/compressed_tensors_embedding.py",
+            "has no FP8 embedding",
+            "--ignore '*embed*'",
+            only=("embedding",),
+        ),
+        EngineRule(
+            "compressed-tensors channel static",
+            False,
+            "compressed_tensors/compressed_tensors_moe/",
+            "takes channel scales of experts with dynamic activations only",
+            DYNAMIC,
+            only=("expert*",),
+        ),
+        EngineRule(
+            "compressed-tensors tensor none, compressed-tensors channel none, compressed-tensors block:* none",
+            False,
+            "compressed_tensors/compressed_tensors_moe/",
+            "has no weight-only FP8 experts",
+            DYNAMIC,
+            INFERRED,
+            ("expert*",),
+        ),
+    ),
+    experts=(
+        EngineRule(
+            "fp8 *, fp8/transformers *, compressed-tensors *, modelopt *, mxfp8 *, torchao *",
+            False,
+            "models/gpt_oss.py",
+            "reads experts of gpt-oss one by one in quark files only",
+            "--quant-method quark",
+            INFERRED,
+            ("GptOss*",),
+        ),
+    ),
+    on_gpu=(
+        EngineRule("*", False, "fp8.py", "FP8 weights need SM75 there", only=("sm70",)),
+        EngineRule(
+            "modelopt tensor *, modelopt channel *, modelopt block:*",
+            False,
+            "modelopt.py at 00155cde",
+            "its modelopt reader needs SM89",
+            DYNAMIC,
+            only=BEFORE_ADA,
+        ),
+        EngineRule(
+            "* tensor *, * channel *, * block:*",
+            True,
+            "compressed_tensors_w8a16_fp8.py, fp8.py",
+            "weight-only there (Marlin): below SM89 activations stay BF16",
+            only=BEFORE_ADA,
+        ),
+        EngineRule(
+            "* block:*",
+            True,
+            "vllm-project/vllm#58241",
+            "block scales run weight-only there (Marlin)",
+            evidence=REPORTED,
+            only=("sm89",),
+        ),
+        EngineRule(
+            "* mx *", True, "quark_ocp_mx.py", "MXFP8 is emulated or weight-only below SM100", only=BEFORE_SM100
+        ),
+        EngineRule("*", True, "utils/w8a8_utils.py", FNUZ, only=("gfx942",)),
+    ),
+    kv_cache=(
+        EngineRule(
+            "*",
+            True,
+            "vllm-project/vllm#54623, #25047",
+            "its class drops the scales of K and V, which become 1.0",
+            evidence=REPORTED,
+            only=("Qwen3MoeForCausalLM", "Qwen3_5*"),
+        ),
+        EngineRule("fp8 *, fp8/transformers *", True, "fp8.py", "KV cache in FP8 with --kv-cache-dtype fp8"),
+    ),
+    lists=(
+        ListSyntax("fp8 *, fp8/transformers *, fbgemm_fp8 *", (Match.WHOLE,), "utils/quant_utils.py"),
+        ListSyntax("compressed-tensors *", (Match.WHOLE, Match.REGEX), "compressed_tensors/utils.py", True),
+        ListSyntax("modelopt *", (Match.WHOLE, Match.ANYWHERE, Match.GLOB), "modelopt.py", True),
+        ListSyntax("quark *", (Match.WHOLE, Match.REGEX), "quark/utils.py"),
+        ListSyntax("torchao *", (Match.PARTS,), "torchao.py"),
+    ),
+    renaming=_RENAMING,
+    partial_blocks=PartialBlocks(Edges.LAST, "utils/fp8_utils.py validate_fp8_block_shape"),
+    rounds_on_sm100="utils/fp8_utils.py, vllm-project/vllm#58157",
+    fuses=True,
+)

@@ -1,0 +1,174 @@
+"""Fused experts: one 3-D tensor for all experts of a layer, taken apart into the 2-D weights that every loader reads.
+
+[E, 2I, H]  gate and up one below the other: transformers 5, Qwen3.5-MoE, GLM, DeepSeek; down is [E, H, I]
+[E, H, 2I]  the transpose: Llama 4, Qwen3-VL-MoE, gpt-oss; down is [E, I, H]
+gpt-oss takes gate and up by turns, and has biases. A part is a view: nothing is read or copied here.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from math import prod
+
+from fp8pack.errors import InputError
+from fp8pack.modelfacts.contents import Contents, Quantized
+from fp8pack.modelfacts.model import ModelFacts
+from fp8pack.modelfacts.spec import DTYPE_BITS, TensorSpec
+from fp8pack.numerics.granularity import CHANNEL, TENSOR
+
+_FUSED = re.compile(r"(?P<experts>(.+\.)?experts)\.(?P<leaf>\w+?)(\.weight|(?P<bias>_bias))?$")
+_PARTS = {
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "down_proj": ("down_proj",),
+    "gate_proj": ("gate_proj",),
+    "up_proj": ("up_proj",),
+    "w13": ("w1", "w3"),
+    "w1": ("w1",),
+    "w2": ("w2",),
+    "w3": ("w3",),
+}
+_TAKES_HIDDEN = ("gate_up_proj", "gate_proj", "up_proj", "w13", "w1", "w3")  # K is the hidden size
+TRANSPOSED = ("llama4", "llama4_text", "qwen3_vl_moe", "qwen3_vl_moe_text", "qwen3_omni_moe", "gpt_oss")
+_INTERLEAVED = ("gpt_oss",)
+
+Split = tuple[TensorSpec, Quantized | None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """How the experts of a model lie: whether N is the last dimension, and gate and up alternate."""
+
+    transposed: bool
+    interleaved: bool
+
+
+def split_experts(contents: Contents) -> Contents:
+    """Return the contents with fused experts taken apart, and how those that are FP8 become values, apart or whole.
+
+    Experts stay fused where nothing says how they lie, neither the hidden size nor the model's type, and where a scale
+    is that of two of them.
+
+    Raises:
+        InputError: an expert stands alone as well.
+    """
+    tensors: list[TensorSpec] = []
+    layouts = _layouts(contents)
+    quantized, names = dict(contents.quantized), {spec.name for spec in contents.tensors}
+    for spec in contents.tensors:
+        parts = _split(spec, contents.facts, layouts, quantized.get(spec.name))
+        tensors += [part for part, _ in parts] or [spec]
+        quantized |= {part.name: stored for part, stored in parts if stored is not None}
+        if twice := next((part.name for part, _ in parts if part.name in names), None):
+            raise InputError(f"{twice!r} stands alone as well as in {spec.name!r}: remove one of them")
+    return replace(contents, tensors=tuple(tensors), quantized=quantized)
+
+
+def _layouts(contents: Contents) -> dict[str, _Layout]:
+    """How the experts of each layer lie.
+
+    The hidden size is K of gate and up, and N of down. A tensor with the same size twice does not tell; another of the
+    layer does, since 2I and I are not both the hidden size; without any of them the model's type decides.
+    """
+    facts, known = contents.facts, contents.facts.model_type in TRANSPOSED
+    interleaved = facts.model_type in _INTERLEAVED
+    found: dict[str, _Layout] = {}
+    for spec in contents.tensors:
+        match = _FUSED.match(spec.name)
+        if match is None or match["bias"] or match["leaf"] not in _PARTS or len(spec.shape) != 3:
+            continue
+        _, rows, cols = spec.shape
+        hidden_first = rows == facts.hidden_size
+        if rows != cols and facts.hidden_size in (rows, cols):
+            takes_hidden = match["leaf"] in _TAKES_HIDDEN
+            found[match["experts"]] = _Layout(hidden_first == takes_hidden, interleaved)
+        elif known:
+            found.setdefault(match["experts"], _Layout(True, interleaved))
+    return found
+
+
+def _split(
+    spec: TensorSpec, facts: ModelFacts, layouts: Mapping[str, _Layout], quantized: Quantized | None
+) -> list[Split]:
+    match = _FUSED.match(spec.name)
+    if match is None or match["leaf"] not in _PARTS or len(spec.shape) != (2 if match["bias"] else 3):
+        return []
+    experts, leaf, count, layout = match["experts"], match["leaf"], spec.shape[0], layouts.get(match["experts"])
+    if layout is None:
+        return []
+    if match["bias"]:
+        return [(part, None) for i in range(count) for part in _bias(spec, experts, i, leaf, layout.interleaved)]
+    if len(_PARTS[leaf]) == 2 and spec.shape[2 if layout.transposed else 1] % 2:
+        return []
+    parts = [part for i in range(count) for part in _matrices(spec, f"{experts}.{i}", leaf, layout, quantized)]
+    return [] if quantized and any(stored is None for _, stored in parts) else parts
+
+
+def _matrices(spec: TensorSpec, expert: str, leaf: str, layout: _Layout, quantized: Quantized | None) -> list[Split]:
+    """The weights [N, K] of one expert."""
+    _, rows, cols = spec.shape
+    index, names = int(expert.rpartition(".")[2]), _PARTS[leaf]
+    wide, k = (cols, rows) if layout.transposed else (rows, cols)
+    n, step = wide // len(names), len(names) if layout.interleaved else 1
+    strides = (step, wide) if layout.transposed else (step * k, 1)
+    parts: list[Split] = []
+    for rank, name in enumerate(names):
+        first = rank if layout.interleaved else rank * n
+        offset = index * wide * k + (first if layout.transposed else first * k)
+        part = _view(spec, f"{expert}.{name}.weight", (n, k), offset, strides)
+        parts.append((part, _scales(spec, part, quantized, index, first, layout) if quantized else None))
+    return parts
+
+
+def _bias(spec: TensorSpec, experts: str, index: int, leaf: str, interleaved: bool) -> list[TensorSpec]:
+    names, wide = _PARTS[leaf], spec.shape[1]
+    n, step = wide // len(names), len(names) if interleaved else 1
+    return [
+        _view(spec, f"{experts}.{index}.{name}.bias", (n,), index * wide + (r if interleaved else r * n), (wide, step))
+        for r, name in enumerate(names)
+    ]
+
+
+def _view(spec: TensorSpec, name: str, shape: tuple[int, ...], offset: int, strides: tuple[int, int]) -> TensorSpec:
+    """A part of a fused tensor; `offset` and `strides` are in elements."""
+    itemsize = DTYPE_BITS[spec.dtype] // 8
+    rows, cols = prod(shape[:-1]), shape[-1]
+    begin = spec.begin + offset * itemsize
+    end = begin + ((rows - 1) * strides[0] + (cols - 1) * strides[1] + 1) * itemsize
+    is_range = strides[1] == 1 and (rows == 1 or strides[0] == cols)
+    return TensorSpec(name, spec.dtype, shape, spec.file, begin, end, spec, None if is_range else strides)
+
+
+def _scales(
+    spec: TensorSpec, part: TensorSpec, quantized: Quantized, index: int, first: int, layout: _Layout
+) -> Quantized | None:
+    """How a part becomes values: its piece of the fused scales, None if a scale is also that of another part.
+
+    first: its first row of N.
+    """
+    scale, region, (_, rows, cols) = quantized.scale, quantized.granularity, spec.shape
+    entry = replace(quantized, input_scale=_of_expert(quantized.input_scale, index, spec.shape[0]))
+    if scale is None or region == TENSOR:
+        return entry
+    if (region.rows, region.cols) == (rows, cols):
+        return replace(entry, granularity=TENSOR, scale=_of_expert(scale, index, spec.shape[0]))
+    n, _ = part.shape
+    if layout.transposed:
+        of_outputs = (region.rows, region.cols) == (rows, 1) or (region == CHANNEL and rows == cols)
+        if of_outputs and not layout.interleaved:
+            return replace(entry, granularity=CHANNEL, scale=_piece(scale, (n, 1), index * cols + first))
+    elif not layout.interleaved and first % (region.rows or 1) == 0:
+        grid_rows, grid_cols = region.scale_shape((rows, cols))
+        begin = (index * grid_rows + first // (region.rows or 1)) * grid_cols
+        return replace(entry, scale=_piece(scale, region.scale_shape(part.shape), begin))
+    return None
+
+
+def _of_expert(scale: TensorSpec | None, index: int, count: int) -> TensorSpec | None:
+    """The scale of one expert out of [E]; one scale is that of all."""
+    return scale if scale is None or prod(scale.shape) != count else _piece(scale, (), index)
+
+
+def _piece(scale: TensorSpec, shape: tuple[int, ...], begin: int) -> TensorSpec:
+    itemsize = DTYPE_BITS[scale.dtype] // 8
+    first = scale.begin + begin * itemsize
+    return replace(scale, shape=shape, begin=first, end=first + prod(shape) * itemsize)

@@ -1,0 +1,80 @@
+"""What a safetensors header says of one tensor."""
+
+from dataclasses import dataclass
+from math import prod
+
+DTYPE_BITS = {
+    "BOOL": 8,
+    "U8": 8,
+    "I8": 8,
+    "F8_E4M3": 8,
+    "F8_E5M2": 8,
+    "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8,
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+    "I16": 16,
+    "U16": 16,
+    "F16": 16,
+    "BF16": 16,
+    "I32": 32,
+    "U32": 32,
+    "F32": 32,
+    "I64": 64,
+    "U64": 64,
+    "F64": 64,
+    "C64": 64,
+}
+FLOAT_DTYPES = ("BF16", "F16", "F32")
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """A tensor of a checkpoint: `begin` and `end` are byte offsets in its file, `dtype` is safetensors' spelling.
+
+    A part of a fused tensor is a spec of its own: `part_of` is the fused tensor, `end` lies after its last element, and
+    `strides` are those of its rows and columns, in elements, where its bytes are not one range.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: str
+    begin: int
+    end: int
+    part_of: "TensorSpec | None" = None
+    strides: tuple[int, int] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of data."""
+        return nbytes_of(self.dtype, self.shape) if self.strides else self.end - self.begin
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """Rows and columns, with all dimensions but the last as rows."""
+        return prod(self.shape[:-1]), self.shape[-1] if self.shape else 1
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """Name, dtype and shape of an output tensor."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of data."""
+        return nbytes_of(self.dtype, self.shape)
+
+
+def nbytes_of(dtype: str, shape: tuple[int, ...]) -> int:
+    """Return the bytes of a tensor; ValueError when a sub-byte dtype does not fill whole bytes."""
+    bits = DTYPE_BITS[dtype] * prod(shape)
+    if bits % 8:
+        raise ValueError(f"{prod(shape)} elements of {dtype} do not fill whole bytes")
+    return bits // 8

@@ -1,0 +1,243 @@
+"""A transformers model of a checkpoint: built without weights, which are then read by name, all or some at a time."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import convert_and_load_state_dict_in_model
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.initialization import no_init_weights
+from transformers.modeling_utils import LoadStateDictConfig
+from transformers.utils import logging
+
+from fp8pack.checkpoint.quantized import read_contents
+from fp8pack.checkpoint.source import ShardReader, Source
+from fp8pack.checkpoint.values import ValueReader
+from fp8pack.errors import InputError
+from fp8pack.modelfacts.contents import Contents
+from fp8pack.modelfacts.spec import TensorSpec
+from fp8pack.modelrun.names import Names, names_of
+from fp8pack.numerics.replaced_forwards import replaced_forwards
+from fp8pack.numerics.torch_dtypes import TORCH_DTYPES
+
+_STRIP_ROWS = 1024  # of an FP8 weight that are dequantized at a time
+
+
+class ModelLoader:
+    """The model of a checkpoint, in evaluation mode, BF16, with parameters on the meta device until they are loaded.
+
+    Raises:
+        InputError: transformers does not know the architecture, or it needs code of its own that is not trusted.
+    """
+
+    def __init__(self, source: Source, *, trust_remote_code: bool, device: torch.device) -> None:
+        self._source, self.device = source, device
+        config = _read_config(source, trust_remote_code)
+        model_class = _find_class(source, config, trust_remote_code)
+        text = config.get_text_config()
+        self.max_positions = int(getattr(text, "max_position_embeddings", 0) or 0)
+        self.hidden_nbytes = 4 * int(getattr(text, "hidden_size", 0) or 0)  # of a token, at most float32
+        config.quantization_config = None
+        self.model = _build(source, model_class, config)
+        self.model.eval()  # type: ignore[no-untyped-call]
+        for module in self.model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                module.register_buffer(
+                    name, buffer.to(device), persistent=name not in module._non_persistent_buffers_set
+                )
+        self._contents = read_contents(source)
+        self._specs = {spec.name: spec for spec in self._contents.tensors}
+        self.names = names_of(self.model, self._specs)
+
+    @property
+    def weight_nbytes(self) -> int:
+        """Bytes of all parameters."""
+        return sum(parameter.nbytes for parameter in self.model.parameters())
+
+    def load(self, parameters: Iterable[str]) -> None:
+        """Read parameters and buffers of these names from the checkpoint, FP8 weights dequantized.
+
+        Raises:
+            InputError: the checkpoint lacks one, or holds it in another shape.
+        """
+        load_parameters(self.model, self.names, parameters, self._lazy, self.device)
+
+    def _lazy(self, name: str) -> "_Lazy":
+        return _Lazy(self._source, self._contents, self._specs[name])
+
+    def check_tokens(self, prompts: Mapping[str, Sequence[int]]) -> None:
+        """Raise InputError if a prompt has a token that the model has no embedding for."""
+        embeddings = self.model.get_input_embeddings()
+        count = embeddings.num_embeddings if isinstance(embeddings, nn.Embedding) else math.inf
+        for name, ids in prompts.items():
+            if max(ids) >= count:
+                raise InputError(
+                    f"{name} has token {max(ids)}, and the model has {count}: its tokenizer is that of another model"
+                )
+
+    @contextmanager
+    def without_logits(self) -> Iterator[None]:
+        """Spare the last linear its product while this lasts: what enters it is seen, what leaves it nobody wants."""
+        head = self.model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        with replaced_forwards([] if head is None else [(head, lambda hidden: hidden[..., :1])]):
+            yield
+
+    def load_all(self) -> None:
+        """Read every parameter; raises as `load` does."""
+        self.load(self.model.state_dict())
+
+
+def load_parameters(
+    model: PreTrainedModel, names: Names, parameters: Iterable[str], read: Callable[[str], Any], device: torch.device
+) -> None:
+    """Give parameters and buffers of a model what the checkpoint's tensors make of them, by transformers' own rules.
+
+    read: returns what stands for a tensor of the checkpoint: a tensor, or what becomes one when it is indexed.
+    Raises:
+        InputError: the checkpoint lacks one, or holds it in another shape.
+    """
+    wanted, architecture = set(parameters), type(model).__name__
+    tensors = {name: read(name) for key in wanted for name in names.tensors.get(key, ())}
+    info, _ = convert_and_load_state_dict_in_model(
+        model,
+        tensors,
+        LoadStateDictConfig(
+            dtype=torch.bfloat16,
+            dtype_plan=model._get_dtype_plan(torch.bfloat16),
+            weight_mapping=get_model_conversion_mapping(model),  # type: ignore[arg-type]
+            device_map={"": str(device)},
+        ),
+    )
+    for name, found, expected in info.mismatched_keys:
+        raise InputError(f"{name} is {list(found)} in the checkpoint, and {list(expected)} in {architecture}")
+    for name, problem in info.conversion_errors.items():
+        raise InputError(f"{name} cannot be loaded into {architecture}: {problem.strip().splitlines()[-1]}")
+    model.tie_weights()
+    missing = [name for name in wanted if model.get_parameter_or_buffer(name).is_meta]
+    if missing:
+        raise InputError(f"the checkpoint lacks {min(missing)}, which {architecture} needs")
+
+
+def _build(source: Source, model_class: Any, config: Any) -> PreTrainedModel:
+    """The model of a configuration, its parameters on the meta device."""
+    try:
+        with no_init_weights(), _parameters_on_meta():
+            model: PreTrainedModel = model_class._from_config(config, dtype=torch.bfloat16)
+    except Exception as error:  # whatever a class makes of a configuration that is not for it
+        raise InputError(f"{source.path}: config.json makes no {model_class.__name__}: {_short(error)}") from error
+    return model
+
+
+def read_tokenizer(source: Source, *, trust_remote_code: bool) -> Any:
+    """Return the tokenizer of a checkpoint; InputError if it has none that transformers reads."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            source.directory, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+    except Exception as error:  # transformers raises whatever its tokenizers do
+        raise InputError(f"{source.path} has no tokenizer that transformers reads: {_short(error)}") from None
+    if set(tokenizer.get_vocab().values()) <= set(tokenizer.all_special_ids):  # transformers made an empty one up
+        raise InputError(f"{source.path} has no tokenizer: copy its files from where the model came")
+    return tokenizer
+
+
+def _read_config(source: Source, trust_remote_code: bool) -> Any:
+    if source.config is None:
+        raise InputError(f"{source.path} has no config.json, so nothing says how to run it: see fp8pack.observe()")
+    try:
+        return AutoConfig.from_pretrained(source.directory, trust_remote_code=trust_remote_code, local_files_only=True)
+    except Exception as error:  # transformers raises whatever its configurations do
+        if "trust_remote_code" in str(error):
+            raise InputError(f"{source.path} needs code of its own: read it, then --trust-remote-code") from None
+        raise InputError(f"{source.path} is no model that transformers knows: {_short(error)}") from None
+
+
+def _find_class(source: Source, config: Any, trust_remote_code: bool) -> Any:
+    """The class that config.json names: it is the one that the tensors' names were saved for."""
+    architecture = source.facts.architecture
+    remote = {reference.rpartition(".")[2]: reference for reference in _references(config)}
+    if trust_remote_code and architecture in remote:
+        return get_class_from_dynamic_module(remote[architecture], str(source.directory), local_files_only=True)
+    found = vars(transformers).get(architecture) or getattr(transformers, architecture or "-", None)
+    if isinstance(found, type) and issubclass(found, PreTrainedModel) and found is not PreTrainedModel:
+        return found
+    if architecture in remote:
+        raise InputError(f"{source.path} needs code of its own: read it, then --trust-remote-code")
+    raise InputError(
+        f"transformers {transformers.__version__} has no {architecture or 'architecture'}: update it, or record with "
+        "fp8pack.observe() around your own loop"
+    )
+
+
+def _references(config: Any) -> list[str]:
+    auto_map = getattr(config, "auto_map", None) or {}
+    return [reference for reference in auto_map.values() if isinstance(reference, str)]
+
+
+class _Lazy:
+    """A tensor of the checkpoint, read when transformers asks for it; not mapped, so that its memory comes back."""
+
+    def __init__(self, source: Source, contents: Contents, spec: TensorSpec) -> None:
+        self._source, self._contents, self._spec = source, contents, spec
+
+    def __getitem__(self, index: object) -> Tensor:
+        spec = self._spec
+        if spec.name not in self._contents.quantized:
+            return self._read()
+        rows = spec.matrix[0]
+        values = torch.empty(spec.shape, dtype=torch.bfloat16)
+        with ValueReader(self._source, self._contents) as reader:
+            for lo in range(0, rows, _STRIP_ROWS):
+                strip = torch.from_numpy(reader.values(spec, lo, min(lo + _STRIP_ROWS, rows)))
+                values.view(rows, -1)[lo : lo + _STRIP_ROWS] = strip
+        return values
+
+    def _read(self) -> Tensor:
+        spec = self._spec
+        if spec.dtype not in TORCH_DTYPES:
+            raise InputError(f"{spec.file}: tensor {spec.name!r} is {spec.dtype}, which calibration does not read")
+        tensor = torch.empty(spec.shape, dtype=TORCH_DTYPES[spec.dtype])
+        if spec.nbytes:
+            with closing(ShardReader(self._source.directory / spec.file)) as reader:
+                reader.readinto(tensor.view(-1).view(torch.uint8).numpy().data, spec.begin)
+        return tensor
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep transformers from warning and from drawing bars for each layer that is read."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Let every parameter of a model that is built go to the meta device at once; buffers keep their values."""
+    register = nn.Module.register_parameter
+
+    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        empty = None if parameter is None else nn.Parameter(parameter.to("meta"), requires_grad=False)
+        register(module, name, empty)
+
+    nn.Module.register_parameter = register_on_meta  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def _short(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]

@@ -1,0 +1,191 @@
+"""What `auto` chooses: a scheme for the shapes, the model, and the engines that are named."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+
+from fp8pack.engines.gpus import parse_gpu
+from fp8pack.engines.judge import TP_SIZES, Case, judge_engine
+from fp8pack.engines.known import BY_ID, ENGINES, NAMES
+from fp8pack.errors import RecipeError
+from fp8pack.modelfacts.fused import together
+from fp8pack.modelfacts.model import ModelFacts
+from fp8pack.modelfacts.storage import Storage
+from fp8pack.modelfacts.tensor_parallel import Packed, tp_problem
+from fp8pack.numerics.formats import E4M3, E5M2
+from fp8pack.numerics.granularity import BLOCK_128, MX, TENSOR, Granularity
+from fp8pack.numerics.scaling import ScaleRounding
+from fp8pack.planning.recipe import (
+    FP8,
+    FP8_BLOCK,
+    FP8_DYNAMIC,
+    MXFP8,
+    W8A16,
+    Request,
+    Scheme,
+    parse_scheme,
+    spelling_of,
+)
+from fp8pack.planning.shapes import shape_problem
+
+_LARGE_NBYTES = 16 * 10**9  # a model above this is served on several GPUs
+
+
+def _scheme(method: str, granularity: Granularity, activations: str = "dynamic") -> Scheme:
+    rounding = ScaleRounding.UP if granularity == MX else ScaleRounding.NONE
+    detail = granularity.name.replace(":", "-") + ("" if activations == "dynamic" else f"-{activations}")
+    return Scheme("custom", E4M3, granularity, rounding, activations, method, f"FP8-{detail}")
+
+
+# What `auto` tries for named targets, the best first.
+_CHOICES = (
+    FP8_BLOCK,
+    FP8_DYNAMIC,
+    _scheme("fp8", TENSOR),
+    _scheme("compressed-tensors", TENSOR),
+    _scheme("compressed-tensors", BLOCK_128),
+    _scheme("comfyui", TENSOR),
+    MXFP8,
+    _scheme("modelopt", MX),
+    _scheme("mxfp8", MX),
+    FP8,
+    _scheme("compressed-tensors", TENSOR, "static"),
+    _scheme("fp8", TENSOR, "static"),
+    W8A16,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _Trial:
+    """A scheme held against the targets: the weights that it leaves in BF16, and why a target cannot load it."""
+
+    scheme: Scheme
+    num_kept: int
+    refusals: dict[str, str]
+
+
+def choose_scheme(request: Request, packed: Packed, facts: ModelFacts) -> tuple[Scheme, str]:
+    """Return the scheme and the fact that decided it; block scales unless something speaks against them.
+
+    Raises:
+        RecipeError: no scheme serves all engines that --target names, or --gpu names none that is known.
+    """
+    named = parse_scheme(request.scheme)
+    if named is not None:
+        return named, "asked for"
+    scheme, reason = _choose(request, packed, facts)
+    gpu, granularity = parse_gpu(request.gpu), request.granularity or scheme.granularity
+    if gpu and gpu.wants_powers_of_two and granularity == BLOCK_128 and request.scale_rounding is None:
+        return replace(scheme, scale_rounding=ScaleRounding.UP), f"{reason}, in powers of two for {gpu.name}"
+    return scheme, reason
+
+
+def _choose(request: Request, packed: Packed, facts: ModelFacts) -> tuple[Scheme, str]:
+    static = request.activations == "static" or (request.calibration is not None and not request.kv_cache)
+    activations = request.activations or ("static" if static else "dynamic")
+    overridden = [_overridden(choice, request) for choice in _CHOICES if choice.activations == activations]
+    choices = [choice for choice in overridden if choice is not None]
+    if request.targets and choices:
+        return _choose_for_targets(choices, request, packed, facts)
+    if static:
+        return FP8, "auto: the calibration gives static activation scales"
+    if ragged := _ragged(packed):
+        return FP8_DYNAMIC, f"auto: {ragged}"
+    for tp in _sizes(request, packed):
+        if problem := tp_problem(packed, BLOCK_128, tp, facts):
+            return FP8_DYNAMIC, f"auto: {problem}"
+    for engine in ENGINES:
+        loader = engine.renaming.get(facts.architecture)
+        if loader and (not request.targets or engine.id in request.targets):
+            return FP8_DYNAMIC, f"auto: {engine.name}'s {loader} loader loses block scales"
+    return FP8_BLOCK, "auto: every packed dimension is a multiple of 128"
+
+
+def _overridden(choice: Scheme, request: Request) -> Scheme | None:
+    """Return a choice with the format and rounding that are asked for; None if it is not what is asked for."""
+    method = (request.quant_method or choice.quant_method).lower().replace("_", "-")
+    if method != choice.quant_method or request.granularity not in (None, choice.granularity):
+        return None
+    if request.format == E5M2 and choice.quant_method != "comfyui":
+        return None
+    rounding = request.scale_rounding or choice.scale_rounding
+    return replace(choice, format=request.format or choice.format, scale_rounding=rounding)
+
+
+def _ragged(packed: Packed) -> str | None:
+    spec = next((spec for spec, _ in packed if not BLOCK_128.fits(spec.shape)), None)
+    return f"{spec.name} is {spec.shape[0]} x {spec.shape[1]}, no multiple of 128" if spec else None
+
+
+def _sizes(request: Request, packed: Packed) -> tuple[int, ...]:
+    if request.tp:
+        return (request.tp,)
+    return TP_SIZES[1:] if sum(spec.nbytes for spec, _ in packed) > _LARGE_NBYTES else ()
+
+
+def _choose_for_targets(
+    choices: Sequence[Scheme], request: Request, packed: Packed, facts: ModelFacts
+) -> tuple[Scheme, str]:
+    """Return the first of the choices that every target loads and that leave the fewest weights in BF16."""
+    sizes = _sizes(request, packed)
+    if not request.tp:  # where heads do not spread, no scheme would help
+        sizes = tuple(tp for tp in sizes if tp_problem((), TENSOR, tp, facts) is None)
+    trials: list[_Trial] = []
+    for choice in choices:
+        trials.append(_try(choice, request, packed, facts, sizes or (1,)))
+        if not trials[-1].refusals and not trials[-1].num_kept:
+            break  # none can be better
+    serving = [trial for trial in trials if not trial.refusals]
+    if not serving:
+        raise RecipeError(_conflict(trials, request.targets))
+    best = min(serving, key=lambda trial: trial.num_kept)
+    return best.scheme, f"auto: {_reason(best, trials[0], packed, request.targets)}"
+
+
+def _reason(best: _Trial, first: _Trial, packed: Packed, targets: Sequence[str]) -> str:
+    names = ", ".join(NAMES[target] for target in targets)
+    if best is not first:
+        refused = next((f"{NAMES[target]}: {reason}" for target, reason in first.refusals.items()), None)
+        return refused or _ragged(packed) or f"what {names} can load"
+    if best.num_kept:
+        return f"{best.num_kept} weights stay that do not fit the {best.scheme.granularity} of {names}"
+    if best.scheme.granularity == BLOCK_128:
+        return "every packed dimension is a multiple of 128"
+    return f"what {names} can load"
+
+
+def _try(choice: Scheme, request: Request, packed: Packed, facts: ModelFacts, sizes: tuple[int, ...]) -> _Trial:
+    held = _held(choice.granularity, packed)
+    storage = Storage(
+        choice.quant_method,
+        choice.format,
+        choice.granularity,
+        choice.activations,
+        powers_of_two=choice.scale_rounding != ScaleRounding.NONE,
+        spelling=spelling_of(request, choice.quant_method, choice.granularity),
+    )
+    case = Case(storage, held, facts, sizes, parse_gpu(request.gpu))
+    verdicts = [judge_engine(BY_ID[target], case) for target in request.targets]
+    refusals = {verdict.engine: verdict.reason for verdict in verdicts if not verdict.tp or verdict.reason}
+    if packed and not held:
+        refusals = dict.fromkeys(request.targets, f"no weight fits {choice.granularity} scales")
+    return _Trial(choice, len(packed) - len(held), refusals)
+
+
+def _held(granularity: Granularity, packed: Packed) -> Packed:
+    """Return the weights whose shapes the scales fit, without those that engines fuse with one that they do not fit."""
+    broken = {together(spec.name) or spec.name for spec, _ in packed if shape_problem(spec.shape, granularity)}
+    return [(spec, role) for spec, role in packed if (together(spec.name) or spec.name) not in broken]
+
+
+def _conflict(trials: Sequence[_Trial], targets: Sequence[str]) -> str:
+    """Return which target nothing serves, or which two exclude each other, in words."""
+    loaded = {target: [trial for trial in trials if target not in trial.refusals] for target in targets}
+    for target in targets:
+        if not loaded[target]:
+            return f"{NAMES[target]} loads no scheme of this model: {trials[0].refusals[target]}"
+    for one, other in combinations(targets, 2):
+        if not any(trial in loaded[other] for trial in loaded[one]):
+            of_one, of_other = loaded[other][0].refusals[one], loaded[one][0].refusals[other]
+            return f"no scheme serves both {NAMES[one]} ({of_one}) and {NAMES[other]} ({of_other}): pack twice"
+    return f"no scheme serves {', '.join(NAMES[target] for target in targets)} at once: pack twice"

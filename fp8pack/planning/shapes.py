@@ -1,0 +1,16 @@
+"""Which weights [N, K] scales of a granularity can be stored for, so that FP8 kernels take them."""
+
+from fp8pack.modelfacts.tensor_parallel import GEMM_MULTIPLE
+from fp8pack.numerics.granularity import CHANNEL, TENSOR, Granularity
+
+
+def shape_problem(shape: tuple[int, ...], granularity: Granularity) -> str | None:
+    """Return why a weight stays: a region that reaches over its edge, or dimensions that no FP8 GEMM takes."""
+    n, k = shape
+    if granularity not in (TENSOR, CHANNEL) and not granularity.fits(shape):
+        if granularity.rows == 1:
+            return f"K = {k} is no multiple of {granularity.cols}"
+        return f"{n} x {k} is no multiple of {granularity.rows}: --scheme FP8_DYNAMIC packs it"
+    if n % GEMM_MULTIPLE or k % GEMM_MULTIPLE:
+        return f"{n} x {k} is no multiple of {GEMM_MULTIPLE}: no FP8 GEMM takes it"
+    return None

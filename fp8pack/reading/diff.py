@@ -1,0 +1,173 @@
+"""`diff`: two checkpoints, of any conventions, tensor by tensor."""
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fp8pack.checkpoint.quantized import read_contents
+from fp8pack.checkpoint.source import Source, open_checkpoint
+from fp8pack.checkpoint.values import ValueReader, strips
+from fp8pack.modelfacts.contents import Contents
+from fp8pack.modelfacts.experts import split_experts
+from fp8pack.modelfacts.spec import DTYPE_BITS, FLOAT_DTYPES, TensorSpec
+from fp8pack.numerics.metrics import LOST_DB, energies, sqnr_db
+from fp8pack.packing.workers import Stop, available_cores, run_threads
+
+
+@dataclass(frozen=True, slots=True)
+class _Side:
+    source: Source
+    contents: Contents
+    specs: dict[str, TensorSpec]
+
+
+def diff(a: str | Path, b: str | Path) -> dict[str, Any]:
+    """Compare two checkpoints; return what `fp8pack diff --json` prints.
+
+    Of every tensor that both hold: its formats, the share of its bytes that are equal where both store it alike, the
+    smallest and largest ratio of its scales (B / A), and the SQNR of B's values against A's, in dB; None where nothing
+    differs. Experts that one of them holds fused are compared one by one.
+
+    Raises:
+        InputError: a checkpoint is malformed.
+    """
+    sides = _open(Path(a)), _open(Path(b))
+    names = [name for name in sides[0].specs if name in sides[1].specs]
+    found: dict[str, dict[str, Any]] = {}
+
+    def work(name: str) -> None:
+        found[name] = _compare(name, *sides)
+
+    run_threads([names], lambda: nullcontext(work), count=available_cores(), stop=Stop(), tick=lambda: None)
+    tensors = [found[name] for name in names]
+    different = [tensor for tensor in tensors if not tensor["equal"]]
+    sqnr = {tensor["name"]: tensor["sqnr"] for tensor in different if tensor["sqnr"] is not None}
+    worst = min(sqnr, key=lambda name: sqnr[name], default=None)
+    return {
+        "schema": 1,
+        "a": str(sides[0].source.path),
+        "b": str(sides[1].source.path),
+        "quant_methods": [side.contents.method for side in sides],
+        "only_in_a": [name for name in sides[0].specs if name not in sides[1].specs],
+        "only_in_b": [name for name in sides[1].specs if name not in sides[0].specs],
+        "tensors": tensors,
+        "totals": {
+            "num_tensors": len(tensors),
+            "num_equal": len(tensors) - len(different),
+            "sqnr_min": sqnr[worst] if worst else None,
+            "sqnr_mean": float(np.mean(list(sqnr.values()))) if sqnr else None,
+            "sqnr_worst_tensor": worst,
+        },
+    }
+
+
+def _open(path: Path) -> _Side:
+    source = open_checkpoint(path)
+    contents = split_experts(read_contents(source))
+    specs = sorted((*contents.tensors, *_scales_of_activations(contents)), key=lambda spec: spec.name)
+    return _Side(source, contents, {spec.name: spec for spec in specs})
+
+
+def _scales_of_activations(contents: Contents) -> Iterator[TensorSpec]:
+    """The scales of what enters weights, and of K and V, under one name for all conventions."""
+    for spec in contents.tensors:
+        quantized = contents.quantized.get(spec.name)
+        if quantized is not None and quantized.input_scale is not None:
+            yield _as_number(quantized.input_scale, f"{spec.name.removesuffix('.weight')}.input_scale")
+    for point, spec in contents.kv_scales.items():
+        yield _as_number(spec, f"{point}_scale")
+
+
+def _as_number(spec: TensorSpec, name: str) -> TensorSpec:
+    """A scale under a name, without dimensions if it is one number: conventions differ in that."""
+    return replace(spec, name=name, shape=() if spec.nbytes == DTYPE_BITS[spec.dtype] // 8 else spec.shape)
+
+
+@dataclass(slots=True)
+class _Tally:
+    """What is found of two tensors, strip by strip; `is_spoiled`: one holds a NaN or infinity where the other does not.
+
+    Elements are those of the dtype, or bytes if they are smaller.
+    """
+
+    num_elements: int = 0
+    num_equal: int = 0
+    num_different: int = 0
+    signal: float = 0.0
+    noise: float = 0.0
+    is_spoiled: bool = False
+
+    def add(self, ours: NDArray[np.float32], theirs: NDArray[np.float32]) -> None:
+        """Count values of the same place."""
+        same = (ours == theirs) | (np.isnan(ours) & np.isnan(theirs))
+        finite = np.isfinite(ours) & np.isfinite(theirs)
+        energy = energies(np.where(finite, ours, 0), np.where(finite, theirs, 0))
+        self.signal, self.noise = self.signal + energy[0], self.noise + energy[1]
+        self.num_different += int(np.count_nonzero(~same))
+        self.is_spoiled |= bool((~same & ~finite).any())
+
+    @property
+    def sqnr(self) -> float | None:
+        """In dB, None where nothing differs; where nothing can be compared, or no signal is left, a very low number."""
+        if not self.num_different:
+            return None
+        lost = self.is_spoiled or not self.signal
+        return LOST_DB if lost else max(LOST_DB, min(-LOST_DB, sqnr_db(self.signal, self.noise)))
+
+
+def _compare(name: str, a: _Side, b: _Side) -> dict[str, Any]:
+    ours, theirs = a.specs[name], b.specs[name]
+    tensor: dict[str, Any] = {"name": name, "shape": list(ours.shape), "formats": [_format(a, name), _format(b, name)]}
+    if ours.shape != theirs.shape:
+        return tensor | {"other_shape": list(theirs.shape), "equal": False, "sqnr": None}
+    tally = _Tally()
+    alike, numeric = ours.dtype == theirs.dtype, _has_values(ours, a) and _has_values(theirs, b)
+    with ValueReader(a.source, a.contents) as reader, ValueReader(b.source, b.contents) as other:
+        tensor["scale_ratio"] = _scale_ratio(ours, theirs, (reader, other), (a.contents, b.contents))
+        for lo, hi in strips(ours):
+            if alike:
+                same = reader.bits(ours, lo, hi) == other.bits(theirs, lo, hi)
+                tally.num_elements += same.size
+                tally.num_equal += int(np.count_nonzero(same))
+            if numeric:
+                tally.add(reader.values(ours, lo, hi), other.values(theirs, lo, hi))
+    return tensor | {
+        "equal": not tally.num_different if numeric else alike and tally.num_equal == tally.num_elements,
+        "equal_bytes": tally.num_equal / tally.num_elements if tally.num_elements else None,
+        "sqnr": tally.sqnr,
+    }
+
+
+def _format(side: _Side, name: str) -> str:
+    quantized = side.contents.quantized.get(name)
+    return f"{quantized.format.name} {quantized.granularity}" if quantized else side.specs[name].dtype
+
+
+def _has_values(spec: TensorSpec, side: _Side) -> bool:
+    return spec.dtype in FLOAT_DTYPES or spec.name in side.contents.quantized
+
+
+def _scale_ratio(
+    ours: TensorSpec, theirs: TensorSpec, readers: tuple[ValueReader, ValueReader], both: tuple[Contents, Contents]
+) -> list[float] | None:
+    """The extremes of B's scales over A's, over the regions that the borders of both cut out."""
+    known = [contents.quantized.get(ours.name) for contents in both]
+    regions = [quantized.granularity.region(ours.matrix) for quantized in known if quantized]
+    if len(regions) < 2 or not prod(ours.shape):
+        return None
+    borders = [
+        np.unique([i for region in regions for i in range(0, ours.matrix[axis], region[axis])]) for axis in (0, 1)
+    ]
+    spread = [
+        reader.scales(spec)[np.ix_(borders[0] // region[0], borders[1] // region[1])]
+        for reader, spec, region in zip(readers, (ours, theirs), regions, strict=True)
+    ]
+    known_scales = spread[0] > 0
+    ratio = spread[1][known_scales] / spread[0][known_scales]
+    return [float(ratio.min()), float(ratio.max())] if ratio.size else None
