@@ -36,7 +36,8 @@ from measure import (
 )
 from result import Row, markdown
 
-from fp8pack.units import format_size, parse_size
+from fp8pack.inputs import parse_size
+from fp8pack.units import format_size
 
 HERE = Path(__file__).resolve().parent
 NAME = "fp8pack-bench"
@@ -182,14 +183,14 @@ def _ratio(name: str, costs: dict[str, list[Cost]], *, bound: float) -> Row:
 def _check_memory(bench: Bench) -> None:
     """Refuse to fill the memory: tmpfs holds the source, a copy of it and the packed model at once."""
     present = bench.model is not None or (bench.tmpfs / f"models/llama-{bench.size}").exists()
-    needed = int(parse_size(bench.size) * (1.7 if present else 2.7))
+    needed = int(parse_size("size", bench.size) * (1.7 if present else 2.7))
     if (free := free_nbytes(bench.tmpfs)) < needed:
         raise CommandError(f"tmpfs rows need {format_size(needed)} and {format_size(free)} are free: lower --size")
 
 
 def bench_peer(bench: Bench) -> list[Row]:
     """Row 4: bytes of input per second, the start of the process left out, against llm-compressor's model_free_ptq."""
-    if parse_size(bench.size) < 2 * parse_size(SMALLER):
+    if parse_size("size", bench.size) < 2 * parse_size("size", SMALLER):
         raise CommandError(f"a rate needs a --size of at least twice {SMALLER}")
     _install_peer(bench.disk)
     name, folder = "4. GB/s of input, fp8pack / llm-compressor", bench.disk

@@ -33,7 +33,8 @@ from machine import hardware, versions
 from measure import Command, CommandError, Cost, alternate, environment, last_line, nbytes_of, run
 from result import VERDICTS
 
-from fp8pack.units import format_size, parse_size
+from fp8pack.inputs import parse_size
+from fp8pack.units import format_size
 
 NAME = "fp8pack-bench-calibrate"
 ROOT = Path(__file__).resolve().parents[1]
@@ -335,7 +336,7 @@ def bench_stream(bench: Bench) -> list[Part]:
     tokens = STREAM_PROMPTS * PROMPT_TOKENS
     text = (
         f"A random Llama of {format_size(nbytes_of(model))} in BF16, "
-        f"{math.ceil(parse_size(bench.size) / LAYER_NBYTES)} layers of {LAYER_NBYTES / MIB:.0f} MiB, hidden size "
+        f"{math.ceil(parse_size("size", bench.size) / LAYER_NBYTES)} layers of {LAYER_NBYTES / MIB:.0f} MiB, hidden size "
         f"{LAYER['hidden_size']}. Prompts of {PROMPT_TOKENS} tokens: the hidden states of {STREAM_PROMPTS} "
         f"take {tokens * HIDDEN_NBYTES / MIB:.0f} MiB, in files, twice while a layer runs. The bound is 1 GiB and the "
         "hidden "
@@ -543,7 +544,7 @@ def main() -> None:
         print(json.dumps(observe_in_process(args.rounds)))
         return
     if args.make:
-        make_checkpoint(args.make, parse_size(args.size))
+        make_checkpoint(args.make, parse_size("size", args.size))
         return
     folder = args.disk.resolve() / NAME
     folder.mkdir(parents=True, exist_ok=True)  # the model of a run that was killed is used

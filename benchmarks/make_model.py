@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from fp8pack.checkpoint.header import build_header
 from fp8pack.modelfacts.spec import Stored
-from fp8pack.units import parse_size
+from fp8pack.inputs import parse_size
 
 HIDDEN, INTERMEDIATE, VOCAB = 4096, 11008, 32000
 LINEARS = {
@@ -117,7 +117,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.one_tensor:
         groups: list[Shapes] = [
-            {"model.layers.0.mlp.up_proj.weight": (parse_size(args.one_tensor) // (2 * 8192), 8192)}
+            {"model.layers.0.mlp.up_proj.weight": (parse_size("size", args.one_tensor) // (2 * 8192), 8192)}
         ]
     elif args.small_tensors:
         groups = [
@@ -125,7 +125,7 @@ def main() -> None:
             for i in range(args.small_tensors)
         ]
     else:
-        groups = list(llama(parse_size(args.size)))
+        groups = list(llama(parse_size("size", args.size)))
     write_model(args.out, groups, 1 if args.one_tensor else args.shards)
 
 

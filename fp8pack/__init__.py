@@ -1,41 +1,80 @@
-"""Pack BF16 checkpoints into FP8, offline, and load the result into device buffers.
+"""Quantize BF16 checkpoints to FP8, offline, and load the result into device buffers.
 
 The public names are resolved when they are first used, so that `import fp8pack` costs nothing.
 """
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fp8pack.calibration.calibrate import calibrate as calibrate
+    from fp8pack.calibration.merge import merge as merge
+    from fp8pack.calibration.observers import observe as observe
+    from fp8pack.engines.judge import EngineVerdict as EngineVerdict
+    from fp8pack.errors import BoundError as BoundError
+    from fp8pack.errors import DeadlineError as DeadlineError
+    from fp8pack.errors import DeviceError as DeviceError
+    from fp8pack.errors import Fp8PackError as Fp8PackError
+    from fp8pack.errors import InputError as InputError
+    from fp8pack.errors import OutputError as OutputError
+    from fp8pack.errors import RecipeError as RecipeError
+    from fp8pack.errors import SpaceError as SpaceError
+    from fp8pack.errors import VerificationError as VerificationError
+    from fp8pack.packing.convert import convert as convert
+    from fp8pack.packing.pack import pack as pack
+    from fp8pack.packing.result import PackResult as PackResult
+    from fp8pack.packing.unpack import unpack as unpack
+    from fp8pack.planning.calibration_summary import CalibrationSummary as CalibrationSummary
+    from fp8pack.reading.comparison import Comparison as Comparison
+    from fp8pack.reading.diff import diff as diff
+    from fp8pack.reading.inspect import inspect as inspect
+    from fp8pack.reading.inspect import inspect_calibration as inspect_calibration
+    from fp8pack.reading.inspection import Inspection as Inspection
+    from fp8pack.reading.inspection import TensorInspection as TensorInspection
+    from fp8pack.runtime.linear import FP8Linear as FP8Linear
+    from fp8pack.runtime.linear import linear as linear
+    from fp8pack.runtime.load import load_packed as load_packed
+    from fp8pack.runtime.model import load_model as load_model
+    from fp8pack.runtime.packed_checkpoint import PackedCheckpoint as PackedCheckpoint
+    from fp8pack.runtime.packed_tensor import PackedTensor as PackedTensor
+    from fp8pack.runtime.report_fp8 import FP8Report as FP8Report
+    from fp8pack.runtime.report_fp8 import report_fp8 as report_fp8
 
 __version__ = "0.1.0"
 
-_PUBLIC = {
-    "CalibrateOptions": "fp8pack.calibration.options",
-    "Fp8PackError": "fp8pack.errors",
-    "FP8Linear": "fp8pack.runtime.linear",
-    "PackedCheckpoint": "fp8pack.runtime.packed_checkpoint",
-    "PackedTensor": "fp8pack.runtime.packed_tensor",
-    "Request": "fp8pack.planning.recipe",
-    "WriteOptions": "fp8pack.packing.prepare",
-    "calibrate": "fp8pack.calibration.calibrate",
-    "convert": "fp8pack.packing.convert",
-    "diff": "fp8pack.reading.diff",
-    "inspect": "fp8pack.reading.inspect",
-    "linear": "fp8pack.runtime.linear",
-    "load_model": "fp8pack.runtime.model",
-    "load_packed": "fp8pack.runtime.load",
-    "merge": "fp8pack.calibration.merge",
-    "observe": "fp8pack.calibration.observers",
-    "pack": "fp8pack.packing.pack",
-    "report_fp8": "fp8pack.runtime.report_fp8",
-    "unpack": "fp8pack.packing.unpack",
+_HOMES = {
+    "fp8pack.calibration.calibrate": "calibrate",
+    "fp8pack.calibration.merge": "merge",
+    "fp8pack.calibration.observers": "observe",
+    "fp8pack.engines.judge": "EngineVerdict",
+    "fp8pack.errors": "BoundError DeadlineError DeviceError Fp8PackError InputError OutputError RecipeError SpaceError "
+    "VerificationError",
+    "fp8pack.packing.convert": "convert",
+    "fp8pack.packing.pack": "pack",
+    "fp8pack.packing.result": "PackResult",
+    "fp8pack.packing.unpack": "unpack",
+    "fp8pack.planning.calibration_summary": "CalibrationSummary",
+    "fp8pack.reading.comparison": "Comparison",
+    "fp8pack.reading.diff": "diff",
+    "fp8pack.reading.inspect": "inspect inspect_calibration",
+    "fp8pack.reading.inspection": "Inspection TensorInspection",
+    "fp8pack.runtime.linear": "FP8Linear linear",
+    "fp8pack.runtime.load": "load_packed",
+    "fp8pack.runtime.model": "load_model",
+    "fp8pack.runtime.packed_checkpoint": "PackedCheckpoint",
+    "fp8pack.runtime.packed_tensor": "PackedTensor",
+    "fp8pack.runtime.report_fp8": "FP8Report report_fp8",
 }
-__all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604
+_HOME = {name: home for home, names in _HOMES.items() for name in names.split()}
+__all__ = ["__version__", *sorted(_HOME)]  # noqa: PLE0604
 
 
-def __getattr__(name: str) -> Any:
-    if name in _PUBLIC:
-        return getattr(import_module(_PUBLIC[name]), name)
-    raise AttributeError(f"module 'fp8pack' has no attribute {name!r}")
+if not TYPE_CHECKING:  # a checker knows the names above, and no others
+
+    def __getattr__(name):
+        if name in _HOME:
+            return getattr(import_module(_HOME[name]), name)
+        raise AttributeError(f"module 'fp8pack' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -1,22 +1,38 @@
 """Every failure that fp8pack expects, each with the exit code that the command line returns for it.
 
 Fp8PackError                1   a failure with a one-sentence reason
-+-- RecipeError             2   flags, patterns or a recipe file that cannot be carried out
++-- RecipeError             2   options, patterns or a recipe file that cannot be carried out
 +-- InputError              3   a checkpoint that is refused: malformed, unsafe, or of a kind fp8pack does not take
 +-- OutputError             4   the output exists, is locked, or holds an unfinished pack of another recipe
 +-- SpaceError              5   no space left, or not writable
 +-- VerificationError       6   bytes that differ from what the manifest says
-+-- DeadlineError           7   `--deadline` was reached; the same command continues
-+-- BoundError              8   a `--fail-if` bound is broken
++-- DeadlineError           7   the deadline was reached; the same command continues
++-- BoundError              8   a bound such as `sqnr_min<28` is broken
++-- DeviceError             1   torch sees no such device, or the system is not supported
 
 A mistake of the programmer stays a ValueError or TypeError and keeps its traceback.
 """
 
+import re
+
 
 class Fp8PackError(Exception):
-    """An expected failure; `str(error)` is one sentence that names the file, the tensor and the remedy."""
+    """An expected failure: `str(error)` is one sentence that names the file and the tensor, `hint` is the way out.
+
+    A hint is written in the options of the command line. `hint` has them as keywords of the Python functions,
+    `command_hint` as they are typed in a shell; both are empty if there is no way out.
+    """
 
     exit_code = 1
+
+    def __init__(self, sentence: str, hint: str = "") -> None:
+        super().__init__(sentence)
+        self.command_hint = hint
+
+    @property
+    def hint(self) -> str:
+        """The way out, in keywords of the Python functions."""
+        return as_keywords(self.command_hint)
 
 
 class RecipeError(Fp8PackError):
@@ -44,18 +60,40 @@ class SpaceError(Fp8PackError):
 
 
 class VerificationError(Fp8PackError):
-    """A file does not hold what its manifest says."""
+    """The bytes of a file differ from what its manifest says."""
 
     exit_code = 6
 
 
 class DeadlineError(Fp8PackError):
-    """The time given by `--deadline` is used up; finished work is kept."""
+    """The deadline is reached; finished work is kept."""
 
     exit_code = 7
 
 
 class BoundError(Fp8PackError):
-    """A measured value breaks a bound given by `--fail-if`."""
+    """A measured value breaks a bound."""
 
     exit_code = 8
+
+
+class DeviceError(Fp8PackError):
+    """torch sees no such device here, or fp8pack does not run on this system."""
+
+
+_OPTION = re.compile(r"(?<![\w-])--(?P<no>no-)?(?P<name>[a-z][a-z-]*)(?:[ =](?P<value>'[^']*'|[^\s,:;)`]+))?")
+_SWITCHES = ("resume", "overwrite", "kv_cache", "all_experts", "until_converged", "trust_remote_code", "dry_run")
+
+
+def as_keywords(hint: str) -> str:
+    """Return a hint with options of the command line as keywords: `--ignore x` as `ignore='x'`."""
+
+    def keyword(match: re.Match[str]) -> str:
+        name, value = match["name"].replace("-", "_"), match["value"]
+        if match["no"] or name in _SWITCHES:
+            return f"{name}={not match['no']}{' ' + value if value else ''}"
+        if value is None:
+            return name
+        return f"{name}={value if value.startswith(chr(39)) or value.isdecimal() else repr(value)}"
+
+    return _OPTION.sub(keyword, re.sub(r"(?<![\w-])-o(?![\w-])", "--output", hint))

@@ -2,14 +2,14 @@
 
 import resource
 import time
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from fp8pack.calibration.calibration_journal import CalibrationJournal
 from fp8pack.calibration.open_run import Run, open_run
-from fp8pack.calibration.options import CalibrateOptions
+from fp8pack.calibration.options import DEFAULT_PROMPTS, CalibrateOptions
 from fp8pack.calibration.progress import OnNote, OnProgress, Progress
 from fp8pack.calibration.resident import CONVERGENCE_WINDOW, run_resident
 from fp8pack.calibration.streamed import run_streamed
@@ -17,33 +17,69 @@ from fp8pack.checkpoint.calibration_file import read_calibration, write_calibrat
 from fp8pack.checkpoint.shard_writer import check_space
 from fp8pack.checkpoint.staging import Staging
 from fp8pack.errors import DeadlineError, InputError, OutputError
+from fp8pack.inputs import Duration, Texts, parse_path
 from fp8pack.modelrun.loader import quiet_transformers
+from fp8pack.modelrun.prompts import BUILT_IN
 from fp8pack.planning.calibration import Calibration, has_converged
-from fp8pack.planning.calibration_facts import calibration_facts
+from fp8pack.planning.calibration_summary import CalibrationRun, CalibrationSummary, summarize
 
 
 def calibrate(
     model: str | Path,
-    options: CalibrateOptions | None = None,
+    output: str | Path | None = None,
     *,
+    prompts: Texts = BUILT_IN,
+    num_prompts: int = DEFAULT_PROMPTS,
+    max_length: int | None = None,
+    batch_size: int = 1,
+    all_experts: bool = False,
+    until_converged: bool = False,
+    stream_layers: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    resume: bool = True,
+    overwrite: bool = False,
+    deadline: Duration | None = None,
     on_progress: OnProgress = lambda done, total: None,
     on_note: OnNote = lambda note: None,
-) -> dict[str, Any]:
-    """Run a checkpoint in BF16 over prompts and write the statistics; return what `fp8pack calibrate --json` prints.
+) -> CalibrationSummary:
+    """Run a checkpoint in BF16 over prompts and write statistics of its activations.
 
-    model: a directory, or the id of a repository in the hub cache.
+    model: a directory, or the id of a repository in the hub cache. output: by default MODEL-calibration.safetensors.
+    prompts: built-in, files (JSONL, Parquet, CSV, text) or data sets in the hub cache; taken from each in turn.
+    num_prompts: 128 to 512 are usual. max_length: tokens of a prompt; by default the model's limit, at most 2048.
+    batch_size: prompts in a call. all_experts: also run every token through every expert. until_converged: stop when no
+        amax has grown by more than 1 % over 64 prompts. stream_layers: on, off or auto: one layer in memory at a time.
+    device: auto, cpu or cuda. trust_remote_code: allow custom modeling code from the checkpoint.
+    resume: continue unfinished work. deadline: such as "50m"; the same call continues.
+    on_progress: is told (tokens done, tokens in all). on_note: is told a line at a time.
 
     Raises:
         RecipeError: an option cannot be carried out.
         InputError: the checkpoint, its tokenizer or the prompts are refused.
         OutputError: the output exists, is being written, or holds an unfinished calibration of something else.
-        SpaceError, DeadlineError: what is finished is kept, and the same call continues.
+        SpaceError, DeadlineError: finished work is kept, and the same call continues.
     """
+    options = CalibrateOptions(
+        output=output,
+        prompts=prompts,
+        num_prompts=num_prompts,
+        max_length=max_length,
+        batch_size=batch_size,
+        all_experts=all_experts,
+        until_converged=until_converged,
+        stream_layers=stream_layers,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        resume=resume,
+        overwrite=overwrite,
+        deadline=deadline,
+    )
     with quiet_transformers(), torch.no_grad():
-        return _calibrate(Path(model), options or CalibrateOptions(), on_progress, on_note)
+        return _calibrate(parse_path("model", model), options, on_progress, on_note)
 
 
-def _calibrate(model: Path, options: CalibrateOptions, on_progress: OnProgress, on_note: OnNote) -> dict[str, Any]:
+def _calibrate(model: Path, options: CalibrateOptions, on_progress: OnProgress, on_note: OnNote) -> CalibrationSummary:
     started = time.monotonic()
     run = open_run(model, options)
     for note in run.notes:
@@ -63,20 +99,17 @@ def _calibrate(model: Path, options: CalibrateOptions, on_progress: OnProgress, 
                     staging.beat()
                     on_progress(done, total)
 
-                deadline = None if options.deadline_seconds is None else started + options.deadline_seconds
+                deadline = None if options.deadline is None else started + options.deadline
                 calibration = _carry_out(run, staging, Progress(run, deadline, on_tick, on_note))
-    return {
-        "schema": 1,
-        "model": run.source.name,
-        "architecture": run.source.facts.architecture,
-        **calibration_facts(calibration),
-        "output": str(run.output),
-        "streamed": run.stack is not None,
-        "already_complete": already_complete,
-        "seconds": time.monotonic() - started,
-        "peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "notes": list(run.notes),
-    }
+    done = CalibrationRun(
+        model=run.source.name,
+        architecture=run.source.facts.architecture,
+        streamed=run.stack is not None,
+        already_complete=already_complete,
+        seconds=time.monotonic() - started,
+        peak_memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    )
+    return replace(summarize(calibration, output=run.output), run=done, notes=tuple(run.notes))
 
 
 def _finished(run: Run) -> Calibration | None:

@@ -2,8 +2,8 @@
 
 import os
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,12 +11,15 @@ from numpy.typing import NDArray
 from fp8pack.checkpoint.calibration_file import read_calibration, write_calibration
 from fp8pack.checkpoint.staging import check_output_file
 from fp8pack.errors import InputError, OutputError, RecipeError
+from fp8pack.inputs import parse_path
 from fp8pack.planning.calibration import Calibration, Site, site_order
-from fp8pack.planning.calibration_facts import calibration_facts
+from fp8pack.planning.calibration_summary import CalibrationSummary, summarize
+
+Paths = str | Path | Iterable[str | Path]
 
 
-def merge(calibrations: Sequence[str | Path], output: str | Path, *, overwrite: bool = False) -> dict[str, Any]:
-    """Write the union of calibrations of one model; return what `fp8pack merge --json` prints.
+def merge(calibrations: Paths, output: str | Path, *, overwrite: bool = False) -> CalibrationSummary:
+    """Write the union of calibration files of one model.
 
     Prompts stand in the order of the files. amax, histograms and counts are exact in any order; sums of squares agree
     to 1e-12 of their value.
@@ -24,17 +27,19 @@ def merge(calibrations: Sequence[str | Path], output: str | Path, *, overwrite: 
     Raises:
         InputError: a file is no calibration, they are of two models or were made with different options, or two of
             them hold the same prompt.
-        OutputError: the output exists.
+        OutputError: the output exists. RecipeError: the output is no .safetensors file.
     """
-    target = Path(os.path.abspath(output))
+    files = [calibrations] if isinstance(calibrations, str | Path) else list(calibrations)
+    paths = [parse_path("calibrations", file) for file in files]
+    target = Path(os.path.abspath(parse_path("output", output)))
     if target.suffix != ".safetensors":
-        raise RecipeError(f"-o must name a .safetensors file, not {target.name}")
+        raise RecipeError(f"output {target.name} is not a .safetensors file")
     check_output_file(target, None, overwrite=overwrite)
     if target.exists() and not overwrite:
-        raise OutputError(f"{target} exists: choose another -o, or --overwrite replaces it")
-    joined = join([(Path(path).name, read_calibration(Path(path))) for path in calibrations])
+        raise OutputError(f"{target} exists", "choose another -o, or --overwrite replaces it")
+    joined = join([(path.name, read_calibration(path)) for path in paths])
     write_calibration(target, joined)
-    return {"schema": 1, **calibration_facts(joined), "output": str(target), "merged": len(calibrations)}
+    return replace(summarize(joined, output=target), num_merged=len(paths))
 
 
 def join(calibrations: Sequence[tuple[str, Calibration]]) -> Calibration:

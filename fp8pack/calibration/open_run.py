@@ -72,7 +72,7 @@ def open_run(model: Path, options: CalibrateOptions) -> Run:
     check_output_file(output, source.path, overwrite=options.overwrite)
     prompts = load_prompts(options.prompts, options.num_prompts)
     if not prompts:
-        raise InputError(f"{options.prompts} holds no prompt")
+        raise InputError(f"{', '.join(options.prompts)} holds no prompt")
     device = _device(options.device)
     loader = ModelLoader(source, trust_remote_code=options.trust_remote_code, device=device)
     if loader.model.config.is_encoder_decoder:
@@ -132,7 +132,9 @@ def _device(text: str) -> torch.device:
 def _count_notes(count: int, loaded: int, options: CalibrateOptions) -> list[str]:
     notes = [f"{loaded - count} prompts came twice and are run once"] if loaded > count else []
     if loaded < options.num_prompts:
-        notes.append(f"{options.prompts} holds {loaded} prompts, fewer than the {options.num_prompts} asked for")
+        notes.append(
+            f"{', '.join(options.prompts)} holds {loaded} prompts, fewer than the {options.num_prompts} asked for"
+        )
     if not FEWEST_PROMPTS <= count <= MOST_PROMPTS:
         effect = (
             "scales may miss what the model really sees" if count < FEWEST_PROMPTS else "more rarely change a scale"

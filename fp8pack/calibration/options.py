@@ -1,35 +1,75 @@
 """How to calibrate, as asked; nothing heavy is imported for it."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from fp8pack.errors import RecipeError
+from fp8pack.inputs import (
+    Duration,
+    Texts,
+    parse_choice,
+    parse_count,
+    parse_duration,
+    parse_path,
+    parse_switch,
+    parse_texts,
+)
 from fp8pack.modelrun.prompts import BUILT_IN
 
 FEWEST_PROMPTS, DEFAULT_PROMPTS, MOST_PROMPTS = 128, 256, 512
 STREAM_LAYERS = ("auto", "on", "off")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, init=False)
 class CalibrateOptions:
-    """How to calibrate. None stands for the default: max_length for the model's, 2048 at most."""
+    """How to calibrate. None stands for the default: max_length for the model's, 2048 at most.
 
-    output: Path | None = None
-    prompts: str = BUILT_IN
-    num_prompts: int = DEFAULT_PROMPTS
-    max_length: int | None = None
-    batch_size: int = 1
-    all_experts: bool = False
-    until_converged: bool = False
-    stream_layers: str = "auto"
-    device: str = "auto"
-    trust_remote_code: bool = False
-    resume: bool = True
-    overwrite: bool = False
-    deadline_seconds: float | None = None
+    Raises:
+        RecipeError: a value is not of its kind, or out of range.
+    """
 
-    def __post_init__(self) -> None:
-        if min(self.num_prompts, self.batch_size, 1 if self.max_length is None else self.max_length) < 1:
-            raise RecipeError("--num-prompts, --batch-size and --max-length are at least 1")
-        if self.stream_layers not in STREAM_LAYERS:
-            raise RecipeError(f"--stream-layers {self.stream_layers!r} is not known: choose auto, on or off")
+    output: Path | None
+    prompts: tuple[str, ...]
+    num_prompts: int
+    max_length: int | None
+    batch_size: int
+    all_experts: bool
+    until_converged: bool
+    stream_layers: str
+    device: str
+    trust_remote_code: bool
+    resume: bool
+    overwrite: bool
+    deadline: float | None
+
+    def __init__(
+        self,
+        *,
+        output: str | Path | None = None,
+        prompts: Texts = BUILT_IN,
+        num_prompts: int | str = DEFAULT_PROMPTS,
+        max_length: int | str | None = None,
+        batch_size: int | str = 1,
+        all_experts: bool = False,
+        until_converged: bool = False,
+        stream_layers: str = "auto",
+        device: str = "auto",
+        trust_remote_code: bool = False,
+        resume: bool = True,
+        overwrite: bool = False,
+        deadline: Duration | None = None,
+    ) -> None:
+        put = partial(object.__setattr__, self)
+        put("output", None if output is None else parse_path("output", output))
+        put("prompts", parse_texts("prompts", prompts) or (BUILT_IN,))
+        put("num_prompts", parse_count("num_prompts", num_prompts, least=1))
+        put("max_length", None if max_length is None else parse_count("max_length", max_length, least=1))
+        put("batch_size", parse_count("batch_size", batch_size, least=1))
+        put("all_experts", parse_switch("all_experts", all_experts))
+        put("until_converged", parse_switch("until_converged", until_converged))
+        put("stream_layers", parse_choice("stream_layers", stream_layers, STREAM_LAYERS))
+        put("device", str(device).strip().lower())
+        put("trust_remote_code", parse_switch("trust_remote_code", trust_remote_code))
+        put("resume", parse_switch("resume", resume))
+        put("overwrite", parse_switch("overwrite", overwrite))
+        put("deadline", None if deadline is None else parse_duration("deadline", deadline))

@@ -113,6 +113,15 @@ class Journal:
                 raise
 
 
+def read_head(path: Path) -> dict[str, Any]:
+    """Return whose work a journal holds, empty if it says nothing; only `source` and `recipe` matter."""
+    try:
+        with path.open("rb") as opened:
+            return _parse_head(json.loads(opened.readline()))
+    except (OSError, ValueError):
+        return {}
+
+
 def _parse_head(line: Any) -> dict[str, Any]:
     match line:
         case {"journal": version, "source": str(), "recipe": dict()} if version == _VERSION:

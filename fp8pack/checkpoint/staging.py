@@ -68,6 +68,22 @@ class Staging:
                 self.discard()
         os.close(self._fd)
 
+    def check_free(self) -> None:
+        """Raise OutputError if another process is writing the output; nothing is made or taken."""
+        try:
+            fd = os.open(self._lock_path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            return
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise self._in_use() from None
+        finally:
+            os.close(fd)
+
+    def _in_use(self) -> OutputError:
+        return OutputError(f"{self.output} is being written by another fp8pack", "wait for it, or choose another -o")
+
     def beat(self) -> None:
         """Show other hosts that this process is alive."""
         os.utime(self._fd)
@@ -134,9 +150,7 @@ class Staging:
                     return fd
             except BlockingIOError:
                 os.close(fd)
-                raise OutputError(
-                    f"{self.output} is being written by another fp8pack: wait for it, or choose another -o"
-                ) from None
+                raise self._in_use() from None
             except FileNotFoundError:
                 pass
             os.close(fd)

@@ -62,13 +62,20 @@ def main() -> NoReturn:
     except Fp8PackError as error:
         if os.environ.get("FP8PACK_DEBUG") == "1":
             traceback.print_exc()
-        say(f"fp8pack: {error}")
+        say(f"fp8pack: {error}{_hint(error)}")
         sys.exit(error.exit_code)
     except Signalled as signalled:
         if signalled.signum != signal.SIGPIPE:
             say("fp8pack: interrupted; finished work is kept, the same command continues")
         sys.exit(128 + signalled.signum)
     sys.exit(0)
+
+
+def _hint(error: Fp8PackError) -> str:
+    """The way out behind the sentence; a question in the sentence ends it."""
+    if not error.command_hint:
+        return ""
+    return f" {error.command_hint}" if str(error).endswith("?") else f": {error.command_hint}"
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> NoReturn:

@@ -1,6 +1,5 @@
 """`fp8pack convert`."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -10,14 +9,14 @@ from fp8pack.cli import options
 
 def convert(
     ctx: typer.Context,
-    checkpoint: Annotated[
-        Path, typer.Argument(help="An FP8 checkpoint of any convention, by whatever tool.", show_default=False)
-    ],
+    checkpoint: options.Checkpoint,
     output: options.Output = None,
     scheme: Annotated[
         str,
-        typer.Option(
-            help="FP8_BLOCK, FP8_DYNAMIC, FP8, MXFP8 or W8A16; auto: as the source.", rich_help_panel=options.RECIPE
+        options.recipe_option(
+            "--scheme",
+            help=f"{', '.join(options.SCHEME_NAMES)}, or auto: as the source",
+            values=("auto", *options.SCHEME_NAMES),
         ),
     ] = "auto",
     format: options.Format = None,
@@ -28,15 +27,15 @@ def convert(
     calibration: options.CalibrationFile = None,
     kv_cache: options.KvCache = False,
     percentile: options.Percentile = None,
-    margin: options.Margin = 0,
-    warmup: options.Warmup = 0,
+    margin: options.Margin = "0",
+    warmup: options.Warmup = "0",
     ignore: Annotated[
         list[str] | None,
-        typer.Option("--ignore", "--exclude", metavar="PATTERN", help="Becomes BF16.", rich_help_panel=options.RECIPE),
+        options.recipe_option("--ignore", "--exclude", metavar="PATTERN", help="Dequantize matching tensors to BF16"),
     ] = None,
     only: options.Only = None,
-    pack_too: options.PackToo = None,
-    target: options.Target = None,
+    pack: options.PackToo = None,
+    targets: options.Targets = None,
     tp: options.TensorParallel = None,
     gpu: options.GpuName = None,
     copy: options.Copy = None,
@@ -52,23 +51,19 @@ def convert(
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """Turn an FP8 checkpoint into one of another convention, granularity or format.
+    """Convert an FP8 checkpoint to another convention or format.
 
-    What is not asked for stays as the source has it. FP8 bytes are carried over untouched where only the container
-    differs or scales become finer; elsewhere weights are dequantized and quantized anew, and the SQNR that it costs is
-    printed.
+    What is not asked for stays as in the source. FP8 bytes pass through unchanged where only the container differs or
+    scales become finer. Elsewhere weights are dequantized and requantized, and the SQNR against the source is printed.
 
-    A PATTERN is an exact tensor or module name, a glob over the whole name, or re: and a regular expression; one that
-    matches nothing is an error unless ? stands before it.
+    A PATTERN is a tensor or module name, a glob over the whole name, or re: and a regular expression. One that matches
+    nothing is an error, unless ? stands before it.
     """
     from fp8pack.cli.write import write  # these import NumPy and BLAKE3, which --help must not wait for
+    from fp8pack.packing.options import WriteOptions
     from fp8pack.packing.prepare import prepare_convert
+    from fp8pack.planning.recipe_file import make_request
 
-    how = options.write_options_of(ctx.params)
-    write(
-        prepare_convert(checkpoint, options.request_of(ctx.params), how),
-        dry_run=dry_run,
-        as_json=as_json,
-        quiet=quiet,
-        verbose=verbose,
-    )
+    request = make_request(None, **options.request_params(ctx))
+    prepared = prepare_convert(checkpoint, request, WriteOptions(**options.write_params(ctx)))
+    write(prepared, dry_run=dry_run, as_json=as_json, quiet=quiet, verbose=verbose)

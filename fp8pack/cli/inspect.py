@@ -1,45 +1,52 @@
 """`fp8pack inspect`."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from fp8pack.cli import options
-from fp8pack.cli.output import emit
+from fp8pack.cli.output import emit_document
+from fp8pack.engines.known import NAMES, parse_targets
 
 
 def inspect(
     checkpoint: Annotated[
-        Path,
-        typer.Argument(help="A directory or a .safetensors file, packed or not, or a calibration.", show_default=False),
+        Path, typer.Argument(help="Checkpoint, FP8 or not, or a calibration file.", show_default=False)
     ],
     against: Annotated[
-        Path | None, typer.Option(metavar="SOURCE", help="What it was packed from: measures the SQNR of every weight.")
+        Path | None, typer.Option(metavar="SOURCE", help="Measure the SQNR of every FP8 weight against its source")
     ] = None,
-    fail_if: Annotated[
-        list[str] | None, typer.Option(metavar="BOUND", help="Exit with 8 if it holds, such as 'sqnr_min<28'.")
+    fail_if: options.FailIf = None,
+    targets: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--target",
+            "--targets",
+            metavar="ENGINE,...",
+            help="Exit with code 8 unless these engines load it",
+            autocompletion=options.completing(tuple(NAMES)),
+        ),
     ] = None,
-    target: Annotated[
-        list[str] | None, typer.Option(metavar="ENGINE", help="Exit with 8 unless it loads the checkpoint.")
-    ] = None,
-    tp: Annotated[int | None, typer.Option(min=1, max=1024, help="At this tensor-parallel size.")] = None,
-    gpu: Annotated[str | None, typer.Option(help="On this GPU, such as h100, b200 or mi300x.")] = None,
+    tp: Annotated[str | None, typer.Option(metavar="N", help="Tensor-parallel size to check")] = None,
+    gpu: Annotated[str | None, typer.Option(metavar="NAME", help="GPU to check, e.g. h100, b200 or mi300x")] = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Show what a checkpoint of any convention holds, and who loads it; or a calibration, site by site."""
-    from fp8pack.reading import inspect as inspection  # imports NumPy and LLVM, which --help must not wait for
+    """Show what a checkpoint holds and which engines load it."""
+    from fp8pack.checkpoint.calibration_file import is_calibration  # NumPy and LLVM, which --help must not wait for
+    from fp8pack.inputs import parse_texts
+    from fp8pack.reading.bounds import check_bounds, check_targets, parse_bounds
+    from fp8pack.reading.inspect import inspect_calibration, look
     from fp8pack.report.calibration import print_calibration
     from fp8pack.report.table import print_inspection
 
-    bounds = [inspection.parse_bound(text) for text in fail_if or ()]
-    facts = inspection.inspect(checkpoint, against, targets=target or (), tp=tp, gpu=gpu)
-    if as_json:
-        emit(json.dumps(facts, indent=2, ensure_ascii=False))
-    elif "calibration" in facts:
-        print_calibration(facts)
-    else:
-        print_inspection(facts)
-    inspection.check_bounds(facts, bounds)
-    inspection.check_targets(facts)
+    bounds = parse_bounds(fail_if or ())
+    asked = parse_targets(parse_texts("targets", targets or (), commas=True))
+    if against is None and checkpoint.is_file() and is_calibration(checkpoint):
+        summary = inspect_calibration(checkpoint)
+        emit_document(summary) if as_json else print_calibration(summary)
+        return
+    found = look(checkpoint, against, targets=asked, tp=tp, gpu=gpu)
+    emit_document(found) if as_json else print_inspection(found, asked)
+    check_bounds(found, bounds)
+    check_targets(found, asked)

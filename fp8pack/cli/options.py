@@ -1,189 +1,167 @@
-"""Options that several commands share, each declared once; and how they become requests."""
+"""Options that several commands share, each declared once. Commands forward what was typed; the values check it."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from fp8pack.engines.known import parse_targets
-from fp8pack.errors import RecipeError
-from fp8pack.modelfacts.patterns import Pattern
-from fp8pack.numerics.formats import parse_format
-from fp8pack.numerics.granularity import parse_granularity
-from fp8pack.numerics.scaling import ScaleRounding
-from fp8pack.planning.recipe import MAX_MARGIN, WRITABLE, Request
-from fp8pack.units import parse_duration, parse_size
+from fp8pack.engines.gpus import GPUS
+from fp8pack.engines.known import NAMES
+from fp8pack.numerics.formats import FORMATS
+from fp8pack.planning.recipe import ACTIVATIONS, ROUNDINGS, SCHEMES, WRITABLE
 
-if TYPE_CHECKING:
-    from fp8pack.packing.prepare import WriteOptions
+RECIPE, WRITING, OUTPUT = "Recipe", "Writing", "Output"
+SCHEME_NAMES = tuple(scheme.name for scheme in SCHEMES)
+GRANULARITIES = ("tensor", "channel", "group:128", "block:128x128", "mx")
 
-RECIPE, WRITING, OUTPUT = "Recipe", "Writing", "What is printed"
 
-Output = Annotated[
-    Path | None,
-    typer.Option("-o", "--output", help="Where to write; by default beside the source, named after the result."),
+def completing(values: Sequence[str]) -> Callable[[str], list[str]]:
+    """Return a completion of these values, for shells."""
+    return lambda incomplete: [value for value in values if value.lower().startswith(incomplete.lower())]
+
+
+def recipe_option(*flags: str, help: str, values: Sequence[str] = (), metavar: str = "NAME") -> Any:
+    """Return an option that decides what the output holds."""
+    complete = completing(values) if values else None
+    return typer.Option(*flags, help=help, metavar=metavar, autocompletion=complete, rich_help_panel=RECIPE)
+
+
+def _writing(*flags: str, help: str, metavar: str | None = None) -> Any:
+    return typer.Option(*flags, help=help, metavar=metavar, rich_help_panel=WRITING)
+
+
+def _output(*flags: str, help: str) -> Any:
+    return typer.Option(*flags, help=help, rich_help_panel=OUTPUT)
+
+
+Checkpoint = Annotated[
+    Path, typer.Argument(help="FP8 checkpoint: directory or .safetensors file, from any tool.", show_default=False)
 ]
-Format = Annotated[str | None, typer.Option(help="e4m3 or e5m2.", rich_help_panel=RECIPE)]
+Output = Annotated[
+    Path | None, typer.Option("-o", "--output", metavar="PATH", help="Output path [default: beside the source]")
+]
+Format = Annotated[
+    str | None, recipe_option("--format", help="e4m3 or e5m2", values=[format.name for format in FORMATS])
+]
 GranularityText = Annotated[
     str | None,
-    typer.Option("--granularity", help="tensor, channel, group:G, block:RxC or mx.", rich_help_panel=RECIPE),
+    recipe_option(
+        "--granularity", help="Region per scale: tensor, channel, group:G, block:RxC or mx", values=GRANULARITIES
+    ),
 ]
 QuantMethodName = Annotated[
-    str | None, typer.Option("--quant-method", help=f"{', '.join(WRITABLE)}.", rich_help_panel=RECIPE)
+    str | None,
+    recipe_option("--quant-method", help=f"On-disk convention: {', '.join(WRITABLE)}", values=WRITABLE),
 ]
-Rounding = Annotated[str | None, typer.Option("--scale-rounding", help="none, up or floor.", rich_help_panel=RECIPE)]
-Activations = Annotated[str | None, typer.Option(help="dynamic, static or none.", rich_help_panel=RECIPE)]
+Rounding = Annotated[
+    str | None,
+    recipe_option("--scale-rounding", help="Round scales to powers of two: none, up or floor", values=ROUNDINGS),
+]
+Activations = Annotated[
+    str | None,
+    recipe_option("--activations", help="How activations are scaled: dynamic, static or none", values=ACTIVATIONS),
+]
 CalibrationFile = Annotated[
     Path | None,
-    typer.Option(
-        "--calibration", metavar="FILE", help="Of fp8pack calibrate: for static activations.", rich_help_panel=RECIPE
+    recipe_option(
+        "--calibration",
+        metavar="FILE",
+        help="Calibration file from `fp8pack calibrate`; needed for static activation scales and --kv-cache",
     ),
 ]
 KvCache = Annotated[
-    bool, typer.Option("--kv-cache", help="Add the calibrated scales of K and V.", rich_help_panel=RECIPE)
+    bool, typer.Option("--kv-cache", help="Add calibrated scales of the K and V cache", rich_help_panel=RECIPE)
 ]
 Percentile = Annotated[
-    float | None,
-    typer.Option(
-        min=1e-9, max=100, help="Of activations, instead of amax; mostly costs accuracy.", rich_help_panel=RECIPE
+    str | None,
+    recipe_option(
+        "--percentile",
+        metavar="P",
+        help="Clip activations at this percentile instead of amax (usually lowers accuracy)",
     ),
 ]
-Margin = Annotated[
-    int,
-    typer.Option(
-        min=-MAX_MARGIN,
-        max=MAX_MARGIN,
-        help="Activation scales are multiplied by 2^margin.",
-        rich_help_panel=RECIPE,
-    ),
-]
+Margin = Annotated[str, recipe_option("--margin", metavar="N", help="Multiply activation scales by 2^N")]
 Warmup = Annotated[
-    int, typer.Option(min=0, help="Leave the first prompts out of amax and history.", rich_help_panel=RECIPE)
+    str, recipe_option("--warmup", metavar="N", help="Skip the first N prompts when static scales are computed")
+]
+RecipeFile = Annotated[
+    Path | None,
+    recipe_option(
+        "--recipe",
+        metavar="FILE",
+        help="Recipe in YAML, or fp8pack.json of an earlier output; other options overrule it",
+    ),
+]
+Ignore = Annotated[
+    list[str] | None,
+    recipe_option("--ignore", "--exclude", metavar="PATTERN", help="Keep matching tensors unquantized"),
 ]
 Only = Annotated[
-    list[str] | None, typer.Option(metavar="PATTERN", help="Nothing else is packed.", rich_help_panel=RECIPE)
+    list[str] | None, recipe_option("--only", metavar="PATTERN", help="Quantize only tensors matching PATTERN")
 ]
 PackToo = Annotated[
-    list[str] | None,
-    typer.Option("--pack", metavar="PATTERN", help="Packed whatever the policy says.", rich_help_panel=RECIPE),
+    list[str] | None, recipe_option("--pack", metavar="PATTERN", help="Also quantize tensors matching PATTERN")
 ]
-Target = Annotated[
+KeepFirst = Annotated[
+    str, recipe_option("--keep-first-layers", metavar="N", help="Keep the first N decoder layers unquantized")
+]
+KeepLast = Annotated[
+    str, recipe_option("--keep-last-layers", metavar="N", help="Keep the last N decoder layers unquantized")
+]
+Targets = Annotated[
     list[str] | None,
-    typer.Option(
-        metavar="ENGINE",
-        help="Must load the output: vllm, sglang, tensorrt-llm, transformers, tgi, lmdeploy, comfyui, cublaslt.",
-        rich_help_panel=RECIPE,
+    recipe_option(
+        "--target",
+        "--targets",
+        metavar="ENGINE,...",
+        help=f"Engines that must load the output: {', '.join(NAMES)}",
+        values=tuple(NAMES),
     ),
 ]
 TensorParallel = Annotated[
-    int | None,
-    typer.Option("--tp", min=1, max=1024, help="Tensor-parallel size that it must load at.", rich_help_panel=RECIPE),
+    str | None, recipe_option("--tp", metavar="N", help="Tensor-parallel size that the targets must load it at")
 ]
 GpuName = Annotated[
-    str | None, typer.Option("--gpu", help="That it must run on, such as h100, b200 or mi300x.", rich_help_panel=RECIPE)
+    str | None, recipe_option("--gpu", help="Target GPU, e.g. h100, b200 or mi300x", values=tuple(GPUS))
 ]
 Copy = Annotated[
     list[str] | None,
-    typer.Option(
-        metavar="PATTERN", help="Side files to bring along although a rule leaves them out.", rich_help_panel=WRITING
-    ),
+    _writing("--copy", metavar="PATTERN", help="Also copy side files that are excluded by default"),
 ]
 MaxShardSize = Annotated[
-    str | None,
-    typer.Option(
-        metavar="SIZE", help="Such as 5GB; by default the source's shards, one for one.", rich_help_panel=WRITING
-    ),
+    str | None, _writing("--max-shard-size", metavar="SIZE", help="e.g. 5GB [default: the source's shards]")
 ]
-Workers = Annotated[
-    int | None,
-    typer.Option(min=1, max=4096, help="Threads; by default as many as cores.", rich_help_panel=WRITING),
-]
-MaxMemory = Annotated[
-    str, typer.Option(metavar="SIZE", help="Memory budget, which bounds the threads.", rich_help_panel=WRITING)
-]
-Device = Annotated[str, typer.Option(help="cpu or cuda; the bytes are the same.", rich_help_panel=WRITING)]
-Resume = Annotated[bool, typer.Option(help="Go on with unfinished work.", rich_help_panel=WRITING)]
+Workers = Annotated[str | None, _writing("--workers", metavar="N", help="Threads [default: one per core]")]
+MaxMemory = Annotated[str, _writing("--max-memory", metavar="SIZE", help="Memory budget; limits the threads")]
+Device = Annotated[str, _writing("--device", metavar="NAME", help="cpu or cuda; the output is byte-identical")]
+Resume = Annotated[bool, _writing("--resume/--no-resume", help="Continue unfinished work, or discard it")]
 Deadline = Annotated[
     str | None,
+    _writing("--deadline", metavar="TIME", help="Stop after e.g. 50m or 2h; the same command continues"),
+]
+Overwrite = Annotated[bool, _writing("--overwrite", help="Replace an existing output")]
+DryRun = Annotated[bool, _output("--dry-run", help="Print what would be done; write nothing")]
+AsJson = Annotated[bool, _output("--json", help="Print one JSON document on stdout")]
+Quiet = Annotated[bool, _output("-q", "--quiet", help="Print only errors on stderr")]
+Verbose = Annotated[bool, _output("-v", "--verbose", help="Print one line per tensor")]
+FailIf = Annotated[
+    list[str] | None,
     typer.Option(
-        metavar="TIME", help="Stop cleanly after 50m, 2h, …; the same command continues.", rich_help_panel=WRITING
+        "--fail-if", metavar="CONDITION", help="Exit with code 8 when the condition is true, e.g. 'sqnr_min<28'"
     ),
 ]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists.", rich_help_panel=WRITING)]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.", rich_help_panel=OUTPUT)]
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.", rich_help_panel=OUTPUT)]
-Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Nothing but errors on stderr.", rich_help_panel=OUTPUT)]
-Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="A line for every tensor.", rich_help_panel=OUTPUT)]
+
+_WRITE = ("output", "workers", "max_memory", "max_shard_size", "device", "copy", "resume", "overwrite", "deadline")
 
 
-def request_of(params: Mapping[str, Any]) -> Request:
-    """Return what the parameters of `pack` or `convert` ask for: a recipe file, if there is one, and the flags over it.
+def request_params(ctx: typer.Context) -> dict[str, Any]:
+    """Return the parameters of a command that make its request, as they were typed."""
+    from fp8pack.planning.recipe_file import DEFAULTS
 
-    params: by the names of the function's parameters, as typer's context has them.
-    """
-    request = _read_recipe(params["recipe"]) if params.get("recipe") else Request()
-    given: dict[str, Any] = {}
-    for name, field in _FIELDS.items():
-        value = params.get(name)
-        if value and (name, value) != ("scheme", "auto"):
-            given[field] = _PARSERS[name](value) if name in _PARSERS else value
-    return replace(request, **given)
+    return {name: value for name, value in ctx.params.items() if name in DEFAULTS and value is not None}
 
 
-def write_options_of(params: Mapping[str, Any]) -> "WriteOptions":
-    """Return how to write, from the parameters of a command that writes a checkpoint."""
-    from fp8pack.packing.prepare import WriteOptions  # imports NumPy and BLAKE3, which --help must not wait for
-
-    return WriteOptions(
-        output=params["output"],
-        workers=params["workers"],
-        max_memory=parse_size(params["max_memory"]),
-        max_shard_nbytes=parse_size(params["max_shard_size"]) if params["max_shard_size"] else None,
-        device=params.get("device", "cpu"),
-        copy=tuple(params["copy"] or ()),
-        resume=params["resume"],
-        overwrite=params["overwrite"],
-        deadline_seconds=parse_duration(params["deadline"]) if params["deadline"] else None,
-    )
-
-
-def _read_recipe(path: Path) -> Request:
-    from fp8pack.planning.recipe_file import parse_recipe  # pydantic and YAML, for this flag only
-
-    try:
-        return parse_recipe(path.read_text(encoding="utf-8"), path.name)
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path} cannot be read: {error}") from None
-
-
-def _patterns(texts: list[str]) -> tuple[Pattern, ...]:
-    return tuple(map(Pattern, texts))
-
-
-def _parse_rounding(text: str) -> ScaleRounding:
-    if text.lower() in set(ScaleRounding):
-        return ScaleRounding(text.lower())
-    raise RecipeError(f"--scale-rounding {text!r} is not known: choose none, up or floor")
-
-
-def _parse_activations(text: str) -> str:
-    if text.lower() in ("dynamic", "static", "none"):
-        return text.lower()
-    raise RecipeError(f"--activations {text!r} is not known: choose dynamic, static or none")
-
-
-_FIELDS = {name: name for name in ("scheme", "format", "granularity", "quant_method", "scale_rounding", "activations")}
-_FIELDS |= {name: name for name in ("calibration", "kv_cache", "percentile", "margin", "warmup", "tp", "gpu")}
-_FIELDS |= {"ignore": "ignore", "only": "only", "pack_too": "pack", "target": "targets"}
-_PARSERS: dict[str, Callable[[Any], Any]] = {
-    "format": parse_format,
-    "granularity": parse_granularity,
-    "scale_rounding": _parse_rounding,
-    "activations": _parse_activations,
-    "target": parse_targets,
-    "ignore": _patterns,
-    "only": _patterns,
-    "pack_too": _patterns,
-}
+def write_params(ctx: typer.Context) -> dict[str, Any]:
+    """Return the parameters of a command that say how to write, as they were typed."""
+    return {name: value for name, value in ctx.params.items() if name in _WRITE and value is not None}

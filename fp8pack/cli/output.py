@@ -1,11 +1,13 @@
 """What goes to stdout, what goes to stderr, and what ends the process from outside."""
 
+import json
 import os
 import signal
 import sys
 
 import typer
 
+from fp8pack.documents import Document
 from fp8pack.report.text import printable
 
 
@@ -25,6 +27,11 @@ def emit(text: str) -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise Signalled(signal.SIGPIPE) from None
+
+
+def emit_document(document: Document) -> None:
+    """Print a result on stdout, as JSON."""
+    emit(json.dumps(document.to_dict(), indent=2, ensure_ascii=False))
 
 
 def say(*lines: str) -> None:

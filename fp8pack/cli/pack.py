@@ -11,14 +11,14 @@ from fp8pack.cli import options
 def pack(
     ctx: typer.Context,
     model: Annotated[
-        Path,
-        typer.Argument(
-            help="A directory, a .safetensors file, or the id of a repository in the hub cache.", show_default=False
-        ),
+        Path, typer.Argument(help="Directory, .safetensors file, or repository in the hub cache.", show_default=False)
     ],
     output: options.Output = None,
     scheme: Annotated[
-        str, typer.Option(help="auto, FP8_BLOCK, FP8_DYNAMIC, FP8, MXFP8 or W8A16.", rich_help_panel=options.RECIPE)
+        str,
+        options.recipe_option(
+            "--scheme", help=f"auto, {', '.join(options.SCHEME_NAMES)}", values=("auto", *options.SCHEME_NAMES)
+        ),
     ] = "auto",
     format: options.Format = None,
     granularity: options.GranularityText = None,
@@ -28,20 +28,15 @@ def pack(
     calibration: options.CalibrationFile = None,
     kv_cache: options.KvCache = False,
     percentile: options.Percentile = None,
-    margin: options.Margin = 0,
-    warmup: options.Warmup = 0,
-    recipe: Annotated[
-        Path | None, typer.Option(help="A recipe in YAML; flags overrule it.", rich_help_panel=options.RECIPE)
-    ] = None,
-    ignore: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--ignore", "--exclude", metavar="PATTERN", help="Stays as it is.", rich_help_panel=options.RECIPE
-        ),
-    ] = None,
+    margin: options.Margin = "0",
+    warmup: options.Warmup = "0",
+    recipe: options.RecipeFile = None,
+    ignore: options.Ignore = None,
     only: options.Only = None,
-    pack_too: options.PackToo = None,
-    target: options.Target = None,
+    pack: options.PackToo = None,
+    keep_first_layers: options.KeepFirst = "0",
+    keep_last_layers: options.KeepLast = "0",
+    targets: options.Targets = None,
     tp: options.TensorParallel = None,
     gpu: options.GpuName = None,
     copy: options.Copy = None,
@@ -57,19 +52,16 @@ def pack(
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """Write an FP8 checkpoint from a BF16, FP16 or FP32 one.
+    """Quantize a BF16, FP16 or FP32 checkpoint to FP8.
 
-    A PATTERN is an exact tensor or module name, a glob over the whole name, or re: and a regular expression; one that
-    matches nothing is an error unless ? stands before it.
+    A PATTERN is a tensor or module name, a glob over the whole name, or re: and a regular expression. One that matches
+    nothing is an error, unless ? stands before it.
     """
     from fp8pack.cli.write import write  # these import NumPy and BLAKE3, which --help must not wait for
+    from fp8pack.packing.options import WriteOptions
     from fp8pack.packing.prepare import prepare_pack
+    from fp8pack.planning.recipe_file import make_request
 
-    how = options.write_options_of(ctx.params)
-    write(
-        prepare_pack(model, options.request_of(ctx.params), how),
-        dry_run=dry_run,
-        as_json=as_json,
-        quiet=quiet,
-        verbose=verbose,
-    )
+    request = make_request(recipe, **options.request_params(ctx))
+    prepared = prepare_pack(model, request, WriteOptions(**options.write_params(ctx)))
+    write(prepared, dry_run=dry_run, as_json=as_json, quiet=quiet, verbose=verbose)

@@ -1,6 +1,5 @@
 """`fp8pack unpack`."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -10,11 +9,16 @@ from fp8pack.cli import options
 
 def unpack(
     ctx: typer.Context,
-    checkpoint: Annotated[
-        Path, typer.Argument(help="An FP8 checkpoint of any convention, by whatever tool.", show_default=False)
-    ],
+    checkpoint: options.Checkpoint,
     output: options.Output = None,
-    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    dtype: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="bfloat16, float16 or float32",
+            autocompletion=options.completing(("bfloat16", "float16", "float32")),
+        ),
+    ] = "bfloat16",
     copy: options.Copy = None,
     max_shard_size: options.MaxShardSize = None,
     workers: options.Workers = None,
@@ -27,9 +31,13 @@ def unpack(
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """Turn an FP8 checkpoint back into floats: value = fp8 * scale in float32, rounded once."""
+    """Dequantize an FP8 checkpoint to BF16, FP16 or FP32.
+
+    value = fp8 * scale in float32, rounded once to nearest even.
+    """
     from fp8pack.cli.write import write  # these import NumPy and BLAKE3, which --help must not wait for
+    from fp8pack.packing.options import WriteOptions
     from fp8pack.packing.prepare import prepare_unpack
 
-    how = options.write_options_of(ctx.params)
-    write(prepare_unpack(checkpoint, dtype, how), dry_run=dry_run, as_json=as_json, quiet=quiet, verbose=verbose)
+    prepared = prepare_unpack(checkpoint, dtype, WriteOptions(**options.write_params(ctx)))
+    write(prepared, dry_run=dry_run, as_json=as_json, quiet=quiet, verbose=verbose)

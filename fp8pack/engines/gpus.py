@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 
-from fp8pack.errors import RecipeError
+from fp8pack.inputs import unknown
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +54,10 @@ def parse_gpu(text: str | None) -> Gpu | None:
     """
     if text is None:
         return None
+    if not isinstance(text, str):
+        raise unknown("gpu", text, tuple(GPUS))
     words = re.split(r"[\s_-]+", text.strip().lower())
     gpu = GPUS.get("".join(word for word in words if not _NO_PART_OF_A_NAME.fullmatch(word)))
     if gpu is None:
-        raise RecipeError(f"--gpu {text!r} is not known: choose {', '.join(GPUS)}")
+        raise unknown("gpu", text, tuple(GPUS))
     return gpu

@@ -11,18 +11,23 @@ from fp8pack.engines.tensorrt_llm import TENSORRT_LLM
 from fp8pack.engines.tgi import TGI
 from fp8pack.engines.transformers import TRANSFORMERS
 from fp8pack.engines.vllm import VLLM
-from fp8pack.errors import RecipeError
+from fp8pack.inputs import unknown
 
 ENGINES: tuple[Engine, ...] = (VLLM, SGLANG, TENSORRT_LLM, TRANSFORMERS, TGI, LMDEPLOY, COMFYUI, CUBLASLT)
 BY_ID = {engine.id: engine for engine in ENGINES}
 NAMES = {engine.id: engine.name for engine in ENGINES}
 
 
+_ALIASES = {"trtllm": "tensorrt-llm", "tensorrtllm": "tensorrt-llm", "trt-llm": "tensorrt-llm", "hf": "transformers"}
+
+
 def parse_targets(texts: Sequence[str]) -> tuple[str, ...]:
-    """Return engine names, in any case and with `_` for `-`."""
-    targets = tuple(text.lower().replace("_", "-") for text in texts)
-    targets = tuple("tensorrt-llm" if target == "trtllm" else target for target in targets)
-    for text, target in zip(texts, targets, strict=True):
+    """Return engine ids, named in any case and with `_` for `-`; RecipeError if one is not known."""
+    targets = []
+    for text in texts:
+        target = text.strip().lower().replace("_", "-")
+        target = _ALIASES.get(target, target)
         if target not in NAMES:
-            raise RecipeError(f"--target {text!r} is not known: choose {', '.join(NAMES)}")
-    return targets
+            raise unknown("target", text, tuple(NAMES))
+        targets.append(target)
+    return tuple(dict.fromkeys(targets))

@@ -1,10 +1,12 @@
 """Patterns that name tensors: an exact name, a glob over the whole dotted name, or `re:` and a regular expression."""
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import translate
 
 from fp8pack.errors import RecipeError
+from fp8pack.inputs import parse_texts
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +35,20 @@ class Pattern:
             return re.compile(body[3:])
         except re.error as error:
             raise RecipeError(f"pattern {self.text!r} is no regular expression: {error}") from None
+
+
+Patterns = str | Pattern | Iterable[str | Pattern]
+
+
+def parse_patterns(name: str, value: Patterns) -> tuple[Pattern, ...]:
+    """Return patterns from one or several, as text or as patterns; RecipeError if one is no regular expression."""
+    values = [value] if isinstance(value, str | Pattern) else value
+    if isinstance(values, Iterable):
+        values = [one.text if isinstance(one, Pattern) else one for one in values]
+    patterns = tuple(map(Pattern, parse_texts(name, values)))
+    for pattern in patterns:
+        pattern.compile()
+    return patterns
 
 
 class Matcher:

@@ -3,9 +3,9 @@
 import glob
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +30,16 @@ class Prompt:
     content: str | Messages
 
 
-def load_prompts(place: str, count: int) -> list[Prompt]:
-    """Return the first `count` prompts of a place, fewer if it holds no more.
+def load_prompts(places: Sequence[str], count: int) -> list[Prompt]:
+    """Return the first `count` prompts of several places, taken from each in turn; fewer if they hold no more.
 
-    place: `built-in`, a JSONL, Parquet, CSV, Arrow or text file, or the id of a data set in the hub cache.
+    places: `built-in`, a JSONL, Parquet, CSV, Arrow or text file, or the id of a data set in the hub cache.
 
     Raises:
         InputError: there is no such place, or a row has none of the shapes that are known.
     """
-    rows = ((name, row) for name, row in _rows(place) if not _is_blank(row))
+    sources = [((name, row) for name, row in _rows(place) if not _is_blank(row)) for place in places]
+    rows = (found for turn in zip_longest(*sources) for found in turn if found is not None)
     return [parse_row(row, name) for name, row in islice(rows, count)]
 
 

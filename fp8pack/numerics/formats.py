@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from fp8pack.errors import RecipeError
+from fp8pack.inputs import unknown
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ def parse_format(text: str) -> Float8Format:
     for candidate in FORMATS:
         if candidate.name == name:
             return candidate
-    raise RecipeError(f"format {text!r} is not known: choose e4m3 or e5m2")
+    raise unknown("format", text, tuple(format.name for format in FORMATS))
 
 
 def value_table(format: Float8Format) -> NDArray[np.float32]:

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from functools import lru_cache
 
-from fp8pack.errors import RecipeError
+from fp8pack.inputs import unknown
 from fp8pack.units import ceil_div
 
 
@@ -59,4 +59,4 @@ def parse_granularity(text: str) -> Granularity:
         return Granularity(name, int(match[1]), int(match[2]))
     if name == "block":
         return BLOCK_128
-    raise RecipeError(f"granularity {text!r} is not known: write tensor, channel, group:64, block:128x128 or mx")
+    raise unknown("granularity", text, ("tensor", "channel", "group:64", "block:128x128", "mx"))

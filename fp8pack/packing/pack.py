@@ -1,23 +1,108 @@
 """`pack`: a BF16, FP16 or FP32 checkpoint in, an FP8 checkpoint out."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from fp8pack.packing.facts import write_facts
-from fp8pack.packing.prepare import WriteOptions, prepare_pack
-from fp8pack.packing.write import carry_out
-from fp8pack.planning.recipe import Request
+from fp8pack.inputs import Duration, Size, Texts, parse_path
+from fp8pack.packing.options import WriteOptions
+from fp8pack.packing.prepare import prepare_pack
+from fp8pack.packing.result import PackResult
+from fp8pack.packing.write import OnProgress, run
+from fp8pack.planning.recipe_file import make_request
 
 
 def pack(
-    model: str | Path, request: Request | None = None, options: WriteOptions | None = None, *, dry_run: bool = False
-) -> dict[str, Any]:
-    """Pack a checkpoint; return what `fp8pack pack --json` prints.
+    model: str | Path,
+    output: str | Path | None = None,
+    *,
+    scheme: str = "auto",
+    format: str | None = None,
+    granularity: str | None = None,
+    quant_method: str | None = None,
+    scale_rounding: str | None = None,
+    activations: str | None = None,
+    calibration: str | Path | None = None,
+    kv_cache: bool = False,
+    percentile: float | None = None,
+    margin: int = 0,
+    warmup: int = 0,
+    recipe: str | Path | Mapping[str, object] | None = None,
+    ignore: Texts = (),
+    only: Texts = (),
+    pack: Texts = (),
+    keep_first_layers: int = 0,
+    keep_last_layers: int = 0,
+    targets: Texts = (),
+    tp: int | None = None,
+    gpu: str | None = None,
+    copy: Texts = (),
+    max_shard_size: Size | None = None,
+    workers: int | None = None,
+    max_memory: Size | None = None,
+    device: str = "cpu",
+    resume: bool = True,
+    overwrite: bool = False,
+    deadline: Duration | None = None,
+    on_progress: OnProgress | None = None,
+    dry_run: bool = False,
+) -> PackResult:
+    """Pack a checkpoint into FP8.
 
     model: a directory, a `.safetensors` file, or the id of a repository in the hub cache.
-
+    scheme: FP8_BLOCK, FP8_DYNAMIC, FP8, MXFP8, W8A16 or auto, which chooses by shapes and targets.
+    format: e4m3 or e5m2.
+    granularity: tensor, channel, group:G, block:RxC or mx: the region of a weight [N, K] that shares a scale.
+    quant_method: the on-disk convention: fp8, compressed-tensors, modelopt, mxfp8, quark, torchao, comfyui,
+        comfyui-scaled or fp8pack. scale_rounding: none, up or floor, the last two to powers of two.
+    activations: dynamic, static or none. calibration: the file of `fp8pack.calibrate`, for static activations and
+        `kv_cache`. percentile: clip activations there instead of at amax. margin: activation scales times 2^margin.
+        warmup: skip the first prompts.
+    recipe: a YAML file or a mapping with these keywords, or the fp8pack.json of an earlier output; keywords overrule
+        it.
+    ignore, only, pack: patterns of tensors to keep in BF16, to quantize alone, to quantize whatever the policy says. A
+        pattern is a name, a glob over the whole name, or `re:` and an expression; `?` before it lets it match nothing.
+    keep_first_layers, keep_last_layers: so many decoder layers stay in BF16.
+    targets, tp, gpu: the engines that must load the output, at which tensor-parallel size, on which GPU.
+    output: by default beside the source, named after the scheme. copy: patterns of side files that are skipped by
+        default. max_shard_size: such as "5GB". workers: threads. max_memory: bounds them. device: cpu or cuda; the
+        bytes are the same. resume: continue unfinished work. deadline: such as "50m"; the same call continues.
+    on_progress: is told (bytes done, bytes in all). dry_run: decide and check everything, write nothing.
     Raises:
-        Fp8PackError: in the kinds of errors.py, as `prepare_pack` and `carry_out` say.
+        RecipeError: the options cannot be carried out, or a target cannot load the result.
+        InputError: the checkpoint is refused. OutputError, SpaceError: the output cannot be written.
+        DeviceError: torch sees no such device. DeadlineError: finished work is kept, and the same call continues.
     """
-    prepared = prepare_pack(Path(model), request or Request(), options or WriteOptions())
-    return write_facts(prepared, None if dry_run else carry_out(prepared), every_tensor=dry_run)
+    request = make_request(
+        recipe,
+        scheme=scheme,
+        format=format,
+        granularity=granularity,
+        quant_method=quant_method,
+        scale_rounding=scale_rounding,
+        activations=activations,
+        calibration=calibration,
+        kv_cache=kv_cache,
+        percentile=percentile,
+        margin=margin,
+        warmup=warmup,
+        ignore=ignore,
+        only=only,
+        pack=pack,
+        keep_first_layers=keep_first_layers,
+        keep_last_layers=keep_last_layers,
+        targets=targets,
+        tp=tp,
+        gpu=gpu,
+    )
+    how = WriteOptions(
+        output=output,
+        workers=workers,
+        max_memory=max_memory,
+        max_shard_size=max_shard_size,
+        device=device,
+        copy=copy,
+        resume=resume,
+        overwrite=overwrite,
+        deadline=deadline,
+    )
+    return run(prepare_pack(parse_path("model", model), request, how), on_progress, dry_run=dry_run)

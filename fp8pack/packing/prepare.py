@@ -16,32 +16,20 @@ from fp8pack.checkpoint.side_files import SideFile, list_side_files
 from fp8pack.checkpoint.source import Source, beside, open_checkpoint, open_source, read_json
 from fp8pack.checkpoint.staging import check_output, check_output_file
 from fp8pack.errors import InputError, RecipeError
+from fp8pack.inputs import parse_choice
 from fp8pack.modelfacts.contents import Contents
 from fp8pack.modelfacts.experts import split_experts
+from fp8pack.packing.options import WriteOptions
 from fp8pack.planning.calibration import Calibration
 from fp8pack.planning.decide import decide
 from fp8pack.planning.make_plan import choose_recipe, make_plan, make_unpack_plan
 from fp8pack.planning.plan import Plan
 from fp8pack.planning.recipe import Request, parse_scheme, resolve_conversion
 
-DEFAULT_MEMORY = 256 << 20
 UNPACKED_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+_DTYPE_ALIASES = {"bf16": "bfloat16", "fp16": "float16", "f16": "float16", "half": "float16"}
+_DTYPE_ALIASES |= {"fp32": "float32", "f32": "float32", "float": "float32"}
 _MISTRAL_CONFIG = "params.json"
-
-
-@dataclass(frozen=True, slots=True)
-class WriteOptions:
-    """How to write; only `max_shard_nbytes` and `copy` change what the output holds. None stands for the default."""
-
-    output: Path | None = None
-    workers: int | None = None
-    max_memory: int = DEFAULT_MEMORY
-    max_shard_nbytes: int | None = None
-    device: str = "cpu"
-    copy: tuple[str, ...] = ()
-    resume: bool = True
-    overwrite: bool = False
-    deadline_seconds: float | None = None
 
 
 Verb = Literal["pack", "unpack", "convert"]
@@ -129,8 +117,7 @@ def prepare_unpack(checkpoint: Path, dtype: str, options: WriteOptions) -> Prepa
         InputError: the checkpoint is refused, or holds nothing that is FP8.
         OutputError, SpaceError: the output cannot stand where it is asked for.
     """
-    if dtype not in UNPACKED_DTYPES:
-        raise RecipeError(f"--dtype {dtype!r} is not known: choose {', '.join(UNPACKED_DTYPES)}")
+    dtype = parse_choice("dtype", _DTYPE_ALIASES.get(str(dtype).lower(), dtype), tuple(UNPACKED_DTYPES))
     source, contents = _open_quantized(checkpoint)
     if not contents.quantized:
         raise InputError(f"{source.path} holds no FP8 weight: there is nothing to unpack")
@@ -170,7 +157,7 @@ def _place(source: Source, plan: Plan, announcement: _Announcement, job: _Job, o
 
 def _shard_limit(source: Source, options: WriteOptions) -> int | None:
     """A single file stays one."""
-    return None if source.is_single_file else options.max_shard_nbytes
+    return None if source.is_single_file else options.max_shard_size
 
 
 def _documents(source: Source, announcement: _Announcement, dtype: str) -> dict[str, bytes]:

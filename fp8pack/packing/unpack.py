@@ -1,23 +1,49 @@
 """`unpack`: an FP8 checkpoint in, a BF16, FP16 or FP32 checkpoint out."""
 
 from pathlib import Path
-from typing import Any
 
-from fp8pack.packing.facts import write_facts
-from fp8pack.packing.prepare import WriteOptions, prepare_unpack
-from fp8pack.packing.write import carry_out
+from fp8pack.inputs import Duration, Size, Texts, parse_path
+from fp8pack.packing.options import WriteOptions
+from fp8pack.packing.prepare import prepare_unpack
+from fp8pack.packing.result import PackResult
+from fp8pack.packing.write import OnProgress, run
 
 
 def unpack(
-    checkpoint: str | Path, dtype: str = "bfloat16", options: WriteOptions | None = None, *, dry_run: bool = False
-) -> dict[str, Any]:
-    """Unpack an FP8 checkpoint; return what `fp8pack unpack --json` prints.
+    checkpoint: str | Path,
+    output: str | Path | None = None,
+    *,
+    dtype: str = "bfloat16",
+    copy: Texts = (),
+    max_shard_size: Size | None = None,
+    workers: int | None = None,
+    max_memory: Size | None = None,
+    resume: bool = True,
+    overwrite: bool = False,
+    deadline: Duration | None = None,
+    on_progress: OnProgress | None = None,
+    dry_run: bool = False,
+) -> PackResult:
+    """Dequantize an FP8 checkpoint into BF16, FP16 or FP32.
 
-    checkpoint: of any convention that is read, by whomever it was made. dtype: bfloat16, float16 or float32.
-    Numerics: value = fp8 * scale in float32, rounded once to the dtype, to nearest even.
-
+    checkpoint: a directory or `.safetensors` file of any convention that is read, from any tool.
+    dtype: bfloat16, float16 or float32. Numerics: value = fp8 * scale in float32, rounded once to nearest even.
+    output: by default beside the source. copy: patterns of side files that are skipped by default. max_shard_size: such
+        as "5GB". workers: threads. max_memory: bounds them. resume: continue unfinished work. deadline: such as "50m";
+        the same call continues.
+    on_progress: is told (bytes done, bytes in all). dry_run: decide and check everything, write nothing.
     Raises:
-        Fp8PackError: in the kinds of errors.py, as `prepare_unpack` and `carry_out` say.
+        InputError: the checkpoint is refused, or nothing in it is FP8.
+        RecipeError, OutputError, SpaceError, DeadlineError: as `fp8pack.pack`.
     """
-    prepared = prepare_unpack(Path(checkpoint), dtype, options or WriteOptions())
-    return write_facts(prepared, None if dry_run else carry_out(prepared), every_tensor=dry_run)
+    how = WriteOptions(
+        output=output,
+        workers=workers,
+        max_memory=max_memory,
+        max_shard_size=max_shard_size,
+        copy=copy,
+        resume=resume,
+        overwrite=overwrite,
+        deadline=deadline,
+    )
+    return run(prepare_unpack(parse_path("checkpoint", checkpoint), dtype, how), on_progress, dry_run=dry_run)

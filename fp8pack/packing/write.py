@@ -7,17 +7,17 @@ from collections.abc import Callable, Mapping
 from contextlib import closing
 from typing import Any
 
-from fp8pack.checkpoint.journal import Journal
+from fp8pack.checkpoint.journal import Journal, read_head
 from fp8pack.checkpoint.shard_writer import check_space
 from fp8pack.checkpoint.staging import Staging
 from fp8pack.errors import DeadlineError, OutputError
 from fp8pack.numerics.metrics import sqnr_db
 from fp8pack.packing.bands import Band
 from fp8pack.packing.codecs import make_codec
-from fp8pack.packing.execute import Execution
-from fp8pack.packing.facts import WriteResult
+from fp8pack.packing.execute import Execution, plan_work
 from fp8pack.packing.metadata import describes, energies_of, manifest_path, write_metadata
 from fp8pack.packing.prepare import Prepared
+from fp8pack.packing.result import PackResult, Sqnr, Written, make_result
 from fp8pack.packing.workers import Stop, available_cores
 from fp8pack.units import format_size
 
@@ -26,7 +26,31 @@ _BASE_MEMORY = 100 << 20  # interpreter and libraries
 OnProgress = Callable[[int, int], None]  # bytes gone through, bytes in all
 
 
-def carry_out(prepared: Prepared, on_progress: OnProgress = lambda done, total: None) -> WriteResult:
+def run(prepared: Prepared, on_progress: OnProgress | None = None, *, dry_run: bool = False) -> PackResult:
+    """Carry out what is prepared, or in a dry run check that it can be; raises as `carry_out` does."""
+    if dry_run:
+        check(prepared)
+        return make_result(prepared, every_tensor=True)
+    return make_result(prepared, carry_out(prepared, on_progress or (lambda done, total: None)))
+
+
+def check(prepared: Prepared) -> None:
+    """Raise what `carry_out` would raise before its first byte; nothing is written."""
+    options, staging = prepared.options, Staging(prepared.output)
+    if not options.overwrite and not staging.leftovers and _finished_root(prepared):
+        return
+    make_codec(options.device)
+    staging.check_free()
+    if prepared.output.exists() and not options.overwrite and not _is_half_committed(prepared, staging):
+        raise _exists(prepared)
+    if staging.journal.exists() and options.resume:
+        _check_same(prepared, read_head(staging.journal), staging)
+    else:
+        files = sum(work.size for work in plan_work(prepared.plan, prepared.source))
+        check_space(prepared.output.parent, files + _side_nbytes(prepared))
+
+
+def carry_out(prepared: Prepared, on_progress: OnProgress = lambda done, total: None) -> Written:
     """Write the checkpoint; a finished one of the same source and recipe is left as it is.
 
     Raises:
@@ -36,21 +60,20 @@ def carry_out(prepared: Prepared, on_progress: OnProgress = lambda done, total: 
     started = time.monotonic()
     options, staging = prepared.options, Staging(prepared.output)
     if not options.overwrite and not staging.leftovers and (root := _finished_root(prepared)):
-        return WriteResult(prepared.output, root, True, time.monotonic() - started)
+        return Written(root, True, time.monotonic() - started)
     codec = make_codec(options.device)
-    stop = Stop(deadline=None if options.deadline_seconds is None else started + options.deadline_seconds)
+    stop = Stop(deadline=None if options.deadline is None else started + options.deadline)
     with staging:
-        half_committed = (staging.content / prepared.output.name).exists()  # a single file whose manifest went first
+        half_committed = _is_half_committed(prepared, staging)
         if not options.overwrite and not half_committed and (root := _finished_root(prepared)):
             staging.journal.unlink(missing_ok=True)  # left by a run that was cut off after its commit
-            return WriteResult(prepared.output, root, True, time.monotonic() - started)
+            return Written(root, True, time.monotonic() - started)
         if prepared.output.exists() and not options.overwrite and not half_committed:
-            raise OutputError(f"{prepared.output} exists: choose another -o, or --overwrite replaces it")
+            raise _exists(prepared)
         with closing(Journal(staging.journal)) as journal:
             execution = Execution(prepared.plan, prepared.source, folder=staging.content, journal=journal)
             _resume(prepared, execution, journal, staging)
-            side_nbytes = sum(side.size for side in prepared.side_files if side.rule is None)
-            check_space(staging.folder, execution.remaining_nbytes() + side_nbytes)
+            check_space(staging.folder, execution.remaining_nbytes() + _side_nbytes(prepared))
 
             def tick() -> None:
                 staging.beat()
@@ -66,6 +89,19 @@ def carry_out(prepared: Prepared, on_progress: OnProgress = lambda done, total: 
         commit = staging.commit_file if prepared.source.is_single_file else staging.commit
         commit(overwrite=options.overwrite or half_committed)
     return _result(prepared, root, time.monotonic() - started, execution, staging)
+
+
+def _is_half_committed(prepared: Prepared, staging: Staging) -> bool:
+    """Whether a single file waits for its rename, and its manifest went first."""
+    return (staging.content / prepared.output.name).exists()
+
+
+def _exists(prepared: Prepared) -> OutputError:
+    return OutputError(f"{prepared.output} exists", "choose another -o, or --overwrite replaces it")
+
+
+def _side_nbytes(prepared: Prepared) -> int:
+    return sum(side.size for side in prepared.side_files if side.rule is None)
 
 
 def _finished_root(prepared: Prepared) -> str | None:
@@ -94,10 +130,14 @@ def _resume(prepared: Prepared, execution: Execution, journal: Journal, staging:
         staging.clear_content()
         journal.start(fingerprint, _decisive(recipe))
         return
-    if head["source"] != fingerprint or head["recipe"] != _decisive(recipe):
-        other = "checkpoint" if head["source"] != fingerprint else "recipe"
-        raise OutputError(f"{staging.folder} holds unfinished work of another {other}: --no-resume throws it away")
+    _check_same(prepared, head, staging)
     execution.resume(progress)
+
+
+def _check_same(prepared: Prepared, head: Mapping[str, Any], staging: Staging) -> None:
+    other = "recipe" if head.get("source") == prepared.source.fingerprint else "checkpoint"
+    if head and (other == "checkpoint" or head.get("recipe") != _decisive(prepared.plan.recipe_data)):
+        raise OutputError(f"{staging.folder} holds unfinished work of another {other}", "--no-resume discards it")
 
 
 def _num_workers(prepared: Prepared) -> int:
@@ -107,18 +147,15 @@ def _num_workers(prepared: Prepared) -> int:
     return max(1, min(prepared.options.workers or available_cores(), budget // (band + band // 2)))
 
 
-def _result(prepared: Prepared, root: str, seconds: float, execution: Execution, staging: Staging) -> WriteResult:
+def _result(prepared: Prepared, root: str, seconds: float, execution: Execution, staging: Staging) -> Written:
     sqnr = {name: sqnr_db(*energy) for name, energy in energies_of(execution.works).items()}
     worst = min(sqnr, key=lambda name: sqnr[name], default=None)
-    return WriteResult(
-        output=prepared.output,
+    return Written(
         root=root,
         already_complete=False,
         seconds=seconds,
         resumed_nbytes=execution.counters.resumed_nbytes,
-        sqnr_mean=sum(sqnr.values()) / len(sqnr) if sqnr else None,
-        sqnr_worst=sqnr[worst] if worst else None,
-        sqnr_worst_tensor=worst,
         peak_memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        sqnr=Sqnr(sum(sqnr.values()) / len(sqnr), sqnr[worst], worst) if worst else None,
         notes=tuple(staging.notes),
     )

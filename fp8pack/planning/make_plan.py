@@ -87,6 +87,8 @@ def make_plan(
         recipe,
         engines,
         kept,
+        request.targets,
+        request.tp,
     )
 
 

@@ -120,11 +120,13 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class PackPlan(Plan):
-    """A plan whose output is FP8: its recipe, the modules that stay, and who can load it."""
+    """A plan whose output is FP8: its recipe, who can load it, the ignored modules, and the targets that were named."""
 
     recipe: Recipe
     engines: tuple[EngineVerdict, ...]
     kept_linears: tuple[str, ...]
+    targets: tuple[str, ...] = ()
+    tp: int | None = None
 
 
 class QuantMethod(Protocol):

@@ -1,18 +1,51 @@
 """The recipe: what to do with a checkpoint, as data."""
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from fp8pack.engines.gpus import parse_gpu
+from fp8pack.engines.known import parse_targets
 from fp8pack.errors import RecipeError
-from fp8pack.modelfacts.patterns import Pattern
+from fp8pack.inputs import (
+    Texts,
+    parse_choice,
+    parse_count,
+    parse_number,
+    parse_path,
+    parse_switch,
+    parse_texts,
+    unknown,
+)
+from fp8pack.modelfacts.patterns import Pattern, Patterns, parse_patterns
 from fp8pack.modelfacts.storage import Storage
-from fp8pack.numerics.formats import E4M3, Float8Format
-from fp8pack.numerics.granularity import BLOCK_128, CHANNEL, MX, TENSOR, Granularity
+from fp8pack.numerics.formats import E4M3, Float8Format, parse_format
+from fp8pack.numerics.granularity import BLOCK_128, CHANNEL, MX, TENSOR, Granularity, parse_granularity
 from fp8pack.numerics.scaling import ScaleRounding
 from fp8pack.planning.activation_scales import ActivationOptions
 from fp8pack.planning.calibration import Calibration
+
+T = TypeVar("T")
+
+MAX_TP = 1024
+ACTIVATIONS = ("dynamic", "static", "none")
+ROUNDINGS = tuple(rounding.value for rounding in ScaleRounding)
+MAX_MARGIN = 8
+USUAL_GRANULARITY = {"mxfp8": MX, "torchao": CHANNEL, "comfyui": TENSOR, "comfyui-scaled": TENSOR}  # holding no blocks
+WRITABLE = (
+    "fp8",
+    "compressed-tensors",
+    "modelopt",
+    "mxfp8",
+    "torchao",
+    "quark",
+    "comfyui",
+    "comfyui-scaled",
+    "fp8pack",
+)
 
 
 class RuleAction(StrEnum):
@@ -32,30 +65,88 @@ class Rule:
     granularity: Granularity | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, init=False)
 class Request:
-    """What the user asked, before anything is known of the checkpoint; None leaves the choice to the scheme."""
+    """What is asked for, before anything is known of the checkpoint; None leaves the choice to the scheme.
 
-    scheme: str = "auto"
-    format: Float8Format | None = None
-    granularity: Granularity | None = None
-    quant_method: str | None = None
-    scale_rounding: ScaleRounding | None = None
-    activations: str | None = None
-    calibration: Path | None = None
-    kv_cache: bool = False
-    percentile: float | None = None
-    margin: int = 0
-    warmup: int = 0
-    ignore: tuple[Pattern, ...] = ()
-    only: tuple[Pattern, ...] = ()
-    pack: tuple[Pattern, ...] = ()
-    rules: tuple[Rule, ...] = ()
-    keep_first_layers: int = 0
-    keep_last_layers: int = 0
-    targets: tuple[str, ...] = ()
-    tp: int | None = None
-    gpu: str | None = None
+    Every value may be given as text, as a person types it: `granularity="block:128x128"`, `ignore="*.o_proj"`,
+    `targets="vllm,sglang"`. It is checked and stored as its own type.
+
+    Raises:
+        RecipeError: a value is not of its kind, out of range, or names nothing that is known.
+    """
+
+    scheme: str
+    format: Float8Format | None
+    granularity: Granularity | None
+    quant_method: str | None
+    scale_rounding: ScaleRounding | None
+    activations: str | None
+    calibration: Path | None
+    kv_cache: bool
+    percentile: float | None
+    margin: int
+    warmup: int
+    ignore: tuple[Pattern, ...]
+    only: tuple[Pattern, ...]
+    pack: tuple[Pattern, ...]
+    rules: tuple[Rule, ...]
+    keep_first_layers: int
+    keep_last_layers: int
+    targets: tuple[str, ...]
+    tp: int | None
+    gpu: str | None
+
+    def __init__(
+        self,
+        *,
+        scheme: str = "auto",
+        format: Float8Format | str | None = None,
+        granularity: Granularity | str | None = None,
+        quant_method: str | None = None,
+        scale_rounding: ScaleRounding | str | None = None,
+        activations: str | None = None,
+        calibration: str | Path | None = None,
+        kv_cache: bool = False,
+        percentile: float | str | None = None,
+        margin: int | str = 0,
+        warmup: int | str = 0,
+        ignore: Patterns = (),
+        only: Patterns = (),
+        pack: Patterns = (),
+        rules: Iterable[Rule] = (),
+        keep_first_layers: int | str = 0,
+        keep_last_layers: int | str = 0,
+        targets: Texts = (),
+        tp: int | str | None = None,
+        gpu: str | None = None,
+    ) -> None:
+        put = partial(object.__setattr__, self)
+        put("scheme", "auto" if scheme is None else parse_scheme_name(scheme))
+        put("format", _parsed(format, Float8Format, parse_format))
+        put("granularity", _parsed(granularity, Granularity, parse_granularity))
+        put("quant_method", None if quant_method is None else parse_choice("quant_method", quant_method, WRITABLE))
+        rounding = None if scale_rounding is None else parse_choice("scale_rounding", scale_rounding, ROUNDINGS)
+        put("scale_rounding", None if rounding is None else ScaleRounding(rounding))
+        put("activations", None if activations is None else parse_choice("activations", activations, ACTIVATIONS))
+        put("calibration", None if calibration is None else parse_path("calibration", calibration))
+        put("kv_cache", parse_switch("kv_cache", kv_cache))
+        put("percentile", None if percentile is None else parse_number("percentile", percentile, above=0, most=100))
+        put("margin", parse_count("margin", margin, least=-MAX_MARGIN, most=MAX_MARGIN))
+        put("warmup", parse_count("warmup", warmup))
+        put("ignore", parse_patterns("ignore", ignore))
+        put("only", parse_patterns("only", only))
+        put("pack", parse_patterns("pack", pack))
+        put("rules", tuple(rules))
+        put("keep_first_layers", parse_count("keep_first_layers", keep_first_layers))
+        put("keep_last_layers", parse_count("keep_last_layers", keep_last_layers))
+        put("targets", parse_targets(parse_texts("targets", targets, commas=True)))
+        put("tp", None if tp is None else parse_count("tp", tp, least=1, most=MAX_TP))
+        put("gpu", None if (known := parse_gpu(gpu)) is None else known.name)
+
+
+def _parsed(value: T | str | None, kind: type[T], parse: Callable[[str], T]) -> T | None:
+    return value if value is None or isinstance(value, kind) else parse(str(value))
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,21 +168,6 @@ FP8_DYNAMIC = Scheme("FP8_DYNAMIC", E4M3, CHANNEL, ScaleRounding.NONE, "dynamic"
 MXFP8 = Scheme("MXFP8", E4M3, MX, ScaleRounding.UP, "dynamic", "compressed-tensors", "MXFP8")
 W8A16 = Scheme("W8A16", E4M3, CHANNEL, ScaleRounding.NONE, "none", "compressed-tensors", "FP8-W8A16")
 SCHEMES = (FP8_BLOCK, FP8_DYNAMIC, FP8, MXFP8, W8A16)
-
-
-MAX_MARGIN = 8
-USUAL_GRANULARITY = {"mxfp8": MX, "torchao": CHANNEL, "comfyui": TENSOR, "comfyui-scaled": TENSOR}  # holding no blocks
-WRITABLE = (
-    "fp8",
-    "compressed-tensors",
-    "modelopt",
-    "mxfp8",
-    "torchao",
-    "quark",
-    "comfyui",
-    "comfyui-scaled",
-    "fp8pack",
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,15 +240,23 @@ def selection_of(request: Request) -> dict[str, Any]:
     return selection | {key: count for key, count in layers.items() if count}
 
 
+def parse_scheme_name(text: object) -> str:
+    """Return the name of a scheme as it is written, `auto` included."""
+    known = {_scheme_key(scheme.name): scheme.name for scheme in SCHEMES} | {"AUTO": "auto"}
+    found = known.get(_scheme_key(text)) if isinstance(text, str) else None
+    if found is None:
+        raise unknown("scheme", text, ("auto", *(scheme.name for scheme in SCHEMES)))
+    return found
+
+
 def parse_scheme(text: str) -> Scheme | None:
     """Return the scheme of a name in any case, `-` as `_`; None for `auto`."""
-    name = text.upper().replace("-", "_")
-    if name == "AUTO":
-        return None
-    for scheme in SCHEMES:
-        if scheme.name == name:
-            return scheme
-    raise RecipeError(f"scheme {text!r} is not known: choose auto, {', '.join(scheme.name for scheme in SCHEMES)}")
+    name = parse_scheme_name(text)
+    return next((scheme for scheme in SCHEMES if scheme.name == name), None)
+
+
+def _scheme_key(text: str) -> str:
+    return text.strip().upper().replace("-", "_")
 
 
 def resolve(request: Request, scheme: Scheme, reason: str, calibration: Calibration | None = None) -> Recipe:
@@ -220,10 +304,6 @@ def check_calibration(request: Request, activations: str, calibration: Calibrati
         raise RecipeError(
             "a calibration serves static activations (--scheme FP8) and KV-cache scales (--kv-cache): ask for either"
         )
-    if request.percentile is not None and not 0 < request.percentile <= 100:
-        raise RecipeError(f"--percentile {request.percentile:g} is not above 0 and at most 100")
-    if not -MAX_MARGIN <= request.margin <= MAX_MARGIN or request.warmup < 0:
-        raise RecipeError(f"--margin is from -{MAX_MARGIN} to {MAX_MARGIN}, and --warmup a number of prompts")
     if request.percentile is not None and request.warmup:
         raise RecipeError(
             "--warmup leaves prompts out, which the histogram behind --percentile cannot: take one of them"

@@ -1,87 +1,126 @@
-"""A recipe as YAML text."""
+"""A recipe as a file: YAML with the keywords of `fp8pack.pack`, or the manifest of an earlier output."""
 
-from typing import Annotated, Any
-
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+import json
+from collections.abc import Mapping
+from difflib import get_close_matches
+from inspect import signature
+from pathlib import Path
+from typing import Any
 
 from fp8pack.errors import RecipeError
+from fp8pack.inputs import parse_path
 from fp8pack.modelfacts.patterns import Pattern
 from fp8pack.numerics.formats import parse_format
 from fp8pack.numerics.granularity import parse_granularity
-from fp8pack.numerics.scaling import ScaleRounding
-from fp8pack.planning.recipe import MAX_MARGIN, Request, Rule, RuleAction
+from fp8pack.planning.recipe import SCHEMES, Request, Rule, RuleAction
+
+DEFAULTS: dict[str, object] = {name: given.default for name, given in signature(Request).parameters.items()}
+_RULE_KEYS = ("match", "action", "format", "granularity")
+_MAX_NBYTES = 1 << 30
+_OF_A_RESULT = ("reason", "spelling", "calibration", "unpack")  # what a manifest says of its recipe, and no keyword
 
 
-class RuleEntry(BaseModel):
-    """One rule: what its tensors become."""
+def make_request(recipe: str | Path | Mapping[str, object] | None = None, **given: object) -> Request:
+    """Return the request of a recipe, a file or a mapping, and the values given beside it, which overrule it.
 
-    model_config = ConfigDict(extra="forbid")
+    A value that is given as the keyword's default leaves the recipe's.
 
-    match: str
-    action: RuleAction = RuleAction.PACK
-    format: str | None = None
-    granularity: str | None = None
-
-
-class RecipeFile(BaseModel):
-    """A recipe file; every key is optional and means what the flag of the same name means."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    scheme: str = "auto"
-    format: str | None = None
-    granularity: str | None = None
-    quant_method: str | None = None
-    scale_rounding: ScaleRounding | None = None
-    activations: str | None = None
-    kv_cache: bool = False
-    percentile: Annotated[float, Field(gt=0, le=100)] | None = None
-    margin: Annotated[int, Field(ge=-MAX_MARGIN, le=MAX_MARGIN)] = 0
-    warmup: Annotated[int, Field(ge=0)] = 0
-    ignore: list[str] = []
-    only: list[str] = []
-    pack: list[str] = []
-    rules: list[RuleEntry] = []
-    keep_first_layers: Annotated[int, Field(ge=0)] = 0
-    keep_last_layers: Annotated[int, Field(ge=0)] = 0
+    Raises:
+        RecipeError: the recipe cannot be read, has a key that is not known, or a value is wrong.
+    """
+    named = (
+        recipe if isinstance(recipe, Mapping) else {} if recipe is None else read_recipe(parse_path("recipe", recipe))
+    )
+    where = "recipe" if isinstance(recipe, Mapping) or recipe is None else Path(recipe).name
+    values = _checked(named, where)
+    values |= {name: value for name, value in given.items() if not _is_default(name, value)}
+    return Request(**values)
 
 
-def parse_recipe(text: str, name: str) -> Request:
-    """Return the request of a recipe file; RecipeError names the file and the key that is wrong."""
+def read_recipe(path: Path) -> Mapping[str, object]:
+    """Return the keys of a recipe file: of YAML, or of the recipe in a manifest (`fp8pack.json`)."""
     try:
-        document: Any = yaml.safe_load(text)
-        entries = RecipeFile.model_validate(document if document is not None else {})
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{name} is no YAML: {' '.join(str(error).split())}") from None
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"]) or "the document"
-        raise RecipeError(f"{name}: {place}: {first['msg']}") from None
-    return Request(
-        scheme=entries.scheme,
-        format=parse_format(entries.format) if entries.format else None,
-        granularity=parse_granularity(entries.granularity) if entries.granularity else None,
-        quant_method=entries.quant_method,
-        scale_rounding=entries.scale_rounding,
-        activations=entries.activations,
-        kv_cache=entries.kv_cache,
-        percentile=entries.percentile,
-        margin=entries.margin,
-        warmup=entries.warmup,
-        ignore=tuple(map(Pattern, entries.ignore)),
-        only=tuple(map(Pattern, entries.only)),
-        pack=tuple(map(Pattern, entries.pack)),
-        rules=tuple(map(_rule, entries.rules)),
-        keep_first_layers=entries.keep_first_layers,
-        keep_last_layers=entries.keep_last_layers,
-    )
+        if path.stat().st_size > _MAX_NBYTES:
+            raise RecipeError(f"{path} is too large for a recipe")
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    document = _parse(text, path.name)
+    if document is None:
+        return {}
+    if not isinstance(document, Mapping):
+        raise RecipeError(f"{path.name} is not a recipe: it holds no keys", "write one `key: value` on each line")
+    if isinstance(document.get("fp8pack"), Mapping) and isinstance(document.get("recipe"), Mapping):
+        return _of_manifest(document["recipe"])
+    calibration = document.get("calibration")
+    if isinstance(calibration, str) and calibration:  # beside the recipe, so that both can move
+        return {**document, "calibration": path.parent / calibration}
+    return document
 
 
-def _rule(entry: RuleEntry) -> Rule:
+def _parse(text: str, name: str) -> Any:
+    if text.lstrip().startswith("{"):
+        try:
+            return json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise RecipeError(f"{name} is not valid JSON: {error}") from None
+    import yaml  # for this option alone
+
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise RecipeError(f"{name} is not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def _of_manifest(recipe: Mapping[str, object]) -> Mapping[str, object]:
+    """The keys that pack the same again; a calibration is recorded by its digest, so its file is named anew."""
+    kept = {key: value for key, value in recipe.items() if key not in _OF_A_RESULT and value is not None}
+    if kept.get("scheme") not in {scheme.name for scheme in SCHEMES}:
+        kept.pop("scheme", None)  # its parts say everything
+    if recipe.get("spelling") == "transformers":
+        kept["targets"] = ["transformers"]
+    return kept
+
+
+def _checked(document: Mapping[str, object], where: str) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for key, value in document.items():
+        name = {"target": "targets", "exclude": "ignore"}.get(str(key), str(key)).replace("-", "_")
+        if name not in DEFAULTS:
+            near = get_close_matches(name, DEFAULTS, 1)
+            guess = f": did you mean {near[0]!r}?" if near else ""
+            raise RecipeError(f"{where}: unknown key {key!r}{guess}", f"keys: {', '.join(DEFAULTS)}")
+        values[name] = _rules(value, where) if name == "rules" else DEFAULTS[name] if value is None else value
+    try:
+        Request(**values)
+    except RecipeError as error:
+        raise type(error)(f"{where}: {error}", error.command_hint) from None
+    return values
+
+
+def _rules(value: object, where: str) -> tuple[Rule, ...]:
+    if not isinstance(value, list | tuple) or not all(isinstance(entry, Mapping | Rule) for entry in value):
+        raise RecipeError(f"{where}: rules is not a list", "write `- match: PATTERN` and `  action: keep` below it")
+    return tuple(entry if isinstance(entry, Rule) else _rule(entry, where) for entry in value)
+
+
+def _rule(entry: Mapping[str, object], where: str) -> Rule:
+    if unknown := next((key for key in entry if key not in _RULE_KEYS), None):
+        raise RecipeError(f"{where}: a rule has the unknown key {unknown!r}", f"keys: {', '.join(_RULE_KEYS)}")
+    if not isinstance(entry.get("match"), str):
+        raise RecipeError(f"{where}: a rule has no pattern", "write `match: PATTERN`")
+    action = entry.get("action", RuleAction.PACK)
+    if action not in set(RuleAction):
+        raise RecipeError(f"{where}: the action {action!r} of a rule is not known", "choose pack or keep")
+    format, granularity = entry.get("format"), entry.get("granularity")
     return Rule(
-        Pattern(entry.match),
-        entry.action,
-        parse_format(entry.format) if entry.format else None,
-        parse_granularity(entry.granularity) if entry.granularity else None,
+        Pattern(str(entry["match"])),
+        RuleAction(str(action)),
+        parse_format(str(format)) if format else None,
+        parse_granularity(str(granularity)) if granularity else None,
     )
+
+
+def _is_default(name: str, value: object) -> bool:
+    default = DEFAULTS[name]
+    return value is None or value == default or (isinstance(default, tuple) and isinstance(value, list) and not value)

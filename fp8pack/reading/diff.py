@@ -5,7 +5,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,11 +12,14 @@ from numpy.typing import NDArray
 from fp8pack.checkpoint.quantized import read_contents
 from fp8pack.checkpoint.source import Source, open_checkpoint
 from fp8pack.checkpoint.values import ValueReader, strips
+from fp8pack.inputs import Texts, parse_path
 from fp8pack.modelfacts.contents import Contents
 from fp8pack.modelfacts.experts import split_experts
 from fp8pack.modelfacts.spec import DTYPE_BITS, FLOAT_DTYPES, TensorSpec
 from fp8pack.numerics.metrics import LOST_DB, energies, sqnr_db
 from fp8pack.packing.workers import Stop, available_cores, run_threads
+from fp8pack.reading.bounds import check_bounds, parse_bounds
+from fp8pack.reading.comparison import Comparison, ComparisonTotals, TensorComparison
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,44 +29,50 @@ class _Side:
     specs: dict[str, TensorSpec]
 
 
-def diff(a: str | Path, b: str | Path) -> dict[str, Any]:
-    """Compare two checkpoints; return what `fp8pack diff --json` prints.
+def diff(a: str | Path, b: str | Path, *, fail_if: Texts = ()) -> Comparison:
+    """Compare two checkpoints of any conventions, tensor by tensor: formats, scales, equal bytes, SQNR of B against A.
 
-    Of every tensor that both hold: its formats, the share of its bytes that are equal where both store it alike, the
-    smallest and largest ratio of its scales (B / A), and the SQNR of B's values against A's, in dB; None where nothing
-    differs. Experts that one of them holds fused are compared one by one.
+    Experts that one of them holds fused are compared one by one. fail_if: bounds such as "sqnr_min<28".
 
     Raises:
-        InputError: a checkpoint is malformed.
+        InputError: a checkpoint is malformed. BoundError: a bound is broken. RecipeError: one is not understood.
     """
-    sides = _open(Path(a)), _open(Path(b))
+    bounds = parse_bounds(fail_if)
+    found = compare(a, b)
+    check_bounds(found, bounds)
+    return found
+
+
+def compare(a: str | Path, b: str | Path) -> Comparison:
+    """Return what `diff` does, and leave the verdict on it to the caller."""
+    sides = _open(parse_path("a", a)), _open(parse_path("b", b))
     names = [name for name in sides[0].specs if name in sides[1].specs]
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, TensorComparison] = {}
 
     def work(name: str) -> None:
         found[name] = _compare(name, *sides)
 
     run_threads([names], lambda: nullcontext(work), count=available_cores(), stop=Stop(), tick=lambda: None)
-    tensors = [found[name] for name in names]
-    different = [tensor for tensor in tensors if not tensor["equal"]]
-    sqnr = {tensor["name"]: tensor["sqnr"] for tensor in different if tensor["sqnr"] is not None}
+    tensors = tuple(found[name] for name in names)
+    different = [tensor for tensor in tensors if not tensor.equal]
+    sqnr = {tensor.name: tensor.sqnr for tensor in different if tensor.sqnr is not None}
     worst = min(sqnr, key=lambda name: sqnr[name], default=None)
-    return {
-        "schema": 1,
-        "a": str(sides[0].source.path),
-        "b": str(sides[1].source.path),
-        "quant_methods": [side.contents.method for side in sides],
-        "only_in_a": [name for name in sides[0].specs if name not in sides[1].specs],
-        "only_in_b": [name for name in sides[1].specs if name not in sides[0].specs],
-        "tensors": tensors,
-        "totals": {
-            "num_tensors": len(tensors),
-            "num_equal": len(tensors) - len(different),
-            "sqnr_min": sqnr[worst] if worst else None,
-            "sqnr_mean": float(np.mean(list(sqnr.values()))) if sqnr else None,
-            "sqnr_worst_tensor": worst,
-        },
-    }
+    totals = ComparisonTotals(
+        num_tensors=len(tensors),
+        num_equal=len(tensors) - len(different),
+        sqnr_min=sqnr[worst] if worst else None,
+        sqnr_mean=float(np.mean(list(sqnr.values()))) if sqnr else None,
+        sqnr_worst_tensor=worst,
+    )
+    return Comparison(
+        a=sides[0].source.path,
+        b=sides[1].source.path,
+        quant_methods=(sides[0].contents.method, sides[1].contents.method),
+        only_in_a=tuple(name for name in sides[0].specs if name not in sides[1].specs),
+        only_in_b=tuple(name for name in sides[1].specs if name not in sides[0].specs),
+        tensors=tensors,
+        totals=totals,
+    )
 
 
 def _open(path: Path) -> _Side:
@@ -121,15 +129,15 @@ class _Tally:
         return LOST_DB if lost else max(LOST_DB, min(-LOST_DB, sqnr_db(self.signal, self.noise)))
 
 
-def _compare(name: str, a: _Side, b: _Side) -> dict[str, Any]:
+def _compare(name: str, a: _Side, b: _Side) -> TensorComparison:
     ours, theirs = a.specs[name], b.specs[name]
-    tensor: dict[str, Any] = {"name": name, "shape": list(ours.shape), "formats": [_format(a, name), _format(b, name)]}
+    formats = (_format(a, name), _format(b, name))
     if ours.shape != theirs.shape:
-        return tensor | {"other_shape": list(theirs.shape), "equal": False, "sqnr": None}
+        return TensorComparison(name, ours.shape, formats, equal=False, other_shape=theirs.shape)
     tally = _Tally()
     alike, numeric = ours.dtype == theirs.dtype, _has_values(ours, a) and _has_values(theirs, b)
     with ValueReader(a.source, a.contents) as reader, ValueReader(b.source, b.contents) as other:
-        tensor["scale_ratio"] = _scale_ratio(ours, theirs, (reader, other), (a.contents, b.contents))
+        ratio = _scale_ratio(ours, theirs, (reader, other), (a.contents, b.contents))
         for lo, hi in strips(ours):
             if alike:
                 same = reader.bits(ours, lo, hi) == other.bits(theirs, lo, hi)
@@ -137,11 +145,13 @@ def _compare(name: str, a: _Side, b: _Side) -> dict[str, Any]:
                 tally.num_equal += int(np.count_nonzero(same))
             if numeric:
                 tally.add(reader.values(ours, lo, hi), other.values(theirs, lo, hi))
-    return tensor | {
-        "equal": not tally.num_different if numeric else alike and tally.num_equal == tally.num_elements,
-        "equal_bytes": tally.num_equal / tally.num_elements if tally.num_elements else None,
-        "sqnr": tally.sqnr,
-    }
+    return TensorComparison(
+        *(name, ours.shape, formats),
+        equal=not tally.num_different if numeric else alike and tally.num_equal == tally.num_elements,
+        equal_bytes=tally.num_equal / tally.num_elements if tally.num_elements else None,
+        scale_ratio=ratio,
+        sqnr=tally.sqnr,
+    )
 
 
 def _format(side: _Side, name: str) -> str:
@@ -155,7 +165,7 @@ def _has_values(spec: TensorSpec, side: _Side) -> bool:
 
 def _scale_ratio(
     ours: TensorSpec, theirs: TensorSpec, readers: tuple[ValueReader, ValueReader], both: tuple[Contents, Contents]
-) -> list[float] | None:
+) -> tuple[float, float] | None:
     """The extremes of B's scales over A's, over the regions that the borders of both cut out."""
     known = [contents.quantized.get(ours.name) for contents in both]
     regions = [quantized.granularity.region(ours.matrix) for quantized in known if quantized]
@@ -170,4 +180,4 @@ def _scale_ratio(
     ]
     known_scales = spread[0] > 0
     ratio = spread[1][known_scales] / spread[0][known_scales]
-    return [float(ratio.min()), float(ratio.max())] if ratio.size else None
+    return (float(ratio.min()), float(ratio.max())) if ratio.size else None

@@ -1,11 +1,9 @@
 """`inspect`: what a checkpoint holds, packed or not, and how much quantization took away."""
 
-import re
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -14,152 +12,140 @@ from fp8pack.checkpoint.manifest_schema import Manifest, PackedEntry, check_head
 from fp8pack.checkpoint.quantized import read_contents
 from fp8pack.checkpoint.source import Source, open_checkpoint
 from fp8pack.checkpoint.values import ValueReader, strips
-from fp8pack.engines.judge import judge_engines
-from fp8pack.engines.known import NAMES, parse_targets
+from fp8pack.engines.judge import EngineVerdict, judge_engines
+from fp8pack.engines.known import parse_targets
 from fp8pack.engines.scale_layouts import scale_problem
-from fp8pack.errors import BoundError, InputError, RecipeError
+from fp8pack.errors import InputError
+from fp8pack.inputs import Texts, parse_count, parse_path, parse_texts
 from fp8pack.modelfacts.contents import Contents, Quantized
 from fp8pack.modelfacts.experts import split_experts
 from fp8pack.modelfacts.roles import judge
 from fp8pack.modelfacts.spec import FLOAT_DTYPES, Stored, TensorSpec
 from fp8pack.numerics.metrics import energies, sqnr_db
 from fp8pack.packing.workers import Stop, available_cores, run_threads
-from fp8pack.planning.calibration_facts import calibration_facts
-
-METRICS = ("sqnr_min", "sqnr_mean")
-
-
-@dataclass(frozen=True, slots=True)
-class Bound:
-    """A `--fail-if` bound: broken when the metric lies below (`<`) or above (`>`) the value."""
-
-    metric: str
-    sign: str
-    value: float
-
-
-def parse_bound(text: str) -> Bound:
-    """Return the bound of a text such as `sqnr_min<28`."""
-    match = re.fullmatch(r"\s*(\w+)\s*([<>])\s*(-?\d+(?:\.\d+)?)\s*", text)
-    if match is None or match[1] not in METRICS:
-        raise RecipeError(
-            f"--fail-if {text!r} is not understood: write METRIC<VALUE with a metric of {', '.join(METRICS)}"
-        )
-    return Bound(match[1], match[2], float(match[3]))
+from fp8pack.planning.calibration_summary import CalibrationSummary, summarize
+from fp8pack.planning.recipe import MAX_TP
+from fp8pack.reading.bounds import check_bounds, check_targets, parse_bounds
+from fp8pack.reading.inspection import Inspection, ScaleRange, TensorInspection, Totals
 
 
 def inspect(
     checkpoint: str | Path,
     against: str | Path | None = None,
     *,
-    targets: Sequence[str] = (),
+    fail_if: Texts = (),
+    targets: Texts = (),
     tp: int | None = None,
     gpu: str | None = None,
-) -> dict[str, Any]:
-    """Return what a checkpoint of any convention or a calibration file holds, and which engines load it.
+) -> Inspection:
+    """Return what a checkpoint of any convention holds, and which engines load it.
 
-    against: the source of a packed checkpoint, for the SQNR of every packed weight. targets, tp, gpu: the engines that
-        are asked about, and what they are to run on.
+    against: the source of an FP8 checkpoint: measures the SQNR of every FP8 weight. fail_if: bounds such as
+        "sqnr_min<28". targets, tp, gpu: the engines that are asked about, and what they are to run on.
 
     Raises:
         InputError: the checkpoint or the source is malformed, or the two do not belong together.
+        BoundError: a bound is broken, or one of the targets does not load the checkpoint.
+        RecipeError: an option is not understood.
     """
-    path = Path(checkpoint)
+    bounds, asked = parse_bounds(fail_if), parse_targets(parse_texts("targets", targets, commas=True))
+    found = look(checkpoint, against, targets=asked, tp=tp, gpu=gpu)
+    check_bounds(found, bounds)
+    check_targets(found, asked)
+    return found
+
+
+def look(
+    checkpoint: str | Path,
+    against: str | Path | None = None,
+    *,
+    targets: tuple[str, ...] = (),
+    tp: int | str | None = None,
+    gpu: str | None = None,
+) -> Inspection:
+    """Return what `inspect` does, and leave the verdict on it to the caller."""
+    path = parse_path("checkpoint", checkpoint)
     if path.is_file() and is_calibration(path):
-        if against is not None:
-            raise InputError(f"{checkpoint} is a calibration: nothing in it can be held against weights")
-        return {"schema": 1, "calibration": str(path), **calibration_facts(read_calibration(path), every_site=True)}
+        raise InputError(f"{path} is a calibration file, not a checkpoint", "fp8pack.inspect_calibration() reads it")
+    size = None if tp is None else parse_count("tp", tp, least=1, most=MAX_TP)
     opened = open_checkpoint(path)
     contents = read_contents(opened)
     manifest = opened.manifest
     if manifest is not None:
         check_headers(opened.specs, manifest)
     if against is not None and not contents.quantized:
-        raise InputError(f"{checkpoint} holds no FP8 weight: there is nothing to hold against {against}")
-    sqnr = _measure(opened, contents, Path(against)) if against is not None else {}
+        raise InputError(f"{checkpoint} holds no FP8 weight: there is nothing to compare with {against}")
+    sqnr = {} if against is None else _measure(opened, contents, parse_path("against", against))
     with ValueReader(opened, contents) as reader:
-        tensors = [_entry(spec, contents, manifest, reader) | _sqnr(sqnr, spec.name) for spec in contents.tensors]
-    verdicts = _verdicts(opened, contents, parse_targets(targets), tp, gpu)
-    return _facts(opened, contents, manifest, tensors) | {"engines": verdicts, "warnings": _warnings(contents)}
+        tensors = tuple(_entry(spec, contents, manifest, reader, sqnr.get(spec.name)) for spec in contents.tensors)
+    return Inspection(
+        checkpoint=opened.path,
+        architecture=opened.facts.architecture,
+        quant_method=contents.method,
+        recipe=manifest.recipe if manifest else None,
+        root=manifest.root if manifest else None,
+        tensors=tensors,
+        totals=_totals(opened, contents, tensors),
+        engines=_verdicts(opened, contents, targets, size, gpu),
+        warnings=tuple(_warnings(contents)),
+    )
 
 
-def check_targets(facts: dict[str, Any]) -> None:
-    """Raise BoundError for the first engine asked about that does not load the checkpoint."""
-    for verdict in facts.get("engines", ()):
-        if verdict["asked"] and not verdict["tp"]:
-            remedy = f": {verdict['remedy']}" if verdict["remedy"] else ""
-            raise BoundError(f"{NAMES[verdict['engine']]} does not load it: {verdict['reason']}{remedy}")
+def inspect_calibration(path: str | Path) -> CalibrationSummary:
+    """Return what a calibration file holds, site by site; InputError if it is malformed."""
+    file = parse_path("calibration", path)
+    return summarize(read_calibration(file), output=file, every_site=True)
 
 
-def check_bounds(facts: dict[str, Any], bounds: list[Bound]) -> None:
-    """Raise BoundError for the first bound that the facts break; RecipeError if a metric was not measured."""
-    for bound in bounds:
-        totals = facts.get("totals", {})
-        value = totals.get(bound.metric)
-        if value is None and totals.get("num_equal", -1) == totals.get("num_tensors"):
-            continue  # two checkpoints without a difference
-        if value is None:
-            raise RecipeError(f"--fail-if {bound.metric}: it is measured with --against SOURCE")
-        if value < bound.value if bound.sign == "<" else value > bound.value:
-            raise BoundError(f"{bound.metric} is {value:.2f}, which is {bound.sign} {bound.value:g}")
-
-
-def _facts(
-    opened: Source, contents: Contents, manifest: Manifest | None, tensors: list[dict[str, Any]]
-) -> dict[str, Any]:
-    sqnr = {tensor["name"]: tensor["sqnr"] for tensor in tensors if tensor.get("sqnr") is not None}
+def _totals(opened: Source, contents: Contents, tensors: Sequence[TensorInspection]) -> Totals:
+    sqnr = {tensor.name: tensor.sqnr for tensor in tensors if tensor.sqnr is not None}
     worst = min(sqnr, key=lambda name: sqnr[name], default=None)
-    return {
-        "schema": 1,
-        "checkpoint": str(opened.path),
-        "architecture": opened.facts.architecture,
-        "quant_method": contents.method,
-        "recipe": manifest.recipe if manifest else None,
-        "root": manifest.root if manifest else None,
-        "tensors": tensors,
-        "totals": {
-            "num_tensors": len(tensors),
-            "num_packed": len(contents.quantized),
-            "nbytes": sum(spec.nbytes for spec in opened.specs),
-            "packed_nbytes": sum(tensor["nbytes"] for tensor in tensors if tensor["name"] in contents.quantized),
-            "sqnr_min": sqnr[worst] if worst else None,
-            "sqnr_mean": float(np.mean(list(sqnr.values()))) if sqnr else None,
-            "sqnr_worst_tensor": worst,
-        },
-    }
+    return Totals(
+        num_tensors=len(tensors),
+        num_packed=len(contents.quantized),
+        nbytes=sum(spec.nbytes for spec in opened.specs),
+        packed_nbytes=sum(tensor.nbytes for tensor in tensors if tensor.name in contents.quantized),
+        sqnr_min=sqnr[worst] if worst else None,
+        sqnr_mean=float(np.mean(list(sqnr.values()))) if sqnr else None,
+        sqnr_worst_tensor=worst,
+    )
 
 
-def _entry(spec: TensorSpec, contents: Contents, manifest: Manifest | None, reader: ValueReader) -> dict[str, Any]:
+def _entry(
+    spec: TensorSpec, contents: Contents, manifest: Manifest | None, reader: ValueReader, sqnr: float | None
+) -> TensorInspection:
     recorded, quantized = manifest.tensors.get(spec.name) if manifest else None, contents.quantized.get(spec.name)
     if recorded is not None:
-        about = {"action": recorded.action, "role": recorded.role, "reason": recorded.reason}
+        action, role, reason = str(recorded.action), recorded.role, recorded.reason
     else:
-        about = _guess(spec, contents, quantized)
-    tensor = {"name": spec.name, **about, "dtype": spec.dtype, "shape": list(spec.shape), "nbytes": spec.nbytes}
-    if recorded is not None and recorded.activation_scales:
-        tensor["activation_scales"] = {scale.kind: scale.value for scale in recorded.activation_scales}
-    if quantized is not None:
-        scales = reader.scales(spec)
-        tensor |= {"format": quantized.format.name, "granularity": quantized.granularity.name}
-        tensor["amax"] = recorded.amax if isinstance(recorded, PackedEntry) else None
-        name = quantized.scale.name if quantized.scale else None
-        if scales.size:
-            tensor["scale"] = {"tensor": name, "min": float(scales.min()), "max": float(scales.max())}
-    return tensor
+        action, role, reason = _guess(spec, contents, quantized)
+    scales = recorded.activation_scales if recorded is not None else None
+    tensor = TensorInspection(
+        *(spec.name, action, role, reason, spec.dtype, spec.shape, spec.nbytes),
+        activation_scales={scale.kind: scale.value for scale in scales} if scales else None,
+        sqnr=sqnr,
+    )
+    if quantized is None:
+        return tensor
+    values = reader.scales(spec)
+    name = quantized.scale.name if quantized.scale else None
+    return replace(
+        tensor,
+        format=quantized.format.name,
+        granularity=quantized.granularity.name,
+        amax=recorded.amax if isinstance(recorded, PackedEntry) else None,
+        scale=ScaleRange(name, float(values.min()), float(values.max())) if values.size else None,
+    )
 
 
-def _guess(spec: TensorSpec, contents: Contents, quantized: Quantized | None) -> dict[str, Any]:
+def _guess(spec: TensorSpec, contents: Contents, quantized: Quantized | None) -> tuple[str, str, str]:
     """What can be said of a tensor that fp8pack did not write."""
     if quantized is not None:
         role = judge(replace(spec, dtype="BF16"), contents.facts).role
-        return {"action": "packed", "role": role, "reason": "FP8 in the file"}
+        return "packed", role, "FP8 in the file"
     verdict = judge(spec, contents.facts)
     reason = "not packed; pack would take it" if verdict.packed and not contents.quantized else verdict.reason
-    return {"action": "stored", "role": verdict.role, "reason": reason}
-
-
-def _sqnr(measured: dict[str, float], name: str) -> dict[str, float]:
-    return {"sqnr": measured[name]} if name in measured else {}
+    return "stored", verdict.role, reason
 
 
 def _measure(opened: Source, contents: Contents, against: Path) -> dict[str, float]:
@@ -190,13 +176,13 @@ def _measure(opened: Source, contents: Contents, against: Path) -> dict[str, flo
 
 def _verdicts(
     opened: Source, contents: Contents, targets: tuple[str, ...], tp: int | None, gpu: str | None
-) -> list[dict[str, Any]]:
+) -> tuple[EngineVerdict, ...]:
     """Who loads an FP8 checkpoint; of those asked about, whether anything else was asked for or not."""
     storage = contents.storage
     if storage is None:
         if targets:
             raise InputError(f"{opened.path} holds no FP8 weight: any engine that knows the model loads it")
-        return []
+        return ()
     split = split_experts(contents)
     packed = [
         (spec, judge(replace(spec, dtype="BF16"), contents.facts).role)
@@ -204,18 +190,7 @@ def _verdicts(
         if spec.name in split.quantized and len(spec.shape) == 2
     ]
     verdicts = judge_engines(storage, packed, contents.facts, tp=tp, gpu=gpu, kept=contents.kept)
-    return [
-        {
-            "engine": verdict.engine,
-            "asked": verdict.engine in targets,
-            "tp": list(verdict.tp),
-            "note": verdict.note,
-            "reason": verdict.reason,
-            "remedy": verdict.remedy,
-        }
-        for verdict in verdicts
-        if not targets or verdict.engine in targets
-    ]
+    return tuple(verdict for verdict in verdicts if not targets or verdict.engine in targets)
 
 
 def _warnings(contents: Contents) -> list[str]:

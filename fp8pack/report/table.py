@@ -1,39 +1,40 @@
-"""What `inspect` shows: a table with a line for each tensor, and the totals."""
+"""What `inspect` prints: a line for each tensor, and the totals."""
 
-from typing import Any
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fp8pack.reading.inspection import Inspection, TensorInspection
 from fp8pack.report.engines import engine_lines
-from fp8pack.report.text import printable
+from fp8pack.report.text import natural, printable, shorten
 from fp8pack.units import format_size
 
 _WIDTH = 160  # of a table that goes to a file or a pipe
+_NAME_SHARE = 0.45  # of a terminal, for names
 
 
-def print_inspection(facts: dict[str, Any]) -> None:
-    """Print the facts of a checkpoint to stdout."""
-    console = make_console([tensor["name"] for tensor in facts["tensors"]])
-    static = any("activation_scales" in tensor for tensor in facts["tensors"])
-    measured = any(tensor.get("sqnr") is not None for tensor in facts["tensors"])
+def print_inspection(found: Inspection, asked: Sequence[str] = ()) -> None:
+    """Print what a checkpoint holds to stdout; `asked`: the engines that a person asked about."""
+    console = make_console([tensor.name for tensor in found.tensors])
+    names = int(console.width * _NAME_SHARE) if console.is_terminal else console.width
+    static = any(tensor.activation_scales for tensor in found.tensors)
+    measured = any(tensor.sqnr is not None for tensor in found.tensors)
     table = Table(box=None, pad_edge=False, header_style="bold")
     for header in ("tensor", "role", "format", "shape"):
         table.add_column(header, overflow="fold")
-    for header in (
-        "scale min",
-        "scale max",
-        *(["input, K, V scale"] if static else []),
-        *(["SQNR dB"] if measured else []),
-    ):
+    extra = [*(["input, K, V scale"] if static else []), *(["SQNR dB"] if measured else [])]
+    for header in ("scale min", "scale max", *extra):
         table.add_column(header, justify="right")
     table.add_column("kept because", overflow="fold")
-    for tensor in facts["tensors"]:
-        table.add_row(*(Text(printable(cell)) for cell in _cells(tensor, static, measured)))
+    for tensor in sorted(found.tensors, key=lambda tensor: natural(tensor.name)):
+        cells = _cells(tensor, static=static, measured=measured)
+        table.add_row(*(Text(printable(cell)) for cell in (shorten(cells[0], names), *cells[1:])))
     console.print(table)
-    warnings = [f"warning  {warning}" for warning in facts["warnings"]]
-    for line in ("", *_totals(facts), *warnings, *engine_lines(facts["engines"], "fp8pack convert ")):
+    warnings = [f"warning  {warning}" for warning in found.warnings]
+    verdicts = engine_lines(found.engines, asked=asked, command="fp8pack convert ")
+    for line in ("", *_totals(found), *warnings, *verdicts):
         print_line(console, line)
 
 
@@ -50,40 +51,36 @@ def print_line(console: Console, line: str) -> None:
     console.print(Text(printable(line)), soft_wrap=True)
 
 
-def _cells(tensor: dict[str, Any], static: bool, measured: bool) -> list[str]:
-    packed = tensor["action"] == "packed"
-    scale = tensor.get("scale")
+def _cells(tensor: TensorInspection, *, static: bool, measured: bool) -> list[str]:
+    packed, scale = tensor.action == "packed", tensor.scale
     cells = [
-        tensor["name"],
-        tensor["role"],
-        f"{tensor['format']} {tensor['granularity']}" if packed else tensor["dtype"],
+        tensor.name,
+        tensor.role,
+        f"{tensor.format} {tensor.granularity}" if packed else tensor.dtype,
+        " x ".join(map(str, tensor.shape)) or "scalar",
     ]
-    cells += [" x ".join(map(str, tensor["shape"])) or "scalar"]
-    cells += [f"{scale['min']:.3g}", f"{scale['max']:.3g}"] if scale else ["", ""]
-    activations = tensor.get("activation_scales", {}).items()
+    cells += [f"{scale.min:.3g}", f"{scale.max:.3g}"] if scale else ["", ""]
+    activations = (tensor.activation_scales or {}).items()
     cells += [" ".join(f"{kind} {value:.3g}" for kind, value in activations)] if static else []
-    cells += [f"{tensor['sqnr']:.1f}" if tensor.get("sqnr") is not None else ""] if measured else []
-    return [*cells, "" if packed else tensor["reason"].removeprefix("policy: ")]
+    cells += [f"{tensor.sqnr:.1f}" if tensor.sqnr is not None else ""] if measured else []
+    return [*cells, "" if packed else tensor.reason.removeprefix("policy: ")]
 
 
-def _totals(facts: dict[str, Any]) -> list[str]:
-    totals, recipe = facts["totals"], facts["recipe"]
-    lines = [
-        f"{totals['num_tensors']} tensors, {format_size(totals['nbytes'])}"
-        + (f", {facts['architecture']}" if facts["architecture"] else "")
-    ]
-    if recipe:
-        payload = format_size(totals["packed_nbytes"])
-        lines.append(f"{totals['num_packed']} packed, {payload}: {recipe['scheme']}, {recipe['quant_method']}")
-        lines.append(f"root {facts['root']}")
-    elif totals["num_packed"]:
-        payload = format_size(totals["packed_nbytes"])
-        method = facts["quant_method"] or "announced by nothing"
-        lines.append(f"{totals['num_packed']} FP8 weights, {payload}: {method}; not by fp8pack: there is no manifest")
+def _totals(found: Inspection) -> list[str]:
+    totals, recipe = found.totals, found.recipe
+    architecture = f", {found.architecture}" if found.architecture else ""
+    lines = [f"{totals.num_tensors} tensors, {format_size(totals.nbytes)}{architecture}"]
+    payload = format_size(totals.packed_nbytes)
+    if recipe and "scheme" in recipe:
+        lines.append(f"{totals.num_packed} packed, {payload}: {recipe['scheme']}, {found.quant_method or 'fp8pack'}")
+    elif totals.num_packed:
+        method = found.quant_method or "config.json has no quantization_config"
+        lines.append(f"{totals.num_packed} FP8 weights, {payload}: {method}; from another tool, without a manifest")
     else:
         lines.append("not packed: no tensor is FP8")
-    if totals["sqnr_min"] is not None:
-        lines.append(
-            f"SQNR mean {totals['sqnr_mean']:.2f}, worst {totals['sqnr_min']:.2f} dB in {totals['sqnr_worst_tensor']}"
-        )
+    if found.root:
+        lines.append(f"root {found.root}, as the manifest says; bytes not read")
+    if totals.sqnr_min is not None:
+        of = f"mean {totals.sqnr_mean:.2f}, worst {totals.sqnr_min:.2f} dB in {totals.sqnr_worst_tensor}"
+        lines.append(f"weight SQNR against the source (all elements): {of}")
     return lines

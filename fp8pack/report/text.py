@@ -1,4 +1,4 @@
-"""Text from files, made safe for a terminal."""
+"""Text for a terminal: safe, short, in an order that people expect."""
 
 import re
 
@@ -8,3 +8,22 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u206
 def printable(line: str) -> str:
     """Return a line whose control characters, line breaks and changes of direction are escaped."""
     return _CONTROL.sub(lambda match: match[0].encode("unicode_escape", "backslashreplace").decode(), line)
+
+
+def natural(name: str) -> list[tuple[int, str]]:
+    """Return the key that sorts layer 2 before layer 10."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def shorten(name: str, width: int) -> str:
+    """Return a name of at most `width` characters: what is too long is cut in the middle."""
+    if len(name) <= width:
+        return name
+    tail = (width - 1) * 2 // 3  # the end of a name says more than its beginning
+    return f"{name[: width - 1 - tail]}…{name[-tail:]}"
+
+
+def listed(names: list[str], most: int = 3) -> str:
+    """Return the first of several names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -1,0 +1,137 @@
+"""What a calibration says: prompts, convergence, outliers, experts that saw too little."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from fp8pack.documents import Document, html_table
+from fp8pack.planning.calibration import GREW, MIN_EXPERT_TOKENS, Calibration, Site, expert_of
+
+NUM_WIDEST = 10
+_FEWEST_PROMPTS = 4  # with fewer, nothing can be said of the last quarter
+
+
+@dataclass(frozen=True, slots=True)
+class SiteSummary:
+    """The activations at one site: the names it goes by, tokens, channels, and magnitudes.
+
+    percentile_99_9: what 99.9 % of the magnitudes stay below. width: amax over that, None where it is zero.
+    spike: whether amax is over ten times that. head_amax: [heads], of K and V.
+    """
+
+    points: tuple[str, ...]
+    tokens: int
+    channels: int
+    amax: float
+    percentile_99_9: float
+    rms: float
+    width: float | None
+    spike: bool
+    head_amax: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RareExpert:
+    """A site of an expert that too few tokens were routed to."""
+
+    point: str
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationRun:
+    """What a run of `calibrate` did; peak_memory in bytes."""
+
+    model: str
+    architecture: str
+    streamed: bool
+    already_complete: bool
+    seconds: float
+    peak_memory: int
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationSummary(Document):
+    """What a calibration file holds.
+
+    growth_last_quarter: the largest growth of an amax over the last quarter of the prompts, None with fewer than 4.
+    num_growing: amax that grew by more than 1 % there. num_reached_late: sites first reached there. widest: inputs by
+    width. spikes: sites with one. sites: all of them if asked for, else empty. run: of `calibrate`. num_merged: files
+    that `merge` joined, 0 if it did not.
+    """
+
+    output: Path
+    fingerprint: str
+    options: Mapping[str, object]
+    num_prompts: int
+    num_tokens: int
+    num_sites: int
+    growth_last_quarter: float | None
+    num_growing: int
+    num_reached_late: int
+    widest: tuple[SiteSummary, ...]
+    spikes: tuple[str, ...]
+    rare_experts: tuple[RareExpert, ...]
+    has_all_experts: bool
+    sites: tuple[SiteSummary, ...] = ()
+    run: CalibrationRun | None = None
+    num_merged: int = 0
+    notes: tuple[str, ...] = ()
+
+    def _repr_html_(self) -> str:
+        title = f"{self.output}: {self.num_prompts} prompts, {self.num_tokens} tokens, {self.num_sites} sites"
+        rows = [
+            (", ".join(site.points), f"{site.amax:.4g}", f"{site.percentile_99_9:.4g}", f"{site.width or 0:.1f}")
+            for site in self.sites or self.widest
+        ]
+        return html_table(title, ("site", "amax", "99.9 %", "width"), rows)
+
+
+def summarize(calibration: Calibration, *, output: Path, every_site: bool = False) -> CalibrationSummary:
+    """Return what a calibration says, of the file that it is stored in."""
+    sites = tuple(map(summarize_site, calibration.sites))
+    inputs = [site for site in sites if any(point.endswith(".input") for point in site.points)]
+    growths = [site.growth for site in calibration.sites] if len(calibration.prompts) >= _FEWEST_PROMPTS else None
+    finite = [growth for growth in growths or () if math.isfinite(growth)]
+    return CalibrationSummary(
+        output=output,
+        fingerprint=calibration.fingerprint,
+        options=dict(calibration.options),
+        num_prompts=len(calibration.prompts),
+        num_tokens=calibration.num_tokens,
+        num_sites=len(sites),
+        growth_last_quarter=max(finite, default=1.0) if growths is not None else None,
+        num_growing=sum(growth > GREW for growth in finite),
+        num_reached_late=len(growths or ()) - len(finite),
+        widest=tuple(sorted(inputs, key=_width, reverse=True)[:NUM_WIDEST]),
+        spikes=tuple(site.points[0] for site in sites if site.spike),
+        rare_experts=tuple(
+            RareExpert(site.points[0], site.tokens)
+            for site in calibration.sites
+            if expert_of(site.points[0]) and site.tokens < MIN_EXPERT_TOKENS
+        ),
+        has_all_experts=bool(calibration.all_experts),
+        sites=sites if every_site else (),
+    )
+
+
+def summarize_site(site: Site) -> SiteSummary:
+    """Return what a site says."""
+    usual = site.percentile(99.9)
+    summary = SiteSummary(
+        points=site.points,
+        tokens=site.tokens,
+        channels=int(site.channel_amax.size),
+        amax=site.amax,
+        percentile_99_9=usual,
+        rms=math.sqrt(site.mean_square),
+        width=site.amax / usual if usual else None,
+        spike=site.has_spike,
+    )
+    return replace(summary, head_amax=tuple(map(float, site.head_amax))) if site.heads > 1 else summary
+
+
+def _width(site: SiteSummary) -> float:
+    """Width for sorting: without bound where 99.9 % are zero and the rest is not."""
+    return site.width or (math.inf if site.amax else 0.0)
