@@ -336,7 +336,8 @@ def bench_stream(bench: Bench) -> list[Part]:
     tokens = STREAM_PROMPTS * PROMPT_TOKENS
     text = (
         f"A random Llama of {format_size(nbytes_of(model))} in BF16, "
-        f"{math.ceil(parse_size("size", bench.size) / LAYER_NBYTES)} layers of {LAYER_NBYTES / MIB:.0f} MiB, hidden size "
+        f"{math.ceil(parse_size('size', bench.size) / LAYER_NBYTES)} layers of {LAYER_NBYTES / MIB:.0f} MiB, "
+        f"hidden size "
         f"{LAYER['hidden_size']}. Prompts of {PROMPT_TOKENS} tokens: the hidden states of {STREAM_PROMPTS} "
         f"take {tokens * HIDDEN_NBYTES / MIB:.0f} MiB, in files, twice while a layer runs. The bound is 1 GiB and the "
         "hidden "

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fp8pack.checkpoint.header import build_header
-from fp8pack.modelfacts.spec import Stored
 from fp8pack.inputs import parse_size
+from fp8pack.modelfacts.spec import Stored
 
 HIDDEN, INTERMEDIATE, VOCAB = 4096, 11008, 32000
 LINEARS = {

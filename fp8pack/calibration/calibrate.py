@@ -10,7 +10,7 @@ import torch
 from fp8pack.calibration.calibration_journal import CalibrationJournal
 from fp8pack.calibration.open_run import Run, open_run
 from fp8pack.calibration.options import DEFAULT_PROMPTS, CalibrateOptions
-from fp8pack.calibration.progress import OnNote, OnProgress, Progress
+from fp8pack.calibration.progress import OnNote, OnProgress, Progress, ignore_note, ignore_progress
 from fp8pack.calibration.resident import CONVERGENCE_WINDOW, run_resident
 from fp8pack.calibration.streamed import run_streamed
 from fp8pack.checkpoint.calibration_file import read_calibration, write_calibration
@@ -21,7 +21,7 @@ from fp8pack.inputs import Duration, Texts, parse_path
 from fp8pack.modelrun.loader import quiet_transformers
 from fp8pack.modelrun.prompts import BUILT_IN
 from fp8pack.planning.calibration import Calibration, has_converged
-from fp8pack.planning.calibration_summary import CalibrationRun, CalibrationSummary, summarize
+from fp8pack.planning.calibration_summary import CalibrationSummary, summarize
 
 
 def calibrate(
@@ -40,8 +40,8 @@ def calibrate(
     resume: bool = True,
     overwrite: bool = False,
     deadline: Duration | None = None,
-    on_progress: OnProgress = lambda done, total: None,
-    on_note: OnNote = lambda note: None,
+    on_progress: OnProgress = ignore_progress,
+    on_note: OnNote = ignore_note,
 ) -> CalibrationSummary:
     """Run a checkpoint in BF16 over prompts and write statistics of its activations.
 
@@ -75,8 +75,15 @@ def calibrate(
         overwrite=overwrite,
         deadline=deadline,
     )
+    return run_calibration(parse_path("model", model), options, on_progress, on_note)
+
+
+def run_calibration(
+    model: Path, options: CalibrateOptions, on_progress: OnProgress = ignore_progress, on_note: OnNote = ignore_note
+) -> CalibrationSummary:
+    """Calibrate with options that were made already; raises as `calibrate` does."""
     with quiet_transformers(), torch.no_grad():
-        return _calibrate(parse_path("model", model), options, on_progress, on_note)
+        return _calibrate(model, options, on_progress, on_note)
 
 
 def _calibrate(model: Path, options: CalibrateOptions, on_progress: OnProgress, on_note: OnNote) -> CalibrationSummary:
@@ -101,7 +108,9 @@ def _calibrate(model: Path, options: CalibrateOptions, on_progress: OnProgress, 
 
                 deadline = None if options.deadline is None else started + options.deadline
                 calibration = _carry_out(run, staging, Progress(run, deadline, on_tick, on_note))
-    done = CalibrationRun(
+    return replace(
+        summarize(calibration, output=run.output),
+        notes=tuple(run.notes),
         model=run.source.name,
         architecture=run.source.facts.architecture,
         streamed=run.stack is not None,
@@ -109,7 +118,6 @@ def _calibrate(model: Path, options: CalibrateOptions, on_progress: OnProgress, 
         seconds=time.monotonic() - started,
         peak_memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     )
-    return replace(summarize(calibration, output=run.output), run=done, notes=tuple(run.notes))
 
 
 def _finished(run: Run) -> Calibration | None:

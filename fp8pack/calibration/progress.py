@@ -13,6 +13,14 @@ OnProgress = Callable[[int, int], None]  # tokens done, tokens in all
 OnNote = Callable[[str], None]
 
 
+def ignore_progress(done: int, total: int) -> None:
+    """Tell nobody."""
+
+
+def ignore_note(note: str) -> None:
+    """Tell nobody."""
+
+
 class Progress:
     """Counts the tokens of a run; streamed, a token counts once for each layer, and once for the rest."""
 

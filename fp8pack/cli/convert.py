@@ -27,8 +27,8 @@ def convert(
     calibration: options.CalibrationFile = None,
     kv_cache: options.KvCache = False,
     percentile: options.Percentile = None,
-    margin: options.Margin = "0",
-    warmup: options.Warmup = "0",
+    margin: options.Margin = None,
+    warmup: options.Warmup = None,
     ignore: Annotated[
         list[str] | None,
         options.recipe_option("--ignore", "--exclude", metavar="PATTERN", help="Dequantize matching tensors to BF16"),

@@ -81,9 +81,9 @@ Percentile = Annotated[
         help="Clip activations at this percentile instead of amax (usually lowers accuracy)",
     ),
 ]
-Margin = Annotated[str, recipe_option("--margin", metavar="N", help="Multiply activation scales by 2^N")]
+Margin = Annotated[str | None, recipe_option("--margin", metavar="N", help="Multiply activation scales by 2^N")]
 Warmup = Annotated[
-    str, recipe_option("--warmup", metavar="N", help="Skip the first N prompts when static scales are computed")
+    str | None, recipe_option("--warmup", metavar="N", help="Skip the first N prompts when static scales are computed")
 ]
 RecipeFile = Annotated[
     Path | None,
@@ -104,10 +104,10 @@ PackToo = Annotated[
     list[str] | None, recipe_option("--pack", metavar="PATTERN", help="Also quantize tensors matching PATTERN")
 ]
 KeepFirst = Annotated[
-    str, recipe_option("--keep-first-layers", metavar="N", help="Keep the first N decoder layers unquantized")
+    str | None, recipe_option("--keep-first-layers", metavar="N", help="Keep the first N decoder layers unquantized")
 ]
 KeepLast = Annotated[
-    str, recipe_option("--keep-last-layers", metavar="N", help="Keep the last N decoder layers unquantized")
+    str | None, recipe_option("--keep-last-layers", metavar="N", help="Keep the last N decoder layers unquantized")
 ]
 Targets = Annotated[
     list[str] | None,

@@ -34,14 +34,14 @@ class Pattern:
         try:
             return re.compile(body[3:])
         except re.error as error:
-            raise RecipeError(f"pattern {self.text!r} is no regular expression: {error}") from None
+            raise RecipeError(f"pattern {self.text!r} is not a valid regular expression: {error}") from None
 
 
 Patterns = str | Pattern | Iterable[str | Pattern]
 
 
 def parse_patterns(name: str, value: Patterns) -> tuple[Pattern, ...]:
-    """Return patterns from one or several, as text or as patterns; RecipeError if one is no regular expression."""
+    """Return patterns from one or several, as text or as patterns; RecipeError if one is not a valid expression."""
     values = [value] if isinstance(value, str | Pattern) else value
     if isinstance(values, Iterable):
         values = [one.text if isinstance(one, Pattern) else one for one in values]

@@ -43,8 +43,8 @@ class WriteOptions:
 
     def __init__(
         self,
-        *,
         output: str | Path | None = None,
+        *,
         workers: int | str | None = None,
         max_memory: Size | None = DEFAULT_MEMORY,
         max_shard_size: Size | None = None,

@@ -40,25 +40,14 @@ class RareExpert:
 
 
 @dataclass(frozen=True, slots=True)
-class CalibrationRun:
-    """What a run of `calibrate` did; peak_memory in bytes."""
-
-    model: str
-    architecture: str
-    streamed: bool
-    already_complete: bool
-    seconds: float
-    peak_memory: int
-
-
-@dataclass(frozen=True, slots=True)
 class CalibrationSummary(Document):
     """What a calibration file holds.
 
     growth_last_quarter: the largest growth of an amax over the last quarter of the prompts, None with fewer than 4.
     num_growing: amax that grew by more than 1 % there. num_reached_late: sites first reached there. widest: inputs by
-    width. spikes: sites with one. sites: all of them if asked for, else empty. run: of `calibrate`. num_merged: files
-    that `merge` joined, 0 if it did not.
+    width. spikes: sites with one. sites: all of them if asked for, else empty. num_merged: files that
+    `merge` joined, 0 if it did not. Of a run of `calibrate`, else None: model, architecture, streamed (one layer in
+    memory at a time), already_complete, seconds, peak_memory in bytes.
     """
 
     output: Path
@@ -75,8 +64,13 @@ class CalibrationSummary(Document):
     rare_experts: tuple[RareExpert, ...]
     has_all_experts: bool
     sites: tuple[SiteSummary, ...] = ()
-    run: CalibrationRun | None = None
     num_merged: int = 0
+    model: str | None = None
+    architecture: str | None = None
+    streamed: bool | None = None
+    already_complete: bool | None = None
+    seconds: float | None = None
+    peak_memory: int | None = None
     notes: tuple[str, ...] = ()
 
     def _repr_html_(self) -> str:

@@ -99,8 +99,8 @@ class Request:
 
     def __init__(
         self,
-        *,
         scheme: str = "auto",
+        *,
         format: Float8Format | str | None = None,
         granularity: Granularity | str | None = None,
         quant_method: str | None = None,

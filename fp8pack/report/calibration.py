@@ -24,13 +24,10 @@ def summary_lines(summary: CalibrationSummary) -> list[str]:
             f"         {name:{width}}  {_numbers(site)}" for name, site in zip(names, summary.widest, strict=True)
         ]
     lines += _advice(summary)
-    if run := summary.run:
-        peak = format_size(run.peak_memory)
-        lines.append(
-            "result   already complete"
-            if run.already_complete
-            else f"result   {format_seconds(run.seconds)}  peak {peak}"
-        )
+    if summary.already_complete:
+        lines.append("result   already complete")
+    elif summary.seconds is not None:
+        lines.append(f"result   {format_seconds(summary.seconds)}  peak {format_size(summary.peak_memory or 0)}")
     return lines
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+import verbs
 from calibration.tiny_models import (
     EXPERTS,
     HEAD_DIM,
@@ -31,7 +32,6 @@ from calibration.tiny_models import (
 from checkpoints import DEMO
 from numpy.typing import NDArray
 
-import fp8pack
 from fp8pack.calibration.calibrate import calibrate
 from fp8pack.calibration.options import CalibrateOptions
 from fp8pack.checkpoint.calibration_file import read_calibration
@@ -275,8 +275,8 @@ def test_every_statistic_equals_that_of_hooks_written_by_hand(family: str, batch
     folder = save_model(make_model(family), tmp_path / "model")
     prompts = write_prompts(tmp_path / "prompts.jsonl")
     output = tmp_path / "calibration.safetensors"
-    options = CalibrateOptions(output, str(prompts), batch_size=batch_size, stream_layers="off")
-    calibrate(folder, options)
+    options = CalibrateOptions(output=output, prompts=str(prompts), batch_size=batch_size, stream_layers="off")
+    verbs.calibrate(folder, options)
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     ids = [tokenizer(text, truncation=True, max_length=64)["input_ids"] for text in TEXTS]
@@ -290,8 +290,8 @@ def test_the_demo_model_over_the_prompts_that_come_with_it(tmp_path: Path) -> No
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("\n".join(rows), encoding="utf-8")
     output = tmp_path / "calibration.safetensors"
-    facts = calibrate(DEMO, CalibrateOptions(output, str(prompts), num_prompts=24, max_length=64))
-    assert facts["streamed"] is False
+    facts = calibrate(DEMO, output, prompts=str(prompts), num_prompts=24, max_length=64)
+    assert facts.streamed is False
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(DEMO)
     # how a conversation becomes text is not at stake here
@@ -311,7 +311,7 @@ def test_the_demo_model_over_the_prompts_that_come_with_it(tmp_path: Path) -> No
 def test_what_enters_several_linears_is_kept_once(tmp_path: Path) -> None:
     folder = save_model(make_model("qwen3"), tmp_path / "model")
     prompts = write_prompts(tmp_path / "prompts.jsonl", TEXTS[:2])
-    calibrate(folder, CalibrateOptions(tmp_path / "c.safetensors", str(prompts)))
+    calibrate(folder, tmp_path / "c.safetensors", prompts=str(prompts))
     calibration = read_calibration(tmp_path / "c.safetensors")
     layer = "model.layers.1"
     together = {f"{layer}.self_attn.{part}_proj.input" for part in "qkv"} | {f"{layer}.input_layernorm.output"}
@@ -331,7 +331,7 @@ def test_a_conversation_goes_through_the_chat_template_if_there_is_one(tmp_path:
     for template, text in ((True, "<|user|>Hi<|assistant|>Yes"), (False, "Hi\n\nYes")):
         folder = save_model(model, tmp_path / f"model-{template}", chat_template=template)
         output = tmp_path / f"{template}.safetensors"
-        calibrate(folder, CalibrateOptions(output, str(prompts)))
+        calibrate(folder, output, prompts=str(prompts))
         ids = transformers.AutoTokenizer.from_pretrained(folder)(text)["input_ids"]
         hand = run_by_hand(load(folder), batches_of([ids], 1, 1), *FAMILIES["qwen3"])
         hand.check(read_calibration(output), 1)
@@ -341,5 +341,5 @@ def test_the_public_names_work_together(tmp_path: Path) -> None:
     """`fp8pack.calibrate` is the function, also after something else of its room was used."""
     folder = save_model(make_model("qwen3"), tmp_path / "model")
     prompts = write_prompts(tmp_path / "prompts.jsonl", TEXTS[:2])
-    options = fp8pack.CalibrateOptions(tmp_path / "c.safetensors", str(prompts))
-    assert fp8pack.calibrate(folder, options)["output"] == str(tmp_path / "c.safetensors")
+    options = CalibrateOptions(output=tmp_path / "c.safetensors", prompts=str(prompts))
+    assert verbs.calibrate(folder, options).output == tmp_path / "c.safetensors"

@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 from fp8pack.calibration.calibrate import calibrate
 from fp8pack.calibration.merge import join, merge
-from fp8pack.calibration.options import CalibrateOptions
 from fp8pack.checkpoint.calibration_file import read_calibration, write_calibration
 from fp8pack.errors import Fp8PackError, InputError, OutputError, SpaceError
 from fp8pack.planning.calibration import Calibration, Site
@@ -99,7 +98,7 @@ def test_a_merge_is_what_one_run_over_all_prompts_would_have_counted(seed: int, 
         together = {points: [prompt for i in order for prompt in made[i][0][points]] for points in POINTS}
         digests = [digest for i in order for digest in made[i][1].prompts]
         assert_equal(read_calibration(tmp_path / "all.safetensors"), calibration_of(together, digests))
-        assert (facts["merged"], facts["num_prompts"], facts["num_sites"]) == (3, 9, len(POINTS))
+        assert (facts.num_merged, facts.num_prompts, facts.num_sites) == (3, 9, len(POINTS))
 
 
 def test_merging_in_two_steps_gives_what_one_step_gives() -> None:
@@ -303,7 +302,7 @@ def test_two_halves_of_the_prompts_merge_to_what_one_run_over_all_of_them_gives(
     for name, part in files.items():
         output = tmp_path / f"{name}.safetensors"
         prompts = write_prompts(tmp_path / f"{name}.jsonl", part)
-        calibrate(DEMO, CalibrateOptions(output, str(prompts), max_length=64, stream_layers=stream_layers))
+        calibrate(DEMO, output, prompts=str(prompts), max_length=64, stream_layers=stream_layers)
         found[name] = read_calibration(output)
     merge([tmp_path / "first.safetensors", tmp_path / "second.safetensors"], tmp_path / "merged.safetensors")
     merged = read_calibration(tmp_path / "merged.safetensors")

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import verbs
 from calibration.tiny_models import make_model, save_model
 from checkpoints import DEMO
 
@@ -12,21 +13,22 @@ import fp8pack
 from fp8pack.calibration import open_run as preparing
 from fp8pack.calibration.calibration_journal import CalibrationJournal
 from fp8pack.calibration.observers import observable
+from fp8pack.calibration.options import CalibrateOptions
 from fp8pack.checkpoint.calibration_file import read_calibration
 from fp8pack.errors import DeadlineError, InputError, OutputError, RecipeError
 
 
-def options(folder: Path, **asked: Any) -> fp8pack.CalibrateOptions:
+def options(folder: Path, **asked: Any) -> CalibrateOptions:
     prompts = folder / "prompts.jsonl"
     if not prompts.exists():
         prompts.write_text("".join(f'{{"text": "def f{i}(x): return x + {i}"}}\n' for i in range(100)))
     given = {"output": folder / "c.safetensors", "prompts": str(prompts), "num_prompts": 6}
-    return fp8pack.CalibrateOptions(**given | asked)
+    return CalibrateOptions(**given | asked)
 
 
 def test_a_length_beyond_the_positions_of_the_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="256 positions"):
-        fp8pack.calibrate(DEMO, options(tmp_path, max_length=257))
+        verbs.calibrate(DEMO, options(tmp_path, max_length=257))
 
 
 def test_a_token_that_the_model_does_not_know_is_refused(tmp_path: Path) -> None:
@@ -34,28 +36,28 @@ def test_a_token_that_the_model_does_not_know_is_refused(tmp_path: Path) -> None
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (model / name).write_bytes((DEMO / name).read_bytes())
     with pytest.raises(InputError, match=r"line 1 has token .* tokenizer is that of another model"):
-        fp8pack.calibrate(model, options(tmp_path))
+        verbs.calibrate(model, options(tmp_path))
 
 
 @pytest.mark.parametrize("asked", [{"batch_size": 0}, {"num_prompts": 0}, {"max_length": 0}, {"stream_layers": "yes"}])
 def test_options_that_mean_nothing_are_refused(asked: dict[str, Any]) -> None:
     with pytest.raises(RecipeError):
-        fp8pack.CalibrateOptions(**asked)
+        CalibrateOptions(**asked)
 
 
 def test_a_run_that_did_not_converge_is_no_end_of_one_that_should(tmp_path: Path) -> None:
     short = options(tmp_path, until_converged=True, max_length=8)
-    assert len(read_calibration(Path(fp8pack.calibrate(DEMO, short)["output"])).prompts) == 6
+    assert len(read_calibration(Path(verbs.calibrate(DEMO, short).output)).prompts) == 6
     with pytest.raises(OutputError, match="exists"):
-        fp8pack.calibrate(DEMO, options(tmp_path, until_converged=True, max_length=8, num_prompts=20))
+        verbs.calibrate(DEMO, options(tmp_path, until_converged=True, max_length=8, num_prompts=20))
 
 
 def test_auto_continues_as_it_began(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DeadlineError):
-        fp8pack.calibrate(DEMO, options(tmp_path, deadline_seconds=0.0))
+        verbs.calibrate(DEMO, options(tmp_path, deadline=0.0))
     monkeypatch.setattr(preparing, "_free_memory", lambda device: 0)
-    assert fp8pack.calibrate(DEMO, options(tmp_path))["streamed"] is False
-    assert fp8pack.calibrate(DEMO, options(tmp_path, output=tmp_path / "d.safetensors"))["streamed"] is True
+    assert verbs.calibrate(DEMO, options(tmp_path)).streamed is False
+    assert verbs.calibrate(DEMO, options(tmp_path, output=tmp_path / "d.safetensors")).streamed is True
 
 
 class Unseen(torch.nn.Module):
@@ -77,8 +79,8 @@ def test_what_no_observer_reaches_is_not_observable() -> None:
 def test_experts_that_cannot_be_seen_are_named_before_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = save_model(make_model("qwen3_moe"), tmp_path / "model")
     monkeypatch.setattr(preparing, "observable", lambda model, names: set())
-    facts = fp8pack.calibrate(model, options(tmp_path))
-    assert [note for note in facts["notes"] if "cannot be seen in this model" in note]
+    facts = verbs.calibrate(model, options(tmp_path))
+    assert [note for note in facts.notes if "cannot be seen in this model" in note]
 
 
 def test_an_observation_of_nothing_is_not_saved(tmp_path: Path) -> None:

@@ -222,7 +222,7 @@ def test_merge_says_what_it_joined(fp8pack: Fp8Pack, tmp_path: Path) -> None:
     assert (ran.code, ran.stdout) == (0, f"{c}\n")
     assert "seen     4 prompts" in ran.stderr
     facts = json.loads(fp8pack("merge", b, a, "-o", c, "--overwrite", "--json").stdout)
-    assert (facts["merged"], facts["num_prompts"]) == (2, 4)
+    assert (facts["num_merged"], facts["num_prompts"]) == (2, 4)
     assert fp8pack("merge", a, b, "-o", c).code == 4
     again = fp8pack("merge", a, a, "-o", tmp_path / "d.safetensors")
     assert again.code == 3

@@ -14,6 +14,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+import verbs
 from checkpoints import MakeCheckpoint, Tensors, llama_tensors, random_weight, read_tensors
 from hostile_headers import ACCEPTED, REFUSED, VALID, Build
 from numpy.typing import NDArray
@@ -27,7 +28,7 @@ from fp8pack.modelfacts.patterns import Pattern
 from fp8pack.numerics.formats import parse_format
 from fp8pack.numerics.granularity import parse_granularity
 from fp8pack.numerics.swizzle import swizzle
-from fp8pack.packing.prepare import WriteOptions
+from fp8pack.packing.options import WriteOptions
 from fp8pack.planning.calibration import Calibration, Site
 from fp8pack.planning.recipe import Request
 
@@ -225,7 +226,7 @@ def pack(source: Path, output: Path, **parts: Any) -> Path:
     """Pack with these parts of a request, given by name."""
     asked = {"format": parse_format, "granularity": parse_granularity}
     request = Request(**{name: asked.get(name, lambda value: value)(value) for name, value in parts.items()})
-    fp8pack.pack(source, request, WriteOptions(output))
+    verbs.pack(source, request, WriteOptions(output))
     return output
 
 
@@ -285,7 +286,7 @@ def test_static_scales_are_read(reader: Reader, make_checkpoint: MakeCheckpoint,
     calibration = calibrate(tmp_path / "calibration.safetensors")
     request = Request(scheme="FP8", calibration=calibration, kv_cache=True, quant_method="fp8pack")
     output = tmp_path / "out"
-    fp8pack.pack(make_checkpoint(llama_tensors(1)), request, WriteOptions(output))
+    verbs.pack(make_checkpoint(llama_tensors(1)), request, WriteOptions(output))
     tensors = read_tensors(output)
     described = json.loads(reader("weights", output))
     assert len(described) == 7
@@ -348,8 +349,10 @@ def test_scales_that_lie_in_tiles_already_stay_as_they_are(reader: Reader, tmp_p
     save_file({name: random_weight((160, 256))}, tmp_path / "x.safetensors")
     fp8pack.pack(
         tmp_path / "x.safetensors",
-        Request(granularity=parse_granularity("mx"), quant_method="comfyui", pack=(Pattern(name),)),
-        WriteOptions(tmp_path / "y.safetensors"),
+        tmp_path / "y.safetensors",
+        granularity=parse_granularity("mx"),
+        quant_method="comfyui",
+        pack=(Pattern(name),),
     )
     output = tmp_path / "y.safetensors"
     entry = json.loads(reader("weights", output))[name]

@@ -1,145 +1,36 @@
 """What engines load, rule by rule: each case fails when its rule is taken away."""
 
-import runpy
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import pytest
-from fp8pack.engines.rules import (
-    EXPERTS,
-    KV_CACHE,
-    LISTS,
-    ON_GPU,
-    PARTIAL_BLOCKS,
-    READERS,
-    RENAMING,
-    ROUNDS_ON_SM100,
-    VERSIONS,
-    WEIGHTS,
-    WRAPPERS,
+from engines.engine_cases import (
+    BLOCK,
+    DYNAMIC,
+    LAYER,
+    LLAMA,
+    LLM_ENGINES,
+    QWEN,
+    READ_BY,
+    UP,
+    Packed,
+    dense,
+    experts,
+    judge,
+    storage,
+    weight,
 )
 
-from fp8pack.engines.engine import Evidence
-from fp8pack.engines.gpus import GPUS, parse_gpu
-from fp8pack.engines.ignore_list import Match, find_listed, is_understood
-from fp8pack.engines.judge import LLM_ENGINES, TP_SIZES, WHOLE, EngineVerdict, check_targets, judge_engines
-from fp8pack.engines.known import NAMES, parse_targets
+from fp8pack.engines.ignore_list import Match, find_listed
+from fp8pack.engines.judge import TP_SIZES, judge_engines
+from fp8pack.engines.known import BY_ID, ENGINES
 from fp8pack.engines.module_names import spellings
-from fp8pack.engines.scale_layouts import SCALES, scale_problem
-from fp8pack.errors import RecipeError
 from fp8pack.modelfacts.model import ModelFacts
-from fp8pack.modelfacts.spec import Stored, TensorSpec
 from fp8pack.modelfacts.storage import Storage
 from fp8pack.modelfacts.tensor_parallel import tp_problem
-from fp8pack.numerics.formats import E4M3, E5M2
-from fp8pack.numerics.granularity import BLOCK_128, CHANNEL, MX, TENSOR, parse_granularity
-from fp8pack.numerics.scaling import ScaleRounding
-from fp8pack.planning.choose_scheme import choose_scheme
-from fp8pack.planning.recipe import FP8, FP8_BLOCK, FP8_DYNAMIC, Request
-
-ROOT = Path(__file__).parents[2]
-QWEN = ModelFacts("Qwen3ForCausalLM", "qwen3", num_layers=1, head_dim=128, num_heads=32, num_kv_heads=8)
-LLAMA = replace(QWEN, architecture="LlamaForCausalLM", model_type="llama")
-LAYER = "model.layers.0"
-ROLES = {"q_proj": "attn.q", "k_proj": "attn.k", "v_proj": "attn.v", "o_proj": "attn.o"}
-ROLES |= {"q_a_proj": "attn.q", "kv_a_proj_with_mqa": "attn.kv"}
-ROLES |= {"gate_proj": "mlp.gate", "up_proj": "mlp.up", "down_proj": "mlp.down"}
-Packed = list[tuple[TensorSpec, str]]
-
-
-def weight(name: str, n: int, k: int, role: str = "") -> tuple[TensorSpec, str]:
-    """An FP8 weight [N, K] and its role, by its leaf unless it is given."""
-    found = role or ROLES[name.rsplit(".", 1)[-1]]
-    if ".experts." in name:
-        found = found.replace("mlp", "expert")
-    return TensorSpec(f"{name}.weight", "BF16", (n, k), "model.safetensors", 0, 2 * n * k), found
-
-
-def dense(hidden: int = 4096, kv: int = 1024, intermediate: int = 14336) -> Packed:
-    attention, mlp = f"{LAYER}.self_attn", f"{LAYER}.mlp"
-    return [
-        *(weight(f"{attention}.{leaf}_proj", n, hidden) for leaf, n in (("q", hidden), ("k", kv), ("v", kv))),
-        weight(f"{attention}.o_proj", hidden, hidden),
-        *(weight(f"{mlp}.{leaf}_proj", intermediate, hidden) for leaf in ("gate", "up")),
-        weight(f"{mlp}.down_proj", hidden, intermediate),
-    ]
-
-
-def experts(intermediate: int = 768, hidden: int = 2048) -> Packed:
-    parent = f"{LAYER}.mlp.experts"
-    return [
-        pair
-        for i in range(2)
-        for pair in (
-            *(weight(f"{parent}.{i}.{leaf}_proj", intermediate, hidden) for leaf in ("gate", "up")),
-            weight(f"{parent}.{i}.down_proj", hidden, intermediate),
-        )
-    ]
-
-
-def storage(kind: str, **changes: Any) -> Storage:
-    """The storage of `method[/spelling] granularity activations`."""
-    spelled, granularity, activations = kind.split()
-    method, _, spelling = spelled.partition("/")
-    return replace(Storage(method, E4M3, parse_granularity(granularity), activations, spelling=spelling), **changes)
-
-
-BLOCK, DYNAMIC = storage("fp8 block:128x128 dynamic"), storage("compressed-tensors channel dynamic")
-
-
-def judge(
-    kind: str | Storage, engine: str, packed: Packed | None = None, facts: ModelFacts = QWEN, **where: Any
-) -> EngineVerdict:
-    stored = storage(kind) if isinstance(kind, str) else kind
-    verdicts = judge_engines(stored, dense() if packed is None else packed, facts, **where)
-    assert [verdict.engine for verdict in verdicts] == list(NAMES)
-    return next(verdict for verdict in verdicts if verdict.engine == engine)
-
+from fp8pack.numerics.formats import E5M2
+from fp8pack.numerics.granularity import BLOCK_128
 
 # Who reads what.
-
-LLM = "vllm sglang tensorrt-llm transformers tgi"
-READ_BY = {
-    "fp8 block:128x128 dynamic": f"{LLM} lmdeploy cublaslt",
-    "fp8 block:128x128 static": "cublaslt",
-    "fp8 tensor dynamic": "vllm sglang tgi cublaslt",
-    "fp8 tensor static": "vllm sglang tgi cublaslt",
-    "fp8/transformers tensor dynamic": "transformers cublaslt",
-    "fp8/transformers tensor static": "transformers cublaslt",
-    "compressed-tensors tensor dynamic": "vllm sglang transformers tgi cublaslt",
-    "compressed-tensors tensor static": "vllm sglang transformers tgi cublaslt",
-    "compressed-tensors tensor none": "vllm sglang transformers",
-    "compressed-tensors channel dynamic": f"{LLM} cublaslt",
-    "compressed-tensors channel static": "vllm sglang transformers cublaslt",
-    "compressed-tensors channel none": "vllm sglang transformers",
-    "compressed-tensors block:128x128 dynamic": "vllm sglang tensorrt-llm transformers cublaslt",
-    "compressed-tensors block:128x128 static": "transformers cublaslt",
-    "compressed-tensors block:128x128 none": "vllm sglang transformers",
-    "compressed-tensors group:64 dynamic": "transformers",
-    "compressed-tensors mx dynamic": "vllm transformers cublaslt",
-    "compressed-tensors mx none": "vllm transformers",
-    "modelopt tensor static": "vllm sglang tensorrt-llm cublaslt",
-    "modelopt channel dynamic": "vllm tensorrt-llm cublaslt",
-    "modelopt block:128x128 dynamic": "vllm tensorrt-llm cublaslt",
-    "modelopt mx dynamic": "vllm sglang tensorrt-llm cublaslt",
-    "mxfp8 mx dynamic": "sglang tensorrt-llm transformers cublaslt",
-    "torchao tensor dynamic": "vllm transformers cublaslt",
-    "torchao channel none": "vllm transformers",
-    "quark tensor static": "vllm sglang transformers cublaslt",
-    "quark channel dynamic": "vllm sglang transformers cublaslt",
-    "quark block:128x128 dynamic": "vllm transformers cublaslt",
-    "quark mx dynamic": "vllm transformers cublaslt",
-    "comfyui tensor dynamic": "comfyui cublaslt",
-    "comfyui-scaled tensor none": "comfyui",
-    "comfyui mx dynamic": "comfyui cublaslt",
-    "fbgemm_fp8 channel dynamic": "vllm transformers tgi cublaslt",
-    "auto-round block:128x128 dynamic": "vllm cublaslt",
-    "auto-round mx dynamic": "vllm cublaslt",
-    "w8a8_fp8 channel dynamic": "sglang cublaslt",
-    "fp8pack tensor dynamic": "cublaslt",
-    "fp8pack group:64 dynamic": "",
-}
 
 
 @pytest.mark.parametrize("kind", READ_BY)
@@ -230,7 +121,7 @@ def test_llm_engines_ask_for_an_architecture_and_load_packed_does_not() -> None:
 # Classes with peculiarities.
 
 
-@pytest.mark.parametrize("architecture", RENAMING["sglang"])
+@pytest.mark.parametrize("architecture", BY_ID["sglang"].renaming)
 @pytest.mark.parametrize(
     ("kind", "lost"),
     [
@@ -242,7 +133,7 @@ def test_llm_engines_ask_for_an_architecture_and_load_packed_does_not() -> None:
 def test_sglangs_llama_family_loses_what_is_named_weight_scale_inv(architecture: str, kind: str, lost: str) -> None:
     verdict = judge(kind, "sglang", facts=replace(QWEN, architecture=architecture))
     assert verdict.tp == ()
-    assert verdict.reason == f"its {RENAMING['sglang'][architecture]} loader loses {lost}"
+    assert verdict.reason == f"its {BY_ID['sglang'].renaming[architecture]} loader loses {lost}"
     assert verdict.remedy == "--scheme FP8_DYNAMIC"
     assert judge(kind, "sglang").tp
 
@@ -253,7 +144,7 @@ def test_sglangs_llama_family_reads_what_is_named_weight_scale(kind: str) -> Non
 
 
 def test_renaming_classes_read_the_spelling_of_transformers() -> None:
-    for architecture in RENAMING["sglang"]:
+    for architecture in BY_ID["sglang"].renaming:
         assert judge("fp8/transformers tensor static", "sglang", facts=replace(QWEN, architecture=architecture)).tp
     assert not judge("fp8/transformers tensor static", "sglang").tp
     mistral = replace(QWEN, architecture="Mistral3ForConditionalGeneration")
@@ -353,7 +244,7 @@ def test_mx_scales_are_cut_at_multiples_of_32() -> None:
     assert "K = 96, and 96 / 2 is no multiple of 32" in verdict.reason
 
 
-@pytest.mark.parametrize("engine", WHOLE)
+@pytest.mark.parametrize("engine", [engine.id for engine in ENGINES if engine.loads_whole])
 def test_some_load_whole_weights(engine: str) -> None:
     kind = "comfyui tensor dynamic" if engine == "comfyui" else BLOCK
     assert judge(kind, engine, experts(), tp=None).tp == (1,)
@@ -407,8 +298,6 @@ def test_compressed_tensors_cuts_partial_blocks_itself() -> None:
 
 
 # What stays.
-
-UP = f"{LAYER}.mlp.up_proj"
 
 
 @pytest.mark.parametrize(
@@ -554,113 +443,6 @@ def test_lists_are_compared_fast_enough_for_a_mixture_of_experts() -> None:
     assert judge("modelopt tensor static", "vllm", packed, kept=entries).tp
 
 
-# GPUs.
-
-
-@pytest.mark.parametrize(
-    ("text", "name", "capability"),
-    [
-        ("h100", "H100", "9.0"),
-        ("H200", "H200", "9.0"),
-        ("h20", "H20", "9.0"),
-        ("a100", "A100", "8.0"),
-        ("l4", "L4", "8.9"),
-        ("L40S", "L40S", "8.9"),
-        ("rtx4090", "RTX4090", "8.9"),
-        ("RTX 5090", "RTX5090", "12.0"),
-        ("b200", "B200", "10.0"),
-        ("gb200", "GB200", "10.0"),
-        ("b300", "B300", "10.3"),
-        ("mi300x", "MI300X", "gfx942"),
-        ("mi325x", "MI325X", "gfx942"),
-        ("mi350x", "MI350X", "gfx950"),
-        ("mi355x", "MI355X", "gfx950"),
-        ("NVIDIA H100 80GB HBM3", "H100", "9.0"),
-        ("NVIDIA GeForce RTX 4090", "RTX4090", "8.9"),
-        ("Tesla V100-SXM2-16GB", "V100", "7.0"),
-        ("AMD Instinct MI300X", "MI300X", "gfx942"),
-    ],
-)
-def test_gpus_by_name(text: str, name: str, capability: str) -> None:
-    gpu = parse_gpu(text)
-    assert gpu is not None
-    assert (gpu.name, gpu.capability) == (name, capability)
-
-
-def test_an_unknown_gpu_is_an_error_that_lists_the_known() -> None:
-    assert parse_gpu(None) is None
-    for text in ("h1000", "", "nvidia", "gfx942"):
-        with pytest.raises(RecipeError, match="is not known: choose v100, t4, a100"):
-            parse_gpu(text)
-    with pytest.raises(RecipeError, match="mi355x"):
-        judge_engines(BLOCK, dense(), QWEN, gpu="rtx9999")
-
-
-@pytest.mark.parametrize(
-    ("kind", "engine", "gpu", "words"),
-    [
-        (BLOCK, "vllm", "a100", "Marlin"),
-        (BLOCK, "vllm", "t4", "Marlin"),
-        (BLOCK, "vllm", "l40s", "block scales run weight-only"),
-        (DYNAMIC, "vllm", "l40s", ""),
-        (BLOCK, "vllm", "h100", ""),
-        (BLOCK, "vllm", "mi300x", "e4m3fnuz"),
-        (BLOCK, "vllm", "mi355x", ""),
-        (BLOCK, "sglang", "a100", "Marlin"),
-        (BLOCK, "sglang", "mi325x", "e4m3fnuz"),
-        (DYNAMIC, "tgi", "l4", "Marlin"),
-        (DYNAMIC, "tgi", "mi300x", "e4m3fnuz"),
-        (BLOCK, "transformers", "a100", "with accelerate; dequantized to BF16"),
-        (BLOCK, "lmdeploy", "a100", "F16"),
-        ("modelopt mx dynamic", "vllm", "h100", "emulated or weight-only"),
-        ("modelopt mx dynamic", "vllm", "b200", ""),
-        ("modelopt mx dynamic", "sglang", "h100", "converted at load"),
-        ("modelopt mx dynamic", "sglang", "mi300x", "MXFP8 becomes 128 x 128 block scales at load; turned into"),
-        (BLOCK, "vllm", "b200", "--scale-rounding up"),
-        (BLOCK, "sglang", "gb300", "--scale-rounding up"),
-        (BLOCK, "tensorrt-llm", "b200", "--scale-rounding up"),
-        (BLOCK, "vllm", "rtx5090", ""),
-        (DYNAMIC, "vllm", "b200", ""),
-        (replace(BLOCK, powers_of_two=True), "vllm", "b200", ""),
-        (DYNAMIC, "cublaslt", "h100", ""),
-        (storage("fp8 tensor dynamic"), "cublaslt", "b200", ""),
-    ],
-)
-def test_what_a_gpu_changes(kind: str | Storage, engine: str, gpu: str, words: str) -> None:
-    verdict = judge(kind, engine, gpu=gpu)
-    assert verdict.tp
-    assert words in verdict.note
-    assert bool(words) == bool(verdict.note)
-
-
-@pytest.mark.parametrize(
-    ("kind", "engine", "gpu", "reason"),
-    [
-        (BLOCK, "vllm", "v100", "SM75"),
-        ("modelopt tensor static", "vllm", "a100", "needs SM89"),
-        ("modelopt tensor static", "sglang", "a100", "needs SM89"),
-        (BLOCK, "sglang", "t4", "SM80"),
-        (BLOCK, "tensorrt-llm", "a100", "SM89"),
-        (BLOCK, "tensorrt-llm", "mi300x", "NVIDIA GPUs only"),
-        ("modelopt mx dynamic", "tensorrt-llm", "h100", "SM100"),
-        (BLOCK, "tgi", "l40s", "takes no block scales"),
-        (BLOCK, "tgi", "mi355x", "gfx950"),
-        (BLOCK, "lmdeploy", "mi300x", "NVIDIA GPUs only"),
-        ("fbgemm_fp8 channel dynamic", "transformers", "l4", "SM90"),
-        (DYNAMIC, "cublaslt", "b200", "SM90 only"),
-        (BLOCK, "cublaslt", "l4", "SM90 only"),
-        (BLOCK, "cublaslt", "a100", "from SM89"),
-        ("modelopt mx dynamic", "cublaslt", "h100", "from SM100"),
-        (BLOCK, "cublaslt", "mi300x", "NVIDIA GPUs only"),
-    ],
-)
-def test_where_a_gpu_rules_an_engine_out(kind: str | Storage, engine: str, gpu: str, reason: str) -> None:
-    verdict = judge(kind, engine, gpu=gpu)
-    assert verdict.tp == ()
-    assert reason in verdict.reason
-    assert judge(kind, engine).tp
-
-
 # Scales of K and V.
 
 
@@ -690,301 +472,3 @@ def test_what_becomes_of_kv_scales(kind: str, engine: str, architecture: str, wo
     assert verdict.tp
     assert words in verdict.note
     assert (verdict.note == without.note) == (not words)
-
-
-# Targets and schemes.
-
-
-def test_targets_are_named_in_any_case() -> None:
-    assert parse_targets(["vLLM", "TensorRT_LLM", "trtllm", "ComfyUI", "cublasLt"]) == (
-        "vllm",
-        "tensorrt-llm",
-        "tensorrt-llm",
-        "comfyui",
-        "cublaslt",
-    )
-    for unknown in ("mlx", "xtrtllm"):
-        with pytest.raises(RecipeError, match="is not known: choose vllm, sglang"):
-            parse_targets([unknown])
-
-
-def test_a_target_that_cannot_load_it_is_an_error_with_the_remedy() -> None:
-    verdicts = judge_engines(DYNAMIC, dense(), QWEN)
-    check_targets(verdicts, DYNAMIC, ("vllm", "sglang"))
-    with pytest.raises(RecipeError) as caught:
-        check_targets(verdicts, DYNAMIC, ("vllm", "lmdeploy"))
-    expected = "LMDeploy cannot load channel scales in compressed-tensors: block scales only: use --scheme FP8_BLOCK"
-    assert str(caught.value) == expected
-
-
-def choose(*targets: str, packed: Packed | None = None, facts: ModelFacts = QWEN, **asked: Any) -> tuple[str, str, str]:
-    """Method, granularity and activations of what `auto` takes; every target loads it."""
-    request = Request(targets=targets, **asked)
-    weights = dense() if packed is None else packed
-    scheme, reason = choose_scheme(request, weights, facts)
-    assert reason.startswith("auto: ")
-    return scheme.quant_method, scheme.granularity.name, scheme.activations
-
-
-FP8_BLOCKS = ("fp8", "block:128x128", "dynamic")
-CHANNELS = ("compressed-tensors", "channel", "dynamic")
-
-
-@pytest.mark.parametrize(
-    ("targets", "facts", "asked", "expected"),
-    [
-        (("vllm",), QWEN, {}, FP8_BLOCKS),
-        (LLM_ENGINES, QWEN, {}, FP8_BLOCKS),
-        (("vllm", "lmdeploy"), LLAMA, {}, FP8_BLOCKS),
-        (("vllm", "sglang", "transformers", "tensorrt-llm"), LLAMA, {}, CHANNELS),
-        (("sglang",), LLAMA, {"granularity": BLOCK_128}, ("compressed-tensors", "block:128x128", "dynamic")),
-        (("vllm", "tgi"), QWEN, {"granularity": TENSOR}, ("fp8", "tensor", "dynamic")),
-        (("vllm", "transformers"), QWEN, {"granularity": TENSOR}, ("compressed-tensors", "tensor", "dynamic")),
-        (("transformers",), QWEN, {"granularity": TENSOR}, ("fp8", "tensor", "dynamic")),
-        (("sglang",), QWEN, {"granularity": MX}, ("modelopt", "mx", "dynamic")),
-        (("sglang", "transformers"), QWEN, {"granularity": MX}, ("mxfp8", "mx", "dynamic")),
-        (("vllm", "transformers"), QWEN, {"granularity": MX}, ("compressed-tensors", "mx", "dynamic")),
-        (("comfyui",), ModelFacts(), {}, ("comfyui", "tensor", "dynamic")),
-        (("comfyui",), ModelFacts(), {"format": E5M2}, ("comfyui", "tensor", "dynamic")),
-        (("vllm",), QWEN, {"activations": "static"}, ("modelopt", "tensor", "static")),
-        (("vllm", "transformers"), QWEN, {"activations": "static"}, ("compressed-tensors", "tensor", "static")),
-        (("transformers",), QWEN, {"calibration": Path("c")}, ("compressed-tensors", "tensor", "static")),
-        (("tgi",), QWEN, {"activations": "static", "quant_method": "fp8"}, ("fp8", "tensor", "static")),
-        (("vllm",), QWEN, {"calibration": Path("c"), "kv_cache": True}, FP8_BLOCKS),
-        (("vllm",), QWEN, {"activations": "none"}, ("compressed-tensors", "channel", "none")),
-        (("vllm",), QWEN, {"quant_method": "Compressed_Tensors"}, CHANNELS),
-        (("cublaslt",), QWEN, {"gpu": "h100"}, FP8_BLOCKS),
-        (("cublaslt",), QWEN, {"gpu": "l4"}, ("fp8", "tensor", "dynamic")),
-        (("cublaslt",), QWEN, {"gpu": "b200"}, ("fp8", "tensor", "dynamic")),
-        (("tgi",), QWEN, {"gpu": "l40s"}, CHANNELS),
-    ],
-)
-def test_auto_takes_the_first_scheme_that_all_targets_load(
-    targets: tuple[str, ...], facts: ModelFacts, asked: dict[str, Any], expected: tuple[str, str, str]
-) -> None:
-    assert choose(*targets, facts=facts, **asked) == expected
-
-
-def test_auto_keeps_the_format_and_the_rounding_that_are_asked_for() -> None:
-    scheme, _ = choose_scheme(Request(targets=("comfyui",), format=E5M2), dense(), ModelFacts())
-    assert scheme.format == E5M2
-    scheme, _ = choose_scheme(Request(targets=("vllm",), scale_rounding=ScaleRounding.FLOOR), dense(), QWEN)
-    assert scheme.scale_rounding == ScaleRounding.FLOOR
-
-
-def test_auto_looks_at_the_size_that_targets_are_asked_for_at() -> None:
-    assert choose("vllm", packed=experts()) == FP8_BLOCKS
-    scheme, reason = choose_scheme(Request(targets=("vllm",), tp=4), experts(), QWEN)
-    assert scheme == FP8_DYNAMIC
-    assert (
-        reason == f"auto: vLLM: {LAYER}.mlp.experts.0.gate_proj.weight has N = 768, and 768 / 4 is no multiple of 128"
-    )
-
-
-def test_auto_looks_at_the_usual_sizes_for_a_large_model() -> None:
-    spec, role = experts()[0]
-    large = [(replace(spec, end=17 * 10**9), role)]
-    assert choose("vllm", packed=large) == CHANNELS
-    facts = replace(QWEN, num_heads=6, num_kv_heads=6)  # at sizes that its heads allow: 2
-    assert choose("vllm", packed=large, facts=facts) == FP8_BLOCKS
-
-
-def test_auto_packs_all_weights_if_it_can_and_else_says_how_many_stay() -> None:
-    ragged = [
-        *dense(),
-        weight("model.layers.1.self_attn.q_proj", 192, 256),
-        weight("model.layers.1.mlp.o_proj", 192, 96),
-    ]
-    ragged += [weight("model.layers.1.self_attn.v_proj", 256, 256)]
-    scheme, reason = choose_scheme(Request(targets=("vllm",)), ragged, QWEN)
-    assert scheme == FP8_DYNAMIC
-    assert reason == "auto: model.layers.1.self_attn.q_proj.weight is 192 x 256, no multiple of 128"
-    scheme, reason = choose_scheme(Request(targets=("lmdeploy",)), ragged, QWEN)
-    assert scheme == FP8_BLOCK
-    assert reason == "auto: 3 weights stay that do not fit the block:128x128 of LMDeploy"
-
-
-@pytest.mark.parametrize(
-    ("targets", "facts", "asked", "message"),
-    [
-        (
-            ("lmdeploy", "sglang"),
-            LLAMA,
-            {},
-            "no scheme serves both LMDeploy (block scales only) and SGLang (its Llama loader loses block scales): "
-            "pack twice",
-        ),
-        (
-            ("vllm", "tensorrt-llm", "transformers"),
-            QWEN,
-            {"activations": "static"},
-            "no scheme serves both TensorRT-LLM (it refuses tensor scales there) and transformers (it has no reader "
-            "for modelopt and takes the bytes for weights without scales): pack twice",
-        ),
-        (("vllm",), ModelFacts(), {}, "vLLM loads no scheme of this model: no config.json names an architecture"),
-        (("vllm",), QWEN, {"format": E5M2}, "vLLM loads no scheme of this model: no LLM engine reads E5M2 weights"),
-        (
-            ("vllm",),
-            replace(QWEN, num_heads=12),
-            {"tp": 8},
-            "vLLM loads no scheme of this model: 12 attention heads with 8 key heads do not spread over 8 GPUs",
-        ),
-        (
-            ("sglang", "vllm", "transformers"),
-            QWEN,
-            {"granularity": MX, "gpu": "h100"},
-            "no scheme serves SGLang, vLLM, transformers at once: pack twice",
-        ),
-    ],
-)
-def test_targets_that_exclude_each_other_are_named(
-    targets: tuple[str, ...], facts: ModelFacts, asked: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(RecipeError) as caught:
-        choose_scheme(Request(targets=targets, **asked), dense(), facts)
-    assert str(caught.value) == message
-
-
-def test_a_scheme_that_is_named_is_taken() -> None:
-    request = Request(scheme="FP8_BLOCK", targets=("lmdeploy", "sglang"), gpu="b200")
-    assert choose_scheme(request, dense(), LLAMA) == (FP8_BLOCK, "asked for")
-
-
-def test_a_granularity_that_no_target_reads_is_left_to_the_check_of_targets() -> None:
-    assert choose_scheme(Request(targets=("vllm",), granularity=parse_granularity("group:64")), dense(), QWEN)
-
-
-@pytest.mark.parametrize(
-    ("facts", "request_", "expected"),
-    [
-        (QWEN, Request(), (FP8_BLOCK, "auto: every packed dimension is a multiple of 128")),
-        (LLAMA, Request(), (FP8_DYNAMIC, "auto: SGLang's Llama loader loses block scales")),
-        (QWEN, Request(activations="static"), (FP8, "auto: the calibration gives static activation scales")),
-        (QWEN, Request(gpu="h100"), (FP8_BLOCK, "auto: every packed dimension is a multiple of 128")),
-        (LLAMA, Request(gpu="b200"), (FP8_DYNAMIC, "auto: SGLang's Llama loader loses block scales")),
-    ],
-)
-def test_auto_without_targets(facts: ModelFacts, request_: Request, expected: tuple[Any, str]) -> None:
-    assert choose_scheme(request_, dense(), facts) == expected
-
-
-@pytest.mark.parametrize("targets", [(), ("vllm",)])
-def test_block_scales_for_sm100_are_powers_of_two(targets: tuple[str, ...]) -> None:
-    scheme, reason = choose_scheme(Request(targets=targets, gpu="b200"), dense(), QWEN)
-    assert scheme == replace(FP8_BLOCK, scale_rounding=ScaleRounding.UP)
-    assert reason == "auto: every packed dimension is a multiple of 128, in powers of two for B200"
-    asked = Request(targets=targets, gpu="b200", scale_rounding=ScaleRounding.NONE)
-    assert choose_scheme(asked, dense(), QWEN)[0] == FP8_BLOCK
-    assert choose_scheme(Request(targets=targets, gpu="rtx5090"), dense(), QWEN)[0] == FP8_BLOCK
-
-
-# Scales on disk.
-
-UP_WEIGHT = f"{UP}.weight"
-
-
-@pytest.mark.parametrize(
-    ("kind", "suffix", "dtype", "shape"),
-    [
-        ("fp8 block:128x128 dynamic", "_scale_inv", "F32", (2, 3)),
-        ("fp8 block:128x128 dynamic", "_scale_inv", "BF16", (2, 3)),
-        ("fp8 tensor static", "_scale", "F32", ()),
-        ("fp8/transformers tensor static", "_scale_inv", "F32", ()),
-        ("compressed-tensors channel dynamic", "_scale", "F32", (256, 1)),
-        ("compressed-tensors tensor static", "_scale", "BF16", (1,)),
-        ("compressed-tensors mx dynamic", "_scale", "U8", (256, 12)),
-        ("modelopt tensor static", "_scale", "F32", ()),
-        ("modelopt tensor static", "_scale", "F32", (1,)),
-        ("modelopt mx dynamic", "_scale", "U8", (256, 12)),
-        ("modelopt channel dynamic", "_scale", "F32", (256,)),
-        ("modelopt block:128x128 dynamic", "_scale", "F32", (2, 1, 3, 1)),
-        ("mxfp8 mx dynamic", "_scale_inv", "U8", (256, 12)),
-        ("quark tensor static", "_scale", "F32", ()),
-        ("quark mx dynamic", "_scale", "U8", (256, 12)),
-        ("quark channel dynamic", "_scale", "F32", (256,)),
-        ("quark block:128x128 dynamic", "_scale", "F8_E8M0", (2, 3)),
-        ("fbgemm_fp8 channel dynamic", "_scale", "F32", (256, 1)),
-        ("comfyui tensor dynamic", "_scale", "F32", ()),
-    ],
-)
-def test_scales_have_the_name_dtype_and_shape_that_readers_want(
-    kind: str, suffix: str, dtype: str, shape: tuple[int, ...]
-) -> None:
-    stored, weight_shape = storage(kind), (256, 384)
-    good = Stored(UP_WEIGHT + suffix, dtype, shape)
-    assert scale_problem(stored, UP_WEIGHT, weight_shape, good) is None
-    wrong = [
-        (replace(good, name=f"{UP}.scale"), "is not called"),
-        (replace(good, dtype="F64"), "is F64, not"),
-        (replace(good, shape=(1, 1)), r"is \[1, 1\], not"),
-    ]
-    for scale, words in wrong:
-        problem = scale_problem(stored, UP_WEIGHT, weight_shape, scale)
-        assert problem is not None
-        assert words.replace("\\", "") in problem
-
-
-def test_scales_of_other_conventions_are_not_judged() -> None:
-    assert scale_problem(storage("fp8pack group:64 dynamic"), "w", (64, 64), Stored("s", "F32", (64, 1))) is None
-
-
-# The tables, and the page that is made from them.
-
-
-def test_every_rule_says_where_it_was_read_and_why() -> None:
-    for rule in (*READERS, *WEIGHTS, *EXPERTS, *ON_GPU, *KV_CACHE):
-        assert rule.engine in NAMES
-        assert rule.source
-        assert rule.loads or rule.text
-        assert not rule.loads or not rule.remedy
-    assert all(row.source and row.engine in NAMES for row in LISTS)
-    assert all(row.source for row in SCALES)
-    assert all(source for _, source, _ in PARTIAL_BLOCKS.values())
-    assert all(ROUNDS_ON_SM100.values())
-    assert VERSIONS.keys() == NAMES.keys()
-
-
-def test_only_what_tests_of_libraries_ran_counts_as_run() -> None:
-    run = {(rule.engine, kind) for rule in READERS if rule.evidence == Evidence.RUN for kind in rule.kinds.split(", ")}
-    kinds = (
-        "channel dynamic",
-        "channel none",
-        "mx dynamic",
-        "block:128x128 dynamic",
-        "tensor dynamic",
-        "tensor static",
-    )
-    expected = {("transformers", f"compressed-tensors {kind}") for kind in kinds}
-    others = ("fp8 block:128x128 dynamic", "fp8/transformers tensor dynamic", "mxfp8 mx dynamic", "torchao *")
-    assert run == expected | {("transformers", kind) for kind in others}
-    assert not any(rule.evidence == Evidence.RUN for rule in (*WEIGHTS, *ON_GPU, *KV_CACHE))
-    refused = [rule.engine for rule in (*EXPERTS, *WRAPPERS) if rule.evidence == Evidence.RUN]
-    assert refused == ["transformers"] * 3  # tests/interop/test_methods.py
-
-
-def test_every_rule_of_a_gpu_names_one_that_is_known() -> None:
-    known = {gpu.arch for gpu in GPUS.values()} | {"any"}
-    for rule in ON_GPU:
-        for arch in rule.only:
-            assert arch in known or any(candidate.startswith(arch.rstrip("*")) for candidate in known), arch
-
-
-def test_entries_are_names_globs_or_expressions() -> None:
-    assert is_understood("a.b", ())
-    assert not is_understood("a.*", (Match.WHOLE, Match.REGEX))
-    assert is_understood("a.*", (Match.GLOB_OF_PART,))
-    assert not is_understood("re:a", (Match.GLOB,))
-    assert is_understood("re:a", (Match.REGEX,))
-
-
-def test_the_page_of_engines_is_the_one_that_the_rules_make() -> None:
-    generate = runpy.run_path(str(ROOT / "docs" / "generate.py"))
-    assert (ROOT / "docs" / "engines.md").read_text(encoding="utf-8") == generate["engines_text"]()
-
-
-def test_the_page_of_engines_shows_every_kind_of_storage() -> None:
-    generate = runpy.run_path(str(ROOT / "docs" / "generate.py"))
-    page = (ROOT / "docs" / "engines.md").read_text(encoding="utf-8")
-    assert {f"| `{kind}` |" in page for kind in generate["KINDS"]} == {True}
-    assert {kind.split()[0] for kind in READ_BY} <= {kind.split()[0] for kind in generate["KINDS"]}
-    assert CHANNEL.name in page

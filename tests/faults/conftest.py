@@ -15,8 +15,6 @@ import pytest
 from numpy.typing import NDArray
 
 from fp8pack.packing.pack import pack
-from fp8pack.packing.prepare import WriteOptions
-from fp8pack.planning.recipe import Request
 
 PATIENCE_SECONDS = 60.0
 SHARDS = 4
@@ -178,8 +176,8 @@ class Bench:
     def finish_here(self, **options: Any) -> None:
         """Do in this process what `run` does in another, and check what it leaves; for packs without a prelude."""
         assert not self.prelude
-        facts = pack(self.model, Request(), WriteOptions(output=self.output, workers=2, **options))
-        assert facts["root"] == json.loads(self.reference["fp8pack.json"])["root"]
+        facts = pack(self.model, self.output, workers=2, **options)
+        assert facts.root == json.loads(self.reference["fp8pack.json"])["root"]
         self.check_output()
         self.check_tidy()
 

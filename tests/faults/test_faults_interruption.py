@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import verbs
 
 from fp8pack.checkpoint.journal import BandResult, Journal
 from fp8pack.checkpoint.staging import Staging
 from fp8pack.errors import Fp8PackError, InputError, OutputError, SpaceError
-from fp8pack.packing.pack import pack
-from fp8pack.packing.prepare import WriteOptions, prepare_pack
+from fp8pack.packing.options import WriteOptions
+from fp8pack.packing.prepare import prepare_pack
 from fp8pack.packing.write import carry_out
 from fp8pack.planning.recipe import Request
 
@@ -240,9 +241,9 @@ def test_a_file_that_left_the_source_since_the_interruption_is_not_in_the_output
     with monkeypatch.context() as patched:
         patched.setattr(Staging, "commit", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            pack(model, Request(), options)
+            verbs.pack(model, Request(), options)
     (model / "secret.txt").unlink()
-    pack(model, Request(), options)
+    verbs.pack(model, Request(), options)
     small_bench.check_output()
 
 
@@ -562,7 +563,7 @@ def test_a_call_that_fails_once_is_one_line_and_never_taken_for_success(
     with monkeypatch.context() as patched:
         patched.setattr(os, call, failing)
         with pytest.raises(Fp8PackError) as caught:
-            pack(small_bench.model, Request(), options)
+            verbs.pack(small_bench.model, Request(), options)
     assert len(seen) >= nth
     assert type(caught.value) is SpaceError
     assert len(str(caught.value).splitlines()) == 1

@@ -7,12 +7,12 @@ import json
 from pathlib import Path
 
 import pytest
+import verbs
 from checkpoints import DEMO
 
-import fp8pack
 from fp8pack.numerics.formats import parse_format
 from fp8pack.numerics.granularity import parse_granularity
-from fp8pack.packing.prepare import WriteOptions
+from fp8pack.packing.options import WriteOptions
 from fp8pack.planning.recipe import Request
 
 GOLDEN = Path(__file__).with_name("golden.json")
@@ -30,12 +30,12 @@ REQUESTS = {
 
 @pytest.mark.parametrize("name", REQUESTS)
 def test_the_demo_model_packs_to_the_same_root_as_ever(name: str, tmp_path: Path) -> None:
-    root = fp8pack.pack(DEMO, REQUESTS[name], WriteOptions(tmp_path / "out"))["root"]
+    root = verbs.pack(DEMO, REQUESTS[name], WriteOptions(tmp_path / "out")).root
     assert root == json.loads(GOLDEN.read_text())[name]
 
 
 def write_golden(folder: Path) -> None:
     """Pack the demo model under every scheme and record the roots."""
     outputs = enumerate(REQUESTS.items())
-    roots = {name: fp8pack.pack(DEMO, asked, WriteOptions(folder / str(i)))["root"] for i, (name, asked) in outputs}
+    roots = {name: verbs.pack(DEMO, asked, WriteOptions(folder / str(i)))["root"] for i, (name, asked) in outputs}
     GOLDEN.write_text(json.dumps(roots, indent=2) + "\n")

@@ -4,9 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import verbs
 from checkpoints import DEMO
 
 import fp8pack
+from fp8pack.calibration.options import CalibrateOptions
 from fp8pack.checkpoint.calibration_file import read_calibration
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -17,8 +19,8 @@ def test_the_device_finds_the_sites_of_the_cpu(tmp_path: Path, stream_layers: st
     found = []
     for device in ("cpu", "cuda"):
         output = tmp_path / f"{device}.safetensors"
-        options = fp8pack.CalibrateOptions(output, num_prompts=16, device=device, stream_layers=stream_layers)
-        fp8pack.calibrate(DEMO, options)
+        options = CalibrateOptions(output=output, num_prompts=16, device=device, stream_layers=stream_layers)
+        verbs.calibrate(DEMO, options)
         found.append(read_calibration(output))
     on_cpu, on_device = found
     assert on_cpu.prompts == on_device.prompts

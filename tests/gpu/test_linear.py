@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import verbs
 from checkpoints import DEMO, MakeCheckpoint, random_weight
 from products import AS_ENTERED, AS_QUANTIZED, as_quantized, error, random, weight_of
 from torch import Tensor
@@ -24,7 +25,7 @@ from fp8pack.numerics.formats import E4M3, E5M2, FORMATS, Float8Format
 from fp8pack.numerics.granularity import CHANNEL, MX, TENSOR, Granularity, parse_granularity
 from fp8pack.numerics.native import quantize_rows
 from fp8pack.numerics.scaling import ScaleRounding
-from fp8pack.packing.prepare import WriteOptions
+from fp8pack.packing.options import WriteOptions
 from fp8pack.planning.recipe import Request
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -49,7 +50,7 @@ def backends(scheme: GemmScheme) -> Iterator[Backend]:
 
 def packed(make: MakeCheckpoint, out: Path, granularity: str, shape: tuple[int, int]) -> fp8pack.PackedTensor:
     asked = Request(granularity=parse_granularity(granularity), quant_method="fp8pack")
-    fp8pack.pack(make({NAME: random_weight(shape, 3)}), asked, WriteOptions(out))
+    verbs.pack(make({NAME: random_weight(shape, 3)}), asked, WriteOptions(out))
     found = fp8pack.load_packed(out, DEVICE)[NAME]
     assert isinstance(found, fp8pack.PackedTensor)
     return found
@@ -182,7 +183,7 @@ def test_products_with_one_scale_agree_with_nvmath(format: Float8Format, shape: 
 
 @pytest.mark.parametrize("scheme", ["FP8_BLOCK", "FP8_DYNAMIC", "MXFP8", "W8A16"])
 def test_the_demo_model_generates_in_fp8(tmp_path: Path, scheme: str) -> None:
-    fp8pack.pack(DEMO, Request(scheme), WriteOptions(tmp_path / "out"))
+    fp8pack.pack(DEMO, tmp_path / "out", scheme=scheme)
     ids = torch.tensor([[5, 6, 7, 8, 9, 10]])
     models: list[Any] = [fp8pack.load_model(tmp_path / "out", device) for device in ("cpu", DEVICE)]
     with torch.no_grad():

@@ -9,13 +9,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+import verbs
 from checkpoints import MakeCheckpoint, llama_config, llama_tensors, random_weight, write_model
 from torch import Tensor
 
 import fp8pack
 from fp8pack.errors import VerificationError
 from fp8pack.numerics.granularity import parse_granularity
-from fp8pack.packing.prepare import WriteOptions
+from fp8pack.packing.options import WriteOptions
 from fp8pack.planning.recipe import Request
 from fp8pack.runtime import placement, reader
 
@@ -35,7 +36,7 @@ STAGING_NBYTES = 2 * placement.READ_NBYTES  # of each worker
 def packed(make: MakeCheckpoint, out: Path, granularity: str = "block:128x128", shards: int = 1) -> Path:
     tensors = llama_tensors() | {name: random_weight(shape, i) for i, (name, shape) in enumerate(ODD.items())}
     asked = Request(granularity=parse_granularity(granularity), quant_method="fp8pack")
-    fp8pack.pack(make(tensors, shards=shards), asked, WriteOptions(out))
+    verbs.pack(make(tensors, shards=shards), asked, WriteOptions(out))
     return out
 
 
@@ -87,7 +88,7 @@ def test_a_selection_is_loaded_alone(make_checkpoint: MakeCheckpoint, tmp_path: 
 @pytest.mark.parametrize("verify", [False, True])
 @pytest.mark.parametrize("world", [2, 4])
 def test_each_rank_has_its_part(make_checkpoint: MakeCheckpoint, tmp_path: Path, world: int, verify: bool) -> None:
-    fp8pack.pack(make_checkpoint(shards=2), Request("FP8_DYNAMIC"), WriteOptions(tmp_path / "out"))
+    fp8pack.pack(make_checkpoint(shards=2), tmp_path / "out", scheme="FP8_DYNAMIC")
     for rank in range(world):
         found = fp8pack.load_packed(tmp_path / "out", DEVICE, tp=(rank, world), verify=verify)
         assert_same(found, fp8pack.load_packed(tmp_path / "out", tp=(rank, world)))
@@ -174,7 +175,7 @@ def large_model(folder: Path) -> Path:
 @pytest.mark.parametrize("cold", [False, True], ids=["warm", "cold"])
 def test_half_a_gibibyte_passes_through_little_host_memory(tmp_path: Path, cold: bool) -> None:
     out, workers = tmp_path / "out", 2
-    fp8pack.pack(large_model(tmp_path / "model"), Request("FP8_BLOCK"), WriteOptions(out))
+    fp8pack.pack(large_model(tmp_path / "model"), out, scheme="FP8_BLOCK")
     fp8pack.load_packed(out, DEVICE, workers=workers, tensors=["model.layers.0.mlp.up_proj"])  # CUDA and its buffers
     if cold and not evict(out):
         pytest.skip(f"{tmp_path} keeps its files in the page cache, or does not read past it")

@@ -15,7 +15,8 @@ import pytest
 from numpy.typing import NDArray
 
 from fp8pack.errors import Fp8PackError, InputError
-from fp8pack.packing.prepare import WriteOptions, prepare_pack
+from fp8pack.packing.options import WriteOptions
+from fp8pack.packing.prepare import prepare_pack
 from fp8pack.planning.recipe import Request
 
 HANG_SECONDS = 10.0

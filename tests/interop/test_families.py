@@ -12,8 +12,6 @@ from transformers.utils import logging
 
 import fp8pack
 from fp8pack.modelfacts.patterns import Pattern
-from fp8pack.packing.prepare import WriteOptions
-from fp8pack.planning.recipe import Request
 
 SIZES: dict[str, Any] = {
     "hidden_size": 256,
@@ -87,8 +85,8 @@ def quiet() -> Iterator[None]:
 def test_transformers_loads_what_we_pack_of_every_family(family: str, scheme: str, tmp_path: Path) -> None:
     model = make_model(family).to(torch.bfloat16).eval()
     model.save_pretrained(tmp_path / "source")
-    facts = fp8pack.pack(tmp_path / "source", Request(scheme=scheme), WriteOptions(tmp_path / "out"))
-    assert facts["num_packed"] >= 8
+    facts = fp8pack.pack(tmp_path / "source", tmp_path / "out", scheme=scheme)
+    assert facts.num_packed >= 8
     loaded = type(model).from_pretrained(tmp_path / "out", dtype=torch.bfloat16).eval()
     tokens = torch.arange(5, 25)[None]
     with torch.no_grad():
@@ -113,8 +111,8 @@ def test_transformers_finds_every_weight_of_fused_experts_where_we_say_so(
 ) -> None:
     model = make_model(family).to(torch.bfloat16).eval()
     model.save_pretrained(tmp_path / "source")
-    facts = fp8pack.pack(tmp_path / "source", Request(**asked), WriteOptions(tmp_path / "out"))
-    verdict = next(engine for engine in facts["engines"] if engine["engine"] == "transformers")
+    facts = fp8pack.pack(tmp_path / "source", tmp_path / "out", **asked)
+    verdict = next(engine for engine in facts.engines if engine["engine"] == "transformers")
     loaded, report = type(model).from_pretrained(tmp_path / "out", dtype=torch.bfloat16, output_loading_info=True)
     assert bool(verdict["tp"]) is (not report["missing_keys"]) is loads
     if loads:
@@ -129,7 +127,7 @@ def test_experts_taken_apart_are_those_that_the_model_computes_with(family: str,
     """The layer by its own code in transformers, with one expert at a time, against the weights that we store."""
     model = make_model(family).to(torch.float32).eval()
     model.save_pretrained(tmp_path / "source")
-    fp8pack.pack(tmp_path / "source", Request(scheme="FP8_DYNAMIC"), WriteOptions(tmp_path / "out"))
+    fp8pack.pack(tmp_path / "source", tmp_path / "out", scheme="FP8_DYNAMIC")
     packed = fp8pack.load_packed(tmp_path / "out")
     experts = next(module for path, module in model.named_modules() if path.endswith("experts"))
     prefix = next(name for name in packed if ".experts.0.gate_proj.weight" in name).split(".experts.")[0]

@@ -14,8 +14,6 @@ import fp8pack
 from fp8pack.checkpoint.quantized import read_contents
 from fp8pack.checkpoint.source import open_checkpoint
 from fp8pack.errors import RecipeError
-from fp8pack.packing.prepare import WriteOptions
-from fp8pack.planning.recipe import Request
 
 FIXTURES = {path.parent.name: path.parent for path in Path(__file__).parent.glob("fixtures/*/expected.json")}
 METHODS = ("fp8", "compressed-tensors", "modelopt", "quark", "mxfp8", "fp8pack")
@@ -99,7 +97,7 @@ def test_loaded_weights_have_the_values_that_the_tool_computes(name: str) -> Non
 @pytest.mark.parametrize("name", STORED)
 def test_unpacked_weights_have_the_values_that_the_tool_computes(name: str, tmp_path: Path) -> None:
     expected = expected_of(name)
-    fp8pack.unpack(FIXTURES[name], "float32", WriteOptions(tmp_path / "out"))
+    fp8pack.unpack(FIXTURES[name], tmp_path / "out", dtype="float32")
     found = read_tensors(tmp_path / "out")
     for weight, entry in expected.items():
         values = torch.from_numpy(found[weight].copy()).to(getattr(torch, entry["dtype"]))
@@ -115,14 +113,14 @@ def test_converted_weights_keep_their_values(name: str, method: str, tmp_path: P
     _, _, methods = STORED[name]
     if method not in methods:
         with pytest.raises(RecipeError) as caught:
-            fp8pack.convert(FIXTURES[name], Request(quant_method=method), WriteOptions(tmp_path / "out"))
+            fp8pack.convert(FIXTURES[name], tmp_path / "out", quant_method=method)
         offered = str(caught.value).partition("--quant-method ")[2].split(" or ")
         assert methods <= set(offered)
         return
     before, source = dequantized(FIXTURES[name]), read_contents(open_checkpoint(FIXTURES[name]))
-    facts = fp8pack.convert(FIXTURES[name], Request(quant_method=method), WriteOptions(tmp_path / "out"))
+    facts = fp8pack.convert(FIXTURES[name], tmp_path / "out", quant_method=method)
     after, result = dequantized(tmp_path / "out"), read_contents(open_checkpoint(tmp_path / "out"))
-    assert facts["num_carried"] == len(after) == len(before)
+    assert facts.num_carried == len(after) == len(before)
     for weight, values in before.items():
         assert torch.equal(after[weight], values), weight
     assert set(result.kv_scales) == set(source.kv_scales)
@@ -135,8 +133,8 @@ def test_converted_weights_keep_their_values(name: str, method: str, tmp_path: P
 def test_through_our_own_convention_and_back_no_tensor_of_theirs_changes(name: str, tmp_path: Path) -> None:
     """Values, names and shapes; scales of 16 bits come back as float32 with the same numbers."""
     method = METHOD[name.partition("-")[0]]
-    fp8pack.convert(FIXTURES[name], Request(quant_method="fp8pack"), WriteOptions(tmp_path / "there"))
-    fp8pack.convert(tmp_path / "there", Request(quant_method=method), WriteOptions(tmp_path / "back"))
+    fp8pack.convert(FIXTURES[name], tmp_path / "there", quant_method="fp8pack")
+    fp8pack.convert(tmp_path / "there", tmp_path / "back", quant_method=method)
     before, after = read_tensors(FIXTURES[name]), read_tensors(tmp_path / "back")
     assert before.keys() == after.keys()
     for tensor in before:
@@ -147,7 +145,7 @@ def test_through_our_own_convention_and_back_no_tensor_of_theirs_changes(name: s
 @pytest.mark.parametrize("name", STORED)
 def test_inspect_and_diff_take_them(name: str, tmp_path: Path) -> None:
     facts = fp8pack.inspect(FIXTURES[name])
-    assert facts["totals"]["num_packed"] == len(expected_of(name))
-    assert facts["engines"]
+    assert facts.totals.num_packed == len(expected_of(name))
+    assert facts.engines
     compared = fp8pack.diff(FIXTURES[name], FIXTURES[name])
-    assert compared["totals"]["num_equal"] == compared["totals"]["num_tensors"]
+    assert compared.totals.num_equal == compared.totals.num_tensors

@@ -16,8 +16,6 @@ from transformers.utils import logging
 import fp8pack
 from fp8pack.numerics.granularity import TENSOR, parse_granularity
 from fp8pack.numerics.scaling import ScaleRounding
-from fp8pack.packing.prepare import WriteOptions
-from fp8pack.planning.recipe import Request
 
 CT = {"quant_method": "compressed-tensors"}
 COMPRESSED = {
@@ -84,7 +82,7 @@ def logits_of(model: Any) -> Tensor:
 def unpacked(folder: Path) -> Any:
     """The BF16 model with the weights that we say are stored."""
     bf16 = folder.with_name("bf16")
-    fp8pack.unpack(folder, options=WriteOptions(bf16))
+    fp8pack.unpack(folder, bf16)
     return transformers.AutoModelForCausalLM.from_pretrained(bf16, dtype=torch.bfloat16).eval()
 
 
@@ -93,7 +91,7 @@ def test_compressed_tensors_validates_our_config_and_decompresses_to_our_values(
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationConfig
 
-    fp8pack.pack(DEMO, Request(**COMPRESSED[name]), WriteOptions(tmp_path / "out"))
+    fp8pack.pack(DEMO, tmp_path / "out", **COMPRESSED[name])
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     validated = QuantizationConfig.model_validate(config)
     group = validated.config_groups["group_0"]
@@ -110,7 +108,7 @@ def test_compressed_tensors_validates_our_config_and_decompresses_to_our_values(
 @pytest.mark.parametrize("name", LOADED)
 def test_transformers_computes_with_the_values_that_we_say_are_stored(name: str, tmp_path: Path) -> None:
     """Where activations stay BF16 the logits are the same; elsewhere quantizing them moves these by some percent."""
-    fp8pack.pack(DEMO, Request(**LOADED[name]), WriteOptions(tmp_path / "out"))
+    fp8pack.pack(DEMO, tmp_path / "out", **LOADED[name])
     packed = fp8pack.load_packed(tmp_path / "out")
     model, reference = load(tmp_path / "out"), unpacked(tmp_path / "out")
     found, expected = logits_of(model), logits_of(reference)
@@ -132,8 +130,8 @@ def test_transformers_computes_with_the_values_that_we_say_are_stored(name: str,
 def test_a_mixture_of_experts_computes_with_the_values_that_we_say_are_stored(
     name: str, moe: Path, tmp_path: Path
 ) -> None:
-    facts = fp8pack.pack(moe, Request(**LOADED[name]), WriteOptions(tmp_path / "out"))
-    assert facts["num_packed"] == 2 * (4 + 4 * 3)
+    facts = fp8pack.pack(moe, tmp_path / "out", **LOADED[name])
+    assert facts.num_packed == 2 * (4 + 4 * 3)
     packed = fp8pack.load_packed(tmp_path / "out")
     found, expected = logits_of(load(tmp_path / "out")), logits_of(unpacked(tmp_path / "out"))
     if packed.quant_method == "fp8":
@@ -176,6 +174,6 @@ def test_transformers_loads_experts_and_wrappers_where_we_say_so(
     kind: str, name: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     options = LOADED.get(name, COMPRESSED["group"])
-    facts = fp8pack.pack(request.getfixturevalue(kind), Request(**options), WriteOptions(tmp_path / kind))
-    verdict = next(engine for engine in facts["engines"] if engine["engine"] == "transformers")
+    facts = fp8pack.pack(request.getfixturevalue(kind), tmp_path / kind, **options)
+    verdict = next(engine for engine in facts.engines if engine["engine"] == "transformers")
     assert is_loaded_whole(tmp_path / kind) == bool(verdict["tp"]), verdict["reason"]

@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+import verbs
 from checkpoints import DEMO, MakeCheckpoint, llama_config, llama_tensors, random_weight
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from fp8pack.checkpoint.calibration_file import write_calibration
 from fp8pack.checkpoint.source import open_checkpoint
 from fp8pack.modelfacts.patterns import Pattern
 from fp8pack.numerics.simulate import Dynamic, Static, simulated
-from fp8pack.packing.prepare import WriteOptions
+from fp8pack.packing.options import WriteOptions
 from fp8pack.planning.calibration import Calibration, Site, histogram_of
 from fp8pack.planning.recipe import Request
 
@@ -103,7 +104,7 @@ def calibration(tmp_path_factory: pytest.TempPathFactory, tokens: Tensor) -> Pat
 
 
 def pack(calibration: Path, output: Path, **asked: Any) -> dict[str, Any]:
-    return fp8pack.pack(DEMO, Request(**{"scheme": "FP8", "calibration": calibration, **asked}), WriteOptions(output))
+    return fp8pack.pack(DEMO, output, **{"scheme": "FP8", "calibration": calibration, **asked})
 
 
 def loss(logits: Tensor, tokens: Tensor) -> float:
@@ -392,5 +393,5 @@ def test_engines_read_modelopt_of_a_mixture_of_experts(make_checkpoint: MakeChec
     path = tmp_path / "c.safetensors"
     write_calibration(path, Calibration("", ("blake3:p",), {}, tuple(site_of(point, x) for point in points)))
     asked = Request(scheme="FP8", calibration=path, kv_cache=True)
-    assert fp8pack.pack(source, asked, WriteOptions(tmp_path / "out"))["num_packed"] == 11 * 3 + 12 * 4 + 4 * 3
+    assert verbs.pack(source, asked, WriteOptions(tmp_path / "out")).num_packed == 11 * 3 + 12 * 4 + 4 * 3
     check_modelopt(tmp_path / "out")

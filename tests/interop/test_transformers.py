@@ -9,8 +9,6 @@ import torch
 from checkpoints import DEMO
 
 import fp8pack
-from fp8pack.packing.prepare import WriteOptions
-from fp8pack.planning.recipe import Request
 
 transformers = pytest.importorskip("transformers")
 
@@ -44,7 +42,7 @@ def tokens_of_heldout(length: int = 128) -> torch.Tensor:
 def test_transformers_computes_what_our_dequantized_weights_compute(scheme: str, tmp_path: Path) -> None:
     if scheme == "FP8_DYNAMIC":
         pytest.importorskip("compressed_tensors")
-    fp8pack.pack(DEMO, Request(scheme=scheme), WriteOptions(tmp_path / "out"))
+    fp8pack.pack(DEMO, tmp_path / "out", scheme=scheme)
     tokens = tokens_of_heldout()
     options = (
         {"quantization_config": transformers.FineGrainedFP8Config(dequantize=True)} if scheme == "FP8_BLOCK" else {}
@@ -60,7 +58,7 @@ def test_transformers_computes_what_our_dequantized_weights_compute(scheme: str,
 
 
 def test_perplexity_of_the_packed_demo_model_stays_near_that_of_bf16(tmp_path: Path) -> None:
-    fp8pack.pack(DEMO, None, WriteOptions(tmp_path / "out"))
+    fp8pack.pack(DEMO, tmp_path / "out")
     tokens = tokens_of_heldout(256)
     expected = our_dequantized_logits(tmp_path / "out", tokens)
     model = transformers.AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.bfloat16)

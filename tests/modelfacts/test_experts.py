@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 import oracle
 import pytest
+import verbs
 from checkpoints import Tensors, llama_config, random_weight, read_tensors, write_model
 from numpy.typing import NDArray
 
@@ -19,7 +20,7 @@ from fp8pack.errors import InputError
 from fp8pack.modelfacts.patterns import Pattern
 from fp8pack.numerics.granularity import parse_granularity
 from fp8pack.packing import codecs
-from fp8pack.packing.prepare import WriteOptions
+from fp8pack.packing.options import WriteOptions
 from fp8pack.planning import make_plan
 from fp8pack.planning.recipe import Request
 
@@ -97,7 +98,7 @@ def test_fused_experts_are_packed_as_single_ones_are(layout: str, granularity: s
     fused = write_model(tmp_path / "fused", fuse(tensors, layout) | rest(), config_of(layout))
     single = write_model(tmp_path / "single", tensors | rest(), config_of(layout))
     for name, source in (("out", fused), ("expected", single)):
-        fp8pack.pack(source, asked(granularity), WriteOptions(tmp_path / name))
+        verbs.pack(source, asked(granularity), WriteOptions(tmp_path / name))
     found, expected = as_bytes(tmp_path / "out"), as_bytes(tmp_path / "expected")
     assert found.keys() == expected.keys()
     assert [name for name in found if found[name] != expected[name]] == []
@@ -111,12 +112,12 @@ def test_bands_strips_workers_and_shards_change_no_byte_of_them(
 ) -> None:
     tensors = single_experts(biases=layout == "interleaved")
     source = write_model(tmp_path / "fused", fuse(tensors, layout) | rest(), config_of(layout), shards=2)
-    fp8pack.pack(source, asked("block:128x128"), WriteOptions(tmp_path / "whole", workers=1))
-    fp8pack.pack(source, asked("block:128x128"), WriteOptions(tmp_path / "many", workers=4, max_shard_nbytes=60_000))
-    fp8pack.pack(source, asked("block:128x128"), WriteOptions(tmp_path / "torch", device="torch:cpu"))
+    verbs.pack(source, asked("block:128x128"), WriteOptions(tmp_path / "whole", workers=1))
+    verbs.pack(source, asked("block:128x128"), WriteOptions(tmp_path / "many", workers=4, max_shard_size=60_000))
+    verbs.pack(source, asked("block:128x128"), WriteOptions(tmp_path / "torch", device="torch:cpu"))
     monkeypatch.setattr(codecs.CpuCodec, "strip_nbytes", 1000)
     monkeypatch.setattr(make_plan, "BAND_NBYTES", 3000)
-    fp8pack.pack(source, asked("block:128x128"), WriteOptions(tmp_path / "cut"))
+    verbs.pack(source, asked("block:128x128"), WriteOptions(tmp_path / "cut"))
     for name in ("many", "torch", "cut"):
         assert as_bytes(tmp_path / name) == as_bytes(tmp_path / "whole"), name
 
@@ -128,7 +129,7 @@ def test_the_models_type_decides_where_shapes_are_square(layout: str, hidden: in
     fused = write_model(tmp_path / "fused", fuse(tensors, layout) | rest(hidden), config_of(layout, hidden))
     single = write_model(tmp_path / "single", tensors | rest(hidden), config_of(layout, hidden))
     for name, source in (("out", fused), ("expected", single)):
-        fp8pack.pack(source, asked("block:128x128"), WriteOptions(tmp_path / name))
+        verbs.pack(source, asked("block:128x128"), WriteOptions(tmp_path / name))
     assert as_bytes(tmp_path / "out") == as_bytes(tmp_path / "expected")
 
 
@@ -141,7 +142,7 @@ def test_the_hidden_size_of_a_text_config_and_a_wrappers_prefix_will_do(tmp_path
         "text_config": config_of("qwen3_vl_moe_text"),
     }
     source = write_model(tmp_path / "model", renamed | rest(), config)
-    fp8pack.pack(source, asked("channel"), WriteOptions(tmp_path / "out"))
+    verbs.pack(source, asked("channel"), WriteOptions(tmp_path / "out"))
     found = read_tensors(tmp_path / "out")
     weight = single_experts()[f"{EXPERTS}.1.up_proj.weight"].astype(np.float32)
     payload, _ = oracle.quantize(weight, "e4m3", "channel")
@@ -154,7 +155,7 @@ def test_experts_whose_layout_nothing_tells_stay_as_they_are(tmp_path: Path) -> 
     config = config_of("some_moe")
     del config["hidden_size"]
     source = write_model(tmp_path / "model", tensors | rest(), config)
-    fp8pack.pack(source, asked("channel"), WriteOptions(tmp_path / "out"))
+    verbs.pack(source, asked("channel"), WriteOptions(tmp_path / "out"))
     found = read_tensors(tmp_path / "out")
     for name, tensor in tensors.items():
         assert found[name].tobytes() == tensor.tobytes()
@@ -173,7 +174,7 @@ def test_experts_are_kept_whole_by_the_fused_name_and_by_that_of_one(pattern: st
     tensors = fuse(single_experts(biases=True), "interleaved")
     source = write_model(tmp_path / "model", tensors | rest(), config_of("interleaved"))
     ignore = (Pattern(pattern),)
-    fp8pack.pack(source, asked("block:128x128", ignore=ignore), WriteOptions(tmp_path / "out"))
+    verbs.pack(source, asked("block:128x128", ignore=ignore), WriteOptions(tmp_path / "out"))
     found = read_tensors(tmp_path / "out")
     assert {name for name in found if "experts" in name} == set(tensors)
     for name, tensor in tensors.items():
@@ -188,7 +189,7 @@ def test_our_own_convention_keeps_one_expert_alone(layout: str, tmp_path: Path) 
     source = write_model(tmp_path / "model", fuse(tensors, layout) | rest(), config_of(layout))
     kept = f"{EXPERTS}.1.up_proj.weight"
     request = asked("channel", "fp8pack", ignore=(Pattern(kept),))
-    fp8pack.pack(source, request, WriteOptions(tmp_path / "out"))
+    verbs.pack(source, request, WriteOptions(tmp_path / "out"))
     found = read_tensors(tmp_path / "out")
     assert found[kept].tobytes() == tensors[kept].tobytes()
     for name, weight in tensors.items():
@@ -202,7 +203,7 @@ def test_our_own_convention_keeps_one_expert_alone(layout: str, tmp_path: Path) 
 def test_experts_that_no_engine_takes_in_blocks_stay_fused(layout: str, tmp_path: Path) -> None:
     tensors = fuse(single_experts(384, 96), layout)
     source = write_model(tmp_path / "model", tensors | rest(), config_of(layout))
-    fp8pack.pack(source, asked("block:128x128", "fp8"), WriteOptions(tmp_path / "out"))
+    verbs.pack(source, asked("block:128x128", "fp8"), WriteOptions(tmp_path / "out"))
     found = read_tensors(tmp_path / "out")
     for name, tensor in tensors.items():
         assert found[name].tobytes() == tensor.tobytes(), name
@@ -216,22 +217,22 @@ def test_a_nan_in_an_expert_names_it_and_the_flag_that_mends_it(layout: str, tmp
     tensors[bad][5, 7] = np.nan
     source = write_model(tmp_path / "model", fuse(tensors, layout) | rest(), config_of(layout))
     with pytest.raises(InputError) as caught:
-        fp8pack.pack(source, asked("channel"), WriteOptions(tmp_path / "out"))
+        verbs.pack(source, asked("channel"), WriteOptions(tmp_path / "out"))
     assert f"--ignore {bad}" in str(caught.value)
-    fp8pack.pack(source, asked("channel", ignore=(Pattern(bad),)), WriteOptions(tmp_path / "out"))
+    verbs.pack(source, asked("channel", ignore=(Pattern(bad),)), WriteOptions(tmp_path / "out"))
     assert f"{EXPERTS}.gate_up_proj" in read_tensors(tmp_path / "out")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_packed_experts_are_held_against_their_fused_source(layout: str, tmp_path: Path) -> None:
     source = write_model(tmp_path / "model", fuse(single_experts(), layout) | rest(), config_of(layout))
-    fp8pack.pack(source, asked("channel"), WriteOptions(tmp_path / "out"))
+    verbs.pack(source, asked("channel"), WriteOptions(tmp_path / "out"))
     facts = fp8pack.inspect(tmp_path / "out", source)
-    assert facts["totals"]["num_packed"] == 3 * COUNT + 1
-    assert 28 < facts["totals"]["sqnr_min"] < 40
+    assert facts.totals.num_packed == 3 * COUNT + 1
+    assert 28 < facts.totals.sqnr_min < 40
     compared = fp8pack.diff(source, tmp_path / "out")
-    assert compared["only_in_a"] == compared["only_in_b"] == []
-    assert 28 < compared["totals"]["sqnr_min"] < 40
+    assert compared.only_in_a == compared.only_in_b == ()
+    assert 28 < compared.totals.sqnr_min < 40
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -241,7 +242,7 @@ def test_a_checkpoint_that_holds_an_expert_fused_and_alone_is_refused(layout: st
     name = f"{EXPERTS}.1.up_proj.weight"
     source = write_model(tmp_path / "model", fuse(tensors, layout) | {name: tensors[name]} | rest(), config_of(layout))
     with pytest.raises(InputError) as caught:
-        fp8pack.pack(source, asked("channel"), WriteOptions(tmp_path / "out"))
+        verbs.pack(source, asked("channel"), WriteOptions(tmp_path / "out"))
     assert name in str(caught.value)
     assert not (tmp_path / "out").exists()
 
@@ -251,10 +252,9 @@ import json, resource, sys
 from pathlib import Path
 import fp8pack
 out, small, large = map(Path, sys.argv[1:])
-asked = fp8pack.Request(scheme="FP8_DYNAMIC")
 peaks = []
 for source in (small, large):
-    fp8pack.pack(source, asked, fp8pack.WriteOptions(out / f"{source.name}-out", workers=2))
+    fp8pack.pack(source, out / f"{source.name}-out", scheme="FP8_DYNAMIC", workers=2)
     peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 print(json.dumps(peaks))
 """
@@ -320,7 +320,7 @@ def write_fp8(folder: Path, layout: str, granularity: str, tensors: Tensors, **m
 def test_fused_fp8_experts_unpack_to_fused_floats(layout: str, granularity: str, tmp_path: Path) -> None:
     tensors, parts = quantized_experts(granularity, layout)
     source = write_fp8(tmp_path / "model", layout, granularity, tensors)
-    fp8pack.unpack(source, "float32", WriteOptions(tmp_path / "out"))
+    fp8pack.unpack(source, tmp_path / "out", dtype="float32")
     found, expected = read_tensors(tmp_path / "out"), fuse(values_of(parts, granularity), layout)
     assert {name for name in found if "experts" in name} == set(expected)
     for name, values in expected.items():
@@ -334,8 +334,8 @@ def test_fused_fp8_experts_are_converted_to_single_ones_with_their_bytes(
 ) -> None:
     tensors, parts = quantized_experts(granularity, layout)
     source = write_fp8(tmp_path / "model", layout, granularity, tensors)
-    facts = fp8pack.convert(source, Request(quant_method=method), WriteOptions(tmp_path / "out"))
-    assert facts["num_carried"] == 3 * COUNT
+    facts = fp8pack.convert(source, tmp_path / "out", quant_method=method)
+    assert facts.num_carried == 3 * COUNT
     found = read_tensors(tmp_path / "out")
     suffix = "_scale" if method == "compressed-tensors" else "_scale_inv"
     for name, (codes, scales) in parts.items():
@@ -364,8 +364,8 @@ def test_llama_4s_transposed_experts_are_converted_with_their_bytes(tmp_path: Pa
         config = config_of("columns", hidden, quantization_config=quantization)
         source = write_model(folder / "model", tensors | rest(hidden), config)
         asked = Request(quant_method="compressed-tensors")
-        facts = fp8pack.convert(source, asked, WriteOptions(folder / "out"))
-        assert facts["num_carried"] == 3 * COUNT
+        facts = verbs.convert(source, asked, WriteOptions(folder / "out"))
+        assert facts.num_carried == 3 * COUNT
         found = read_tensors(folder / "out")
         for name, (codes, scales) in parts.items():
             assert found[name].tobytes() == codes.tobytes(), (name, hidden, inner)
@@ -387,7 +387,7 @@ def test_fused_fp8_experts_that_are_ignored_become_bf16_and_never_bytes_without_
         config_of(layout, quantization_config=BLOCKS | {"weight_block_size": [128, 128]}),
     )
     request = Request(scheme="FP8_DYNAMIC", ignore=(Pattern(pattern),))
-    fp8pack.convert(source, request, WriteOptions(tmp_path / "out"))
+    verbs.convert(source, request, WriteOptions(tmp_path / "out"))
     found = read_tensors(tmp_path / "out")
     assert not any(tensor.dtype == E4M3 for name, tensor in found.items() if "experts" in name)
     single = {name: values.astype(BF16) for name, values in values_of(parts, granularity).items()}
@@ -415,7 +415,7 @@ def test_fused_fp8_experts_that_a_convention_cannot_hold_become_bf16(layout: str
     tensors |= {linear: codes.view(E4M3), f"{linear}_scale_inv": scales.reshape(())}
     quantization = BLOCKS | {"weight_block_size": None}
     source = write_model(tmp_path / "model", rest() | tensors, config_of(layout, quantization_config=quantization))
-    fp8pack.convert(source, Request(scheme="FP8_BLOCK"), WriteOptions(tmp_path / "out"))
+    fp8pack.convert(source, tmp_path / "out", scheme="FP8_BLOCK")
     found = read_tensors(tmp_path / "out")
     expected = fuse({name: values.astype(BF16) for name, values in values_of(parts, "tensor").items()}, layout)
     for name, tensor in found.items():
@@ -431,7 +431,7 @@ def test_static_scales_of_fused_experts_go_to_each_expert(tmp_path: Path) -> Non
     tensors |= {f"{EXPERTS}.{leaf}_proj_activation_scale": scale for leaf, scale in inputs.items()}
     source = write_fp8(tmp_path / "model", "rows", "tensor", tensors, activation_scheme="static")
     for method in ("modelopt", "compressed-tensors"):
-        fp8pack.convert(source, Request(quant_method=method), WriteOptions(tmp_path / method))
+        fp8pack.convert(source, tmp_path / method, quant_method=method)
         found = read_tensors(tmp_path / method)
         for i in range(COUNT):
             for leaf, whole in (("gate_proj", "gate_up"), ("up_proj", "gate_up"), ("down_proj", "down")):
@@ -447,20 +447,20 @@ def test_fused_experts_with_interleaved_scales_are_refused_and_unpacked_all_the_
     tensors, _ = quantized_experts("block:128x128", "rows")
     source = write_fp8(tmp_path / "model", "interleaved", "block:128x128", tensors)
     with pytest.raises(InputError, match="do not come apart") as caught:
-        fp8pack.convert(source, Request(scheme="FP8_DYNAMIC"), WriteOptions(tmp_path / "out"))
+        fp8pack.convert(source, tmp_path / "out", scheme="FP8_DYNAMIC")
     assert len(str(caught.value).splitlines()) == 1
-    fp8pack.unpack(source, options=WriteOptions(tmp_path / "floats"))
-    assert fp8pack.inspect(source)["totals"]["num_packed"] == 2
+    fp8pack.unpack(source, tmp_path / "floats")
+    assert fp8pack.inspect(source).totals.num_packed == 2
     facts = fp8pack.diff(source, source)
-    assert facts["totals"]["num_equal"] == facts["totals"]["num_tensors"]
+    assert facts.totals.num_equal == facts.totals.num_tensors
 
 
 def test_fused_fp8_experts_are_compared_with_single_ones(tmp_path: Path) -> None:
     tensors, _ = quantized_experts("block:128x128", "rows")
     source = write_fp8(tmp_path / "model", "rows", "block:128x128", tensors)
-    fp8pack.convert(source, Request(quant_method="compressed-tensors"), WriteOptions(tmp_path / "out"))
+    fp8pack.convert(source, tmp_path / "out", quant_method="compressed-tensors")
     facts = fp8pack.diff(source, tmp_path / "out")
-    assert facts["only_in_a"] == facts["only_in_b"] == []
-    assert facts["totals"]["num_equal"] == facts["totals"]["num_tensors"] == 3 * COUNT + len(rest())
-    assert {tuple(t["scale_ratio"]) for t in facts["tensors"] if "experts" in t["name"]} == {(1.0, 1.0)}
-    assert fp8pack.inspect(source)["totals"]["num_packed"] == 2
+    assert facts.only_in_a == facts.only_in_b == ()
+    assert facts.totals.num_equal == facts.totals.num_tensors == 3 * COUNT + len(rest())
+    assert {tensor.scale_ratio for tensor in facts.tensors if "experts" in tensor.name} == {(1.0, 1.0)}
+    assert fp8pack.inspect(source).totals.num_packed == 2

@@ -32,5 +32,5 @@ def test_a_pattern_that_means_nothing_is_an_error_unless_it_is_optional() -> Non
 
 
 def test_a_broken_expression_is_one_sentence() -> None:
-    with pytest.raises(RecipeError, match="no regular expression"):
+    with pytest.raises(RecipeError, match="not a valid regular expression"):
         Matcher((Pattern("re:("),), "--only")

@@ -6,15 +6,16 @@ from typing import Any
 
 import pytest
 import torch
+import verbs
 from calibration.tiny_models import LAYERS, TEXTS, make_model, save_model, write_prompts
 from torch import Tensor, nn
 
-from fp8pack.calibration.calibrate import calibrate
 from fp8pack.calibration.options import CalibrateOptions
 from fp8pack.checkpoint.calibration_file import read_calibration
 from fp8pack.errors import DeadlineError, InputError, RecipeError
 from fp8pack.modelrun.loader import ModelLoader
 from fp8pack.modelrun.stream_layers import Rounds, Stack, find_stack, probe
+from fp8pack.planning.calibration_summary import CalibrationSummary
 
 FAMILIES = ("qwen3", "gpt_neox", "bert", "qwen3_moe", "mixtral", "gemma2", "gemma3", "gpt_oss")
 
@@ -28,11 +29,13 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def run(folder: Path, output: Path, stream_layers: str, batch_size: int = 1, **options: Any) -> dict[str, Any]:
+def run(folder: Path, output: Path, stream_layers: str, batch_size: int = 1, **options: Any) -> CalibrationSummary:
     prompts = write_prompts(output.with_suffix(".jsonl"))
-    chosen = CalibrateOptions(output, str(prompts), batch_size=batch_size, stream_layers=stream_layers, **options)
+    chosen = CalibrateOptions(
+        output=output, prompts=str(prompts), batch_size=batch_size, stream_layers=stream_layers, **options
+    )
     on_progress = chosen_progress.pop() if chosen_progress else (lambda done, total: None)
-    return calibrate(folder, chosen, on_progress=on_progress)
+    return verbs.calibrate(folder, chosen, on_progress=on_progress)
 
 
 chosen_progress: list[Callable[[int, int], None]] = []
@@ -44,8 +47,8 @@ def test_a_streamed_run_writes_the_bytes_of_a_resident_one(family: str, batch_si
     folder = save_model(make_model(family), tmp_path / "model")
     all_experts = family in ("qwen3_moe", "gpt_oss")
     facts = run(folder, tmp_path / "on.safetensors", "on", batch_size, all_experts=all_experts)
-    assert facts["streamed"] is True, facts["notes"]
-    assert run(folder, tmp_path / "off.safetensors", "off", batch_size, all_experts=all_experts)["streamed"] is False
+    assert facts.streamed is True, facts.notes
+    assert run(folder, tmp_path / "off.safetensors", "off", batch_size, all_experts=all_experts).streamed is False
     assert (tmp_path / "on.safetensors").read_bytes() == (tmp_path / "off.safetensors").read_bytes()
 
 
@@ -123,15 +126,15 @@ def test_a_run_that_was_stopped_goes_on_and_writes_the_same_bytes(tmp_path: Path
     run(folder, tmp_path / "cut.safetensors", "on", 3)
     assert (tmp_path / "cut.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
     with pytest.raises(DeadlineError, match="the same command continues"):
-        run(folder, tmp_path / "late.safetensors", "on", 3, deadline_seconds=0.0)
+        run(folder, tmp_path / "late.safetensors", "on", 3, deadline=0.0)
 
 
 def test_what_cannot_be_driven_runs_resident_and_says_why(tmp_path: Path) -> None:
     """ALBERT has one layer, which it calls several times."""
     folder = save_model(make_model("albert"), tmp_path / "model")
     facts = run(folder, tmp_path / "on.safetensors", "on")
-    assert facts["streamed"] is False
-    assert [note for note in facts["notes"] if "the whole model is loaded: " in note]
+    assert facts.streamed is False
+    assert [note for note in facts.notes if "the whole model is loaded: " in note]
     run(folder, tmp_path / "off.safetensors", "off")
     assert (tmp_path / "on.safetensors").read_bytes() == (tmp_path / "off.safetensors").read_bytes()
     site = read_calibration(tmp_path / "on.safetensors")

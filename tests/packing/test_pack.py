@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 import oracle
 import pytest
+import verbs
 from checkpoints import MakeCheckpoint, Tensors, llama_config, llama_tensors, random_weight
 from numpy.typing import NDArray
 from safetensors import safe_open
@@ -23,7 +24,7 @@ from fp8pack.numerics.formats import parse_format
 from fp8pack.numerics.granularity import parse_granularity
 from fp8pack.numerics.scaling import ScaleRounding, decode_e8m0
 from fp8pack.packing import bands, codecs, pack
-from fp8pack.packing.prepare import WriteOptions
+from fp8pack.packing.options import WriteOptions
 from fp8pack.planning import decide, make_plan
 from fp8pack.planning.recipe import Request
 
@@ -80,8 +81,8 @@ def test_every_byte_equals_the_oracle(
     make_checkpoint: MakeCheckpoint, tmp_path: Path, format: str, granularity: str, dtype: Any
 ) -> None:
     tensors = ragged_tensors(dtype)
-    facts = fp8pack.pack(make_checkpoint(tensors), request(format, granularity), WriteOptions(tmp_path / "out"))
-    assert facts["num_packed"] == len(tensors)
+    facts = verbs.pack(make_checkpoint(tensors), request(format, granularity), WriteOptions(tmp_path / "out"))
+    assert facts.num_packed == len(tensors)
     stored, manifest = stored_bytes(tmp_path / "out"), read_manifest(tmp_path / "out" / "fp8pack.json")
     for name, weight in tensors.items():
         entry = manifest.tensors[name]
@@ -96,7 +97,7 @@ def test_every_byte_equals_the_oracle(
 def test_fused_members_share_a_tensor_wide_scale(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     tensors = llama_tensors(1)
     asked = Request(granularity=parse_granularity("tensor"))
-    fp8pack.pack(make_checkpoint(tensors, shards=3), asked, WriteOptions(tmp_path / "out"))
+    verbs.pack(make_checkpoint(tensors, shards=3), asked, WriteOptions(tmp_path / "out"))
     stored = stored_bytes(tmp_path / "out")
     for group in (["q", "k", "v"], ["gate", "up"]):
         part = "mlp" if "up" in group else "self_attn"
@@ -116,13 +117,13 @@ def test_workers_strips_and_device_change_no_byte(
         llama_tensors() | {"model.layers.0.mlp.odd.weight": random_weight((700, 130), 5)}, shards=2
     )
     asked = request("e4m3", granularity)
-    fp8pack.pack(source, asked, WriteOptions(tmp_path / "one", workers=1))
+    verbs.pack(source, asked, WriteOptions(tmp_path / "one", workers=1))
     reference = files_of(tmp_path / "one")
-    fp8pack.pack(source, asked, WriteOptions(tmp_path / "many", workers=5))
-    fp8pack.pack(source, asked, WriteOptions(tmp_path / "little", max_memory=1))
-    fp8pack.pack(source, asked, WriteOptions(tmp_path / "torch", device="torch:cpu"))
+    verbs.pack(source, asked, WriteOptions(tmp_path / "many", workers=5))
+    verbs.pack(source, asked, WriteOptions(tmp_path / "little", max_memory=1))
+    verbs.pack(source, asked, WriteOptions(tmp_path / "torch", device="torch:cpu"))
     monkeypatch.setattr(codecs.CpuCodec, "strip_nbytes", 4096)
-    fp8pack.pack(source, asked, WriteOptions(tmp_path / "strips"))
+    verbs.pack(source, asked, WriteOptions(tmp_path / "strips"))
     for name in ("many", "little", "torch", "strips"):
         assert files_of(tmp_path / name) == reference, name
 
@@ -131,9 +132,9 @@ def test_bands_cut_a_tensor_anywhere_but_change_only_its_digest(
     make_checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = make_checkpoint()
-    fp8pack.pack(source, request(granularity="group:64"), WriteOptions(tmp_path / "whole"))
+    verbs.pack(source, request(granularity="group:64"), WriteOptions(tmp_path / "whole"))
     monkeypatch.setattr(make_plan, "BAND_NBYTES", 3000)
-    fp8pack.pack(source, request(granularity="group:64"), WriteOptions(tmp_path / "cut"))
+    verbs.pack(source, request(granularity="group:64"), WriteOptions(tmp_path / "cut"))
     assert stored_bytes(tmp_path / "cut") == stored_bytes(tmp_path / "whole")
     entry = read_manifest(tmp_path / "cut" / "fp8pack.json").tensors["model.layers.0.mlp.up_proj.weight"]
     assert isinstance(entry, PackedEntry)
@@ -146,11 +147,11 @@ def test_very_long_rows_are_cut_into_columns_and_no_byte_changes(
 ) -> None:
     source = make_checkpoint(llama_tensors() | {"model.layers.0.mlp.odd.weight": random_weight((260, 1000), 5)})
     asked = request("e4m3", granularity)
-    fp8pack.pack(source, asked, WriteOptions(tmp_path / "whole"))
+    verbs.pack(source, asked, WriteOptions(tmp_path / "whole"))
     for module in (decide, make_plan):
         monkeypatch.setattr(module, "MAX_GRANULE_NBYTES", 600)
     monkeypatch.setattr(make_plan, "BAND_NBYTES", 300)
-    fp8pack.pack(source, asked, WriteOptions(tmp_path / "cut"))
+    verbs.pack(source, asked, WriteOptions(tmp_path / "cut"))
     assert stored_bytes(tmp_path / "cut") == stored_bytes(tmp_path / "whole")
     entry = read_manifest(tmp_path / "cut" / "fp8pack.json").tensors["model.layers.0.mlp.odd.weight"]
     assert isinstance(entry, PackedEntry)
@@ -160,8 +161,8 @@ def test_very_long_rows_are_cut_into_columns_and_no_byte_changes(
 def test_every_source_tensor_is_packed_or_copied_byte_for_byte(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     extra = {"model.layers.0.mlp.gate.e_score": np.arange(7, dtype=np.int64), "empty": np.zeros((0, 4), np.float32)}
     tensors = llama_tensors() | extra
-    facts = fp8pack.pack(make_checkpoint(tensors, shards=2), None, WriteOptions(tmp_path / "out"))
-    stored, kept = stored_bytes(tmp_path / "out"), {entry["name"] for entry in facts["kept"]}
+    facts = fp8pack.pack(make_checkpoint(tensors, shards=2), tmp_path / "out")
+    stored, kept = stored_bytes(tmp_path / "out"), {entry.name for entry in facts.kept}
     packed = {name for name, (dtype, _, _) in stored.items() if dtype == "F8_E4M3"}
     assert kept | packed == tensors.keys()
     assert all(stored[name][2] == tensors[name].tobytes() for name in kept)
@@ -188,12 +189,12 @@ def test_side_files_are_carried_over_and_weights_of_other_kinds_are_not(
     for name, content in (carried | left).items():
         (source / name).parent.mkdir(exist_ok=True)
         (source / name).write_bytes(content)
-    facts = fp8pack.pack(source, None, WriteOptions(tmp_path / "out"))
+    facts = fp8pack.pack(source, tmp_path / "out")
     for name, content in carried.items():
         assert (tmp_path / "out" / name).read_bytes() == content
-    assert {entry["file"]: entry["size"] for entry in facts["left_out"]} == {name: len(left[name]) for name in left}
+    assert {entry.file: entry.size for entry in facts.skipped} == {name: len(left[name]) for name in left}
     assert not any((tmp_path / "out" / name).exists() for name in left)
-    fp8pack.pack(source, None, WriteOptions(tmp_path / "more", copy=("*.gguf",)))
+    fp8pack.pack(source, tmp_path / "more", copy=("*.gguf",))
     assert (tmp_path / "more" / "model.gguf").read_bytes() == b"x"
 
 
@@ -202,7 +203,7 @@ def test_config_keeps_every_byte_and_announces_the_quantization(
 ) -> None:
     source = make_checkpoint()
     before = (source / "config.json").read_text()
-    fp8pack.pack(source, None, WriteOptions(tmp_path / "out"))
+    fp8pack.pack(source, tmp_path / "out")
     after = (tmp_path / "out" / "config.json").read_text()
     assert after.startswith(before.rstrip().removesuffix("}").rstrip())
     assert json.loads(after)["quantization_config"] == {
@@ -218,7 +219,7 @@ def test_powers_of_two_are_announced_as_deepseek_announces_them(
     make_checkpoint: MakeCheckpoint, tmp_path: Path
 ) -> None:
     asked = Request(scheme="FP8_BLOCK", scale_rounding=ScaleRounding.UP)
-    fp8pack.pack(make_checkpoint(), asked, WriteOptions(tmp_path / "out"))
+    verbs.pack(make_checkpoint(), asked, WriteOptions(tmp_path / "out"))
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert (config["quant_method"], config["scale_fmt"]) == ("fp8", "ue8m0")
     data = stored_bytes(tmp_path / "out")["model.layers.0.mlp.up_proj.weight_scale_inv"][2]
@@ -226,7 +227,7 @@ def test_powers_of_two_are_announced_as_deepseek_announces_them(
 
 
 def test_the_index_lists_every_tensor_with_its_file(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
-    fp8pack.pack(make_checkpoint(shards=3), None, WriteOptions(tmp_path / "out"))
+    fp8pack.pack(make_checkpoint(shards=3), tmp_path / "out")
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     found, total = {}, 0
     for path in sorted((tmp_path / "out").glob("*.safetensors")):
@@ -239,8 +240,8 @@ def test_the_index_lists_every_tensor_with_its_file(make_checkpoint: MakeCheckpo
 
 def test_a_limit_on_the_shard_size_changes_files_and_no_tensor(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     source = make_checkpoint()
-    fp8pack.pack(source, None, WriteOptions(tmp_path / "one"))
-    fp8pack.pack(source, None, WriteOptions(tmp_path / "many", max_shard_nbytes=300_000))
+    fp8pack.pack(source, tmp_path / "one")
+    fp8pack.pack(source, tmp_path / "many", max_shard_size=300_000)
     assert len(list((tmp_path / "many").glob("*.safetensors"))) > 2
     assert stored_bytes(tmp_path / "many") == stored_bytes(tmp_path / "one")
 
@@ -249,23 +250,23 @@ def test_a_single_file_gives_a_single_file(tmp_path: Path) -> None:
     save_file(llama_tensors(), tmp_path / "x.safetensors")
     before = (tmp_path / "x.safetensors").read_bytes()
     facts = fp8pack.pack(tmp_path / "x.safetensors")
-    assert facts["output"] == str(tmp_path / "x-fp8.safetensors")
+    assert facts.output == tmp_path / "x-fp8.safetensors"
     assert {path.name for path in tmp_path.iterdir()} == {"x.safetensors", "x-fp8.safetensors", "x-fp8.fp8pack.json"}
     assert (tmp_path / "x.safetensors").read_bytes() == before
-    assert fp8pack.pack(tmp_path / "x.safetensors")["already_complete"]
+    assert fp8pack.pack(tmp_path / "x.safetensors").already_complete
 
 
 def test_the_manifest_is_its_own_proof(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
-    facts = fp8pack.pack(make_checkpoint(shards=2), None, WriteOptions(tmp_path / "out"))
+    facts = fp8pack.pack(make_checkpoint(shards=2), tmp_path / "out")
     document = json.loads((tmp_path / "out" / "fp8pack.json").read_bytes())
-    assert document["root"] == root_of(document) == facts["root"]
+    assert document["root"] == root_of(document) == facts.root
     manifest = Manifest.model_validate(document)
     assert set(manifest.files) | {"fp8pack.json"} == {path.name for path in (tmp_path / "out").iterdir()}
     assert all((tmp_path / "out" / name).stat().st_size == entry.size for name, entry in manifest.files.items())
 
 
 def test_data_starts_at_a_page_and_files_have_the_umasks_mode(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
-    fp8pack.pack(make_checkpoint(), None, WriteOptions(tmp_path / "out"))
+    fp8pack.pack(make_checkpoint(), tmp_path / "out")
     raw = (tmp_path / "out" / "model.safetensors").read_bytes()
     assert (8 + int.from_bytes(raw[:8], "little")) % 4096 == 0
     assert {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()} == {0o644}
@@ -273,18 +274,18 @@ def test_data_starts_at_a_page_and_files_have_the_umasks_mode(make_checkpoint: M
 
 def test_the_same_command_again_leaves_a_finished_output_alone(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     source = make_checkpoint()
-    first = fp8pack.pack(source, None, WriteOptions(tmp_path / "out"))
+    first = fp8pack.pack(source, tmp_path / "out")
     before = (tmp_path / "out" / "fp8pack.json").stat().st_mtime_ns
-    again = fp8pack.pack(source, None, WriteOptions(tmp_path / "out"))
-    assert again["already_complete"]
-    assert again["root"] == first["root"]
+    again = fp8pack.pack(source, tmp_path / "out")
+    assert again.already_complete
+    assert again.root == first.root
     assert (tmp_path / "out" / "fp8pack.json").stat().st_mtime_ns == before
     for asked, options in (
-        (Request(scheme="FP8_DYNAMIC"), WriteOptions(tmp_path / "out")),
-        (Request(), WriteOptions(tmp_path / "out", max_shard_nbytes=300_000)),
+        (Request(scheme="FP8_DYNAMIC"), WriteOptions(output=tmp_path / "out")),
+        (Request(), WriteOptions(output=tmp_path / "out", max_shard_size=300_000)),
     ):
-        with pytest.raises(OutputError, match="--overwrite"):
-            fp8pack.pack(source, asked, options)
+        with pytest.raises(OutputError, match="exists"):
+            verbs.pack(source, asked, options)
 
 
 def test_two_fine_tunes_of_one_base_have_two_fingerprints(make_checkpoint: MakeCheckpoint) -> None:
@@ -301,19 +302,19 @@ def test_offenders_are_named_and_the_flag_that_mends_them_reuses_the_rest(
     bad = ["model.layers.0.mlp.down_proj.weight", "model.layers.1.self_attn.o_proj.weight"]
     for name in bad:
         tensors[name][3, 5] = np.nan
-    source, options = make_checkpoint(tensors, shards=3), WriteOptions(tmp_path / "out")
+    source, options = make_checkpoint(tensors, shards=3), WriteOptions(output=tmp_path / "out")
     for granularity in ("tensor", "block:128x128"):
         asked = Request(granularity=parse_granularity(granularity))
         with pytest.raises(InputError) as caught:
-            fp8pack.pack(source, asked, WriteOptions(tmp_path / granularity[:5]))
+            verbs.pack(source, asked, WriteOptions(tmp_path / granularity[:5]))
         assert all(f"--ignore {name}" in str(caught.value) for name in bad)
     asked = Request(granularity=parse_granularity("block:128x128"))
     with pytest.raises(InputError):
-        fp8pack.pack(source, asked, options)
+        verbs.pack(source, asked, options)
     asked = Request(granularity=parse_granularity("block:128x128"), ignore=tuple(map(Pattern, bad)))
-    facts = fp8pack.pack(source, asked, options)
-    assert facts["resumed_nbytes"] > 0
-    assert {entry["name"] for entry in facts["kept"]} >= set(bad)
+    facts = verbs.pack(source, asked, options)
+    assert facts.resumed_nbytes > 0
+    assert {entry.name for entry in facts.kept} >= set(bad)
 
 
 def test_a_group_with_a_nan_gets_no_scale_before_the_nan_is_mended(
@@ -327,11 +328,11 @@ def test_a_group_with_a_nan_gets_no_scale_before_the_nan_is_mended(
     tensors[name][50, 100] = np.nan
     source, asked = make_checkpoint(tensors), Request(granularity=parse_granularity("tensor"))
     with pytest.raises(InputError, match="--ignore"):
-        fp8pack.pack(source, asked, WriteOptions(tmp_path / "out"))
+        verbs.pack(source, asked, WriteOptions(tmp_path / "out"))
     save_file(tensors | {name: mended}, source / "model.safetensors", {"format": "pt"})
-    facts = fp8pack.pack(source, asked, WriteOptions(tmp_path / "out"))
-    assert facts["resumed_nbytes"] > 0
-    assert facts["root"] == fp8pack.pack(source, asked, WriteOptions(tmp_path / "fresh"))["root"]
+    facts = verbs.pack(source, asked, WriteOptions(tmp_path / "out"))
+    assert facts.resumed_nbytes > 0
+    assert facts.root == verbs.pack(source, asked, WriteOptions(tmp_path / "fresh")).root
     stored = stored_bytes(tmp_path / "out")
     assert len({stored[f"model.layers.0.self_attn.{leaf}_proj.weight_scale"][2] for leaf in "qkv"}) == 1
 
@@ -342,10 +343,10 @@ def test_a_changed_side_file_makes_an_output_incomplete(
 ) -> None:
     source = make_checkpoint()
     (source / "tokenizer.json").write_text("{}")
-    fp8pack.pack(source, None, WriteOptions(tmp_path / "out"))
+    fp8pack.pack(source, tmp_path / "out")
     (source / change).write_text(json.dumps(llama_config() | {"eos_token_id": 7}))
-    with pytest.raises(OutputError, match="--overwrite"):
-        fp8pack.pack(source, None, WriteOptions(tmp_path / "out"))
+    with pytest.raises(OutputError, match="exists"):
+        fp8pack.pack(source, tmp_path / "out")
 
 
 def test_hub_snapshots_are_packed_into_the_current_directory(
@@ -363,8 +364,8 @@ def test_hub_snapshots_are_packed_into_the_current_directory(
     work.mkdir()
     monkeypatch.chdir(work)
     facts = fp8pack.pack(snapshot)
-    assert facts["output"] == str(work / "tiny-model-FP8-block")
-    assert facts["model"] == "tiny-model"
+    assert facts.output == work / "tiny-model-FP8-block"
+    assert facts.model == "tiny-model"
 
 
 def test_schemes_write_what_their_engines_read(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
@@ -375,7 +376,7 @@ def test_schemes_write_what_their_engines_read(make_checkpoint: MakeCheckpoint, 
         ("MXFP8", "weight_scale", (512, 8), "U8"),
         ("FP8_BLOCK", "weight_scale_inv", (4, 2), "F32"),
     ):
-        fp8pack.pack(source, Request(scheme=scheme), WriteOptions(tmp_path / scheme))
+        fp8pack.pack(source, tmp_path / scheme, scheme=scheme)
         stored = stored_bytes(tmp_path / scheme)
         assert stored[f"model.layers.0.mlp.up_proj.{suffix}"][:2] == (dtype, shape)
 

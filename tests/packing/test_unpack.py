@@ -15,6 +15,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
+import verbs
 from checkpoints import Tensors, llama_config, random_weight, read_tensors, write_model, write_shard
 from numpy.typing import NDArray
 
@@ -24,8 +25,10 @@ from fp8pack.numerics.formats import parse_format
 from fp8pack.numerics.granularity import parse_granularity
 from fp8pack.numerics.scaling import ScaleRounding
 from fp8pack.packing import codecs
-from fp8pack.packing.prepare import UNPACKED_DTYPES, WriteOptions
+from fp8pack.packing.options import WriteOptions
+from fp8pack.packing.prepare import UNPACKED_DTYPES
 from fp8pack.planning import make_plan
+from fp8pack.planning.recipe import Request
 
 BF16, E4M3 = ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn
 BLOCKS = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": [128, 128]}
@@ -89,22 +92,22 @@ def checkpoint(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_byte_is_that_of_the_formula(dtype: str, checkpoint: Path, tmp_path: Path) -> None:
     """Multi-token-prediction layers, which DeepSeek's own script keeps, are there too."""
-    facts = fp8pack.unpack(checkpoint, dtype, WriteOptions(tmp_path / "out"))
-    assert facts["num_unpacked"] == len(SHAPES)
+    facts = fp8pack.unpack(checkpoint, tmp_path / "out", dtype=dtype)
+    assert facts.num_unpacked == len(SHAPES)
     check(read_tensors(tmp_path / "out"), deepseek(), dtype)
 
 
 def test_workers_strips_bands_and_shards_change_no_byte(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fp8pack.unpack(checkpoint, options=WriteOptions(tmp_path / "one", workers=1))
-    fp8pack.unpack(checkpoint, options=WriteOptions(tmp_path / "many", workers=4, max_shard_nbytes=100_000))
+    fp8pack.unpack(checkpoint, tmp_path / "one", workers=1)
+    fp8pack.unpack(checkpoint, tmp_path / "many", workers=4, max_shard_size=100_000)
     monkeypatch.setattr(codecs.CpuCodec, "strip_nbytes", 700)
     monkeypatch.setattr(make_plan, "BAND_NBYTES", 2000)
-    fp8pack.unpack(checkpoint, options=WriteOptions(tmp_path / "little", max_memory=1))
+    fp8pack.unpack(checkpoint, tmp_path / "little", max_memory=1)
     monkeypatch.setattr(make_plan, "MAX_GRANULE_NBYTES", 100)
     monkeypatch.setattr(make_plan, "BAND_NBYTES", 99)
-    fp8pack.unpack(checkpoint, options=WriteOptions(tmp_path / "columns", workers=3))
+    fp8pack.unpack(checkpoint, tmp_path / "columns", workers=3)
     for name in ("one", "many", "little", "columns"):
         check(read_tensors(tmp_path / name), deepseek())
 
@@ -116,14 +119,14 @@ def test_what_was_packed_comes_back_as_its_values(format: str, granularity: str,
     weights = {f"model.layers.0.mlp.odd_{i}.weight": random_weight(shape, i) for i, shape in enumerate(SHAPES.values())}
     source = write_model(tmp_path / "model", weights, llama_config())
     rounding = ScaleRounding.UP if granularity == "mx" else None
-    asked = fp8pack.Request(
+    asked = Request(
         format=parse_format(format),
         granularity=parse_granularity(granularity),
         quant_method="fp8pack",
         scale_rounding=rounding,
     )
-    fp8pack.pack(source, asked, WriteOptions(tmp_path / "packed"))
-    fp8pack.unpack(tmp_path / "packed", options=WriteOptions(tmp_path / "out"))
+    verbs.pack(source, asked, WriteOptions(tmp_path / "packed"))
+    fp8pack.unpack(tmp_path / "packed", tmp_path / "out")
     found = read_tensors(tmp_path / "out")
     assert set(found) == set(weights)
     for name, weight in weights.items():
@@ -138,7 +141,7 @@ def test_what_was_packed_comes_back_as_its_values(format: str, granularity: str,
 def test_config_and_index_speak_of_no_quantization_any_more(checkpoint: Path, tmp_path: Path) -> None:
     (checkpoint / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": "FP8"}}))
     (checkpoint / "tokenizer.json").write_text("{}")
-    facts = fp8pack.unpack(checkpoint, options=WriteOptions(tmp_path / "out"))
+    facts = fp8pack.unpack(checkpoint, tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config == llama_config(layers=61)
     assert list(config) == list(llama_config(layers=61))
@@ -149,15 +152,13 @@ def test_config_and_index_speak_of_no_quantization_any_more(checkpoint: Path, tm
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in found.values())
     assert (tmp_path / "out" / "tokenizer.json").exists()
     assert not (tmp_path / "out" / "hf_quant_config.json").exists()
-    assert [entry["file"] for entry in facts["left_out"]] == ["hf_quant_config.json", "model.safetensors.index.json"][
-        :1
-    ]
+    assert [entry.file for entry in facts.skipped] == ["hf_quant_config.json", "model.safetensors.index.json"][:1]
 
 
 def test_a_quantization_announced_in_a_section_goes_too(tmp_path: Path) -> None:
     config = {"model_type": "x", "text_config": llama_config() | {"quantization_config": BLOCKS}, "vision_config": {}}
     source = write_model(tmp_path / "model", deepseek(), config)
-    fp8pack.unpack(source, options=WriteOptions(tmp_path / "out"))
+    fp8pack.unpack(source, tmp_path / "out")
     found = json.loads((tmp_path / "out" / "config.json").read_text())
     assert found == {"model_type": "x", "text_config": llama_config(), "vision_config": {}}
 
@@ -166,10 +167,10 @@ def test_an_unpacked_checkpoint_can_be_packed_again_to_the_same_bytes(tmp_path: 
     """Block scales of FP8 weights that reach 448 in every block come back exactly."""
     weights = {f"model.layers.0.mlp.odd_{i}.weight": random_weight((256, 128), i) for i in range(3)}
     source = write_model(tmp_path / "model", weights, llama_config())
-    asked = fp8pack.Request(scheme="FP8_BLOCK")
-    fp8pack.pack(source, asked, WriteOptions(tmp_path / "packed"))
-    fp8pack.unpack(tmp_path / "packed", "float32", WriteOptions(tmp_path / "floats"))
-    fp8pack.pack(tmp_path / "floats", asked, WriteOptions(tmp_path / "again"))
+    asked = Request(scheme="FP8_BLOCK")
+    verbs.pack(source, asked, WriteOptions(tmp_path / "packed"))
+    fp8pack.unpack(tmp_path / "packed", tmp_path / "floats", dtype="float32")
+    verbs.pack(tmp_path / "floats", asked, WriteOptions(tmp_path / "again"))
     first, second = read_tensors(tmp_path / "packed"), read_tensors(tmp_path / "again")
     assert {name: tensor.tobytes() for name, tensor in first.items()} == {
         name: tensor.tobytes() for name, tensor in second.items()
@@ -184,11 +185,11 @@ def test_a_value_that_float16_does_not_reach_is_refused_and_bfloat16_holds_it(tm
     tensors["model.layers.1.mlp.down_proj.weight_scale_inv"][0, 0] = 65520 / 448 * 1.0001
     source = write_model(tmp_path / "model", tensors, llama_config() | {"quantization_config": BLOCKS})
     with pytest.raises(InputError) as caught:
-        fp8pack.unpack(source, "float16", WriteOptions(tmp_path / "half"))
+        fp8pack.unpack(source, tmp_path / "half", dtype="float16")
     assert "model.layers.1.mlp.down_proj.weight" in str(caught.value)
     assert "model.layers.0.mlp.down_proj.weight" not in str(caught.value)
     assert not (tmp_path / "half").exists()
-    fp8pack.unpack(source, "bfloat16", WriteOptions(tmp_path / "out"))
+    fp8pack.unpack(source, tmp_path / "out", dtype="bfloat16")
     check(read_tensors(tmp_path / "out"), tensors)
 
 
@@ -198,7 +199,7 @@ def test_the_largest_values_that_round_to_a_finite_float16_are_kept(tmp_path: Pa
     assert np.float32(448) * scale < 65520
     tensors["model.layers.0.mlp.down_proj.weight_scale_inv"][0, 0] = scale
     source = write_model(tmp_path / "model", tensors, llama_config() | {"quantization_config": BLOCKS})
-    fp8pack.unpack(source, "float16", WriteOptions(tmp_path / "out"))
+    fp8pack.unpack(source, tmp_path / "out", dtype="float16")
     found = read_tensors(tmp_path / "out")
     check(found, tensors, "float16")
     assert np.abs(found["model.layers.0.mlp.down_proj.weight"]).max() == 65504
@@ -210,7 +211,7 @@ def test_a_product_beyond_the_dtype_is_refused_and_never_an_infinity(dtype: str,
     tensors["model.layers.0.mlp.down_proj.weight_scale_inv"][0, 0] = 3e38
     source = write_model(tmp_path / "model", tensors, llama_config() | {"quantization_config": BLOCKS})
     with pytest.raises(InputError, match=r"model\.layers\.0\.mlp\.down_proj\.weight"):
-        fp8pack.unpack(source, dtype, WriteOptions(tmp_path / "out"))
+        fp8pack.unpack(source, tmp_path / "out", dtype=dtype)
     assert not (tmp_path / "out").exists()
 
 
@@ -222,7 +223,7 @@ def test_a_product_that_bfloat16_rounds_to_infinity_is_refused(tmp_path: Path) -
     tensors["model.layers.0.mlp.down_proj.weight_scale_inv"][0, 0] = scale
     source = write_model(tmp_path / "model", tensors, llama_config() | {"quantization_config": BLOCKS})
     with pytest.raises(InputError, match=r"model\.layers\.0\.mlp\.down_proj\.weight"):
-        fp8pack.unpack(source, "bfloat16", WriteOptions(tmp_path / "out"))
+        fp8pack.unpack(source, tmp_path / "out", dtype="bfloat16")
 
 
 @pytest.mark.parametrize("code", [0x7F, 0xFF])
@@ -235,7 +236,7 @@ def test_weights_with_a_nan_byte_are_all_named_and_nothing_is_committed(code: in
         tensors[name] = weight.view(E4M3)
     source = write_model(tmp_path / "model", tensors, llama_config() | {"quantization_config": BLOCKS})
     with pytest.raises(InputError) as caught:
-        fp8pack.unpack(source, options=WriteOptions(tmp_path / "out"))
+        fp8pack.unpack(source, tmp_path / "out")
     assert all(name in str(caught.value) for name in names)
     assert str(caught.value).startswith("2 FP8 weights")
     assert len(str(caught.value).splitlines()) == 1
@@ -249,19 +250,19 @@ def test_a_single_file_gives_a_single_file(tmp_path: Path) -> None:
     write_shard(tmp_path / "x.safetensors", deepseek(), {"format": "pt", "note": "kept"})
     before = (tmp_path / "x.safetensors").read_bytes()
     facts = fp8pack.unpack(tmp_path / "x.safetensors")
-    output = Path(facts["output"])
+    output = Path(facts.output)
     assert output == tmp_path / "x-bf16.safetensors"
     check(read_tensors(output), deepseek())
     assert {path.name for path in tmp_path.iterdir()} == {"x.safetensors", output.name, "x-bf16.fp8pack.json"}
     assert (tmp_path / "x.safetensors").read_bytes() == before
-    assert fp8pack.unpack(tmp_path / "x.safetensors")["already_complete"]
+    assert fp8pack.unpack(tmp_path / "x.safetensors").already_complete
 
 
 def test_a_single_file_with_a_limit_on_shards_loses_nothing(tmp_path: Path) -> None:
     write_shard(tmp_path / "x.safetensors", deepseek())
-    options = WriteOptions(tmp_path / "y.safetensors", max_shard_nbytes=50_000)
+    options = WriteOptions(output=tmp_path / "y.safetensors", max_shard_size=50_000)
     try:
-        fp8pack.unpack(tmp_path / "x.safetensors", options=options)
+        verbs.unpack(tmp_path / "x.safetensors", options=options)
     except Fp8PackError as error:
         assert isinstance(error, RecipeError)
         assert not (tmp_path / "y.safetensors").exists()
@@ -279,7 +280,7 @@ def test_a_shard_that_held_nothing_but_scales_is_gone_and_the_index_knows(tmp_pa
     write_shard(source / "weights.safetensors", others)
     write_shard(source / "scales.safetensors", scales)
     (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    fp8pack.unpack(source, options=WriteOptions(tmp_path / "out"))
+    fp8pack.unpack(source, tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").glob("*.safetensors")] == ["weights.safetensors"]
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     assert set(index["weight_map"].values()) == {"weights.safetensors"}
@@ -299,7 +300,7 @@ def test_a_hub_snapshot_is_unpacked_into_the_current_directory(
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
     facts = fp8pack.unpack(snapshot)
-    assert facts["output"] == str(tmp_path / "work" / "tiny-FP8-BF16")
+    assert facts.output == tmp_path / "work" / "tiny-FP8-BF16"
     check(read_tensors(tmp_path / "work" / "tiny-FP8-BF16"), deepseek())
     assert not any(path.is_symlink() for path in (tmp_path / "work" / "tiny-FP8-BF16").iterdir())
 
@@ -310,31 +311,31 @@ def test_a_tensor_without_elements_is_carried_over(tmp_path: Path) -> None:
         "model.layers.9.mlp.x._extra_state": np.zeros(0, "u1"),
     }
     source = write_model(tmp_path / "model", tensors, llama_config() | {"quantization_config": BLOCKS})
-    fp8pack.unpack(source, options=WriteOptions(tmp_path / "out"))
+    fp8pack.unpack(source, tmp_path / "out")
     check(read_tensors(tmp_path / "out"), tensors)
 
 
 def test_what_was_unpacked_can_be_looked_at(checkpoint: Path, tmp_path: Path) -> None:
-    fp8pack.unpack(checkpoint, options=WriteOptions(tmp_path / "out"))
+    fp8pack.unpack(checkpoint, tmp_path / "out")
     facts = fp8pack.inspect(tmp_path / "out")
-    assert facts["totals"]["num_packed"] == 0
-    assert facts["totals"]["num_tensors"] == len(read_tensors(tmp_path / "out"))
-    assert fp8pack.diff(checkpoint, tmp_path / "out")["only_in_a"] == []
+    assert facts.totals.num_packed == 0
+    assert facts.totals.num_tensors == len(read_tensors(tmp_path / "out"))
+    assert fp8pack.diff(checkpoint, tmp_path / "out").only_in_a == ()
 
 
 # Outputs that exist, and what is asked for.
 
 
 def test_a_finished_output_is_left_alone_and_another_dtype_needs_overwrite(checkpoint: Path, tmp_path: Path) -> None:
-    options = WriteOptions(tmp_path / "out")
-    first = fp8pack.unpack(checkpoint, options=options)
-    again = fp8pack.unpack(checkpoint, options=options)
-    assert again["already_complete"]
-    assert again["root"] == first["root"]
-    with pytest.raises(OutputError, match="--overwrite"):
-        fp8pack.unpack(checkpoint, "float32", options)
+    options = WriteOptions(output=tmp_path / "out")
+    first = verbs.unpack(checkpoint, options=options)
+    again = verbs.unpack(checkpoint, options=options)
+    assert again.already_complete
+    assert again.root == first.root
+    with pytest.raises(OutputError, match="exists"):
+        verbs.unpack(checkpoint, dtype="float32", options=options)
     check(read_tensors(tmp_path / "out"), deepseek())
-    fp8pack.unpack(checkpoint, "float32", WriteOptions(tmp_path / "out", overwrite=True))
+    fp8pack.unpack(checkpoint, tmp_path / "out", dtype="float32", overwrite=True)
     check(read_tensors(tmp_path / "out"), deepseek(), "float32")
 
 
@@ -342,7 +343,7 @@ def test_a_finished_output_is_left_alone_and_another_dtype_needs_overwrite(check
     ("tensors", "dtype", "kind", "words"),
     [
         ({"model.layers.0.mlp.up_proj.weight": random_weight((64, 64))}, "bfloat16", InputError, "nothing to unpack"),
-        (deepseek(), "float8", RecipeError, "choose bfloat16, float16, float32"),
+        (deepseek(), "float8", RecipeError, "dtype 'float8' is not known"),
     ],
     ids=["no FP8", "no such dtype"],
 )
@@ -351,14 +352,14 @@ def test_what_cannot_be_unpacked_is_refused_in_one_line(
 ) -> None:
     source = write_model(tmp_path / "model", tensors, llama_config())
     with pytest.raises(kind, match=words) as caught:
-        fp8pack.unpack(source, dtype, WriteOptions(tmp_path / "out"))
+        fp8pack.unpack(source, tmp_path / "out", dtype=dtype)
     assert len(str(caught.value).splitlines()) == 1
     assert {path.name for path in tmp_path.iterdir()} == {"model"}
 
 
 def test_a_dry_run_tells_every_tensor_and_writes_nothing(checkpoint: Path, tmp_path: Path) -> None:
-    facts = fp8pack.unpack(checkpoint, options=WriteOptions(tmp_path / "out"), dry_run=True)
-    actions = {tensor["name"]: tensor["action"] for tensor in facts["tensors"]}
+    facts = fp8pack.unpack(checkpoint, tmp_path / "out", dry_run=True)
+    actions = {tensor.name: tensor.action for tensor in facts.tensors}
     assert [name for name, action in actions.items() if action == "unpacked"] == [
         name for name in actions if name.removesuffix(".weight") in SHAPES
     ]
@@ -383,12 +384,12 @@ def test_too_little_space_ends_with_code_5_before_any_byte_and_with_more_it_cont
     checkpoint: Path, small_disk: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(SpaceError, match="free") as caught:
-        fp8pack.unpack(checkpoint, "float32", WriteOptions(small_disk / "out"))
+        fp8pack.unpack(checkpoint, small_disk / "out", dtype="float32")
     assert caught.value.exit_code == 5
     assert len(str(caught.value).splitlines()) == 1
     assert list(small_disk.rglob("*.safetensors")) == []
     subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
-    fp8pack.unpack(checkpoint, "float32", WriteOptions(small_disk / "out"))
+    fp8pack.unpack(checkpoint, small_disk / "out", dtype="float32")
     check(read_tensors(small_disk / "out"), read_tensors(checkpoint), "float32")
 
 
@@ -453,10 +454,10 @@ def test_the_same_command_continues_after_the_end_of_another(
     assert not (tmp_path / "out").exists()
     facts = check_finished(run(), tmp_path)
     assert facts["resumed_nbytes"] > 0
-    undisturbed = fp8pack.unpack(tmp_path / "model", options=WriteOptions(tmp_path / "reference"))
+    undisturbed = fp8pack.unpack(tmp_path / "model", tmp_path / "reference")
     for path in (tmp_path / "reference").glob("*.safetensors"):
         assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
-    assert undisturbed["output_nbytes"] == facts["output_nbytes"]
+    assert undisturbed.output_nbytes == facts["output_nbytes"]
 
 
 def test_a_deadline_ends_with_code_7_and_the_same_command_continues(
@@ -478,7 +479,7 @@ def test_unfinished_work_of_another_dtype_is_refused_and_kept(
     process.kill()
     process.communicate()
     with pytest.raises(OutputError, match="another recipe"):
-        fp8pack.unpack(tmp_path / "model", "float32", WriteOptions(tmp_path / "out"))
+        fp8pack.unpack(tmp_path / "model", tmp_path / "out", dtype="float32")
     assert check_finished(run(), tmp_path)["resumed_nbytes"] > 0
 
 
@@ -491,7 +492,7 @@ import fp8pack
 out, source, small = sys.argv[1:]
 peaks = []
 for name, path in (("small", small), ("large", source)):
-    fp8pack.unpack(path, "float32", fp8pack.WriteOptions(Path(out) / name))
+    fp8pack.unpack(path, Path(out) / name, dtype="float32")
     peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 print(json.dumps(peaks))
 """

@@ -25,7 +25,7 @@ from fp8pack.planning.decide import decide
 from fp8pack.planning.make_plan import choose_recipe, make_plan
 from fp8pack.planning.plan import PackPlan
 from fp8pack.planning.recipe import WRITABLE, Request, Rule, RuleAction
-from fp8pack.planning.recipe_file import parse_recipe
+from fp8pack.planning.recipe_file import make_request
 
 QWEN = ModelFacts("Qwen3ForCausalLM", "qwen3", num_layers=2, head_dim=64, num_heads=4, num_kv_heads=2)
 LAYER = "model.layers.0"
@@ -557,13 +557,16 @@ def test_the_recipe_says_what_decided_the_scales_and_nothing_without_a_calibrati
     assert not {"calibration", "kv_cache", "margin"} & plan_of(None).recipe.as_data().keys()
 
 
-def test_a_recipe_file_asks_for_the_same_as_the_flags() -> None:
+def test_a_recipe_file_asks_for_the_same_as_the_flags(tmp_path: Path) -> None:
+    recipe = tmp_path / "r.yaml"
     text = "scheme: FP8\nkv_cache: true\npercentile: 99.5\nmargin: -2\n"
-    asked = parse_recipe(text, "r.yaml")
+    recipe.write_text(text)
+    asked = make_request(recipe)
     assert asked == Request(scheme="FP8", kv_cache=True, percentile=99.5, margin=-2)
     for wrong in ("percentile: 0", "percentile: .nan", "percentile: 101", "margin: 9", "warmup: -1", "kv_cache: 3"):
-        with pytest.raises(RecipeError, match=wrong.split(":")[0]):
-            parse_recipe(wrong, "r.yaml")
+        recipe.write_text(wrong)
+        with pytest.raises(RecipeError, match=wrong.split(":")[0].replace("_", " ")):
+            make_request(recipe)
 
 
 def test_what_is_worth_knowing_of_the_scales_is_a_warning() -> None:

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from fp8pack.planning.decide import decide
 from fp8pack.planning.make_plan import choose_recipe, make_plan
 from fp8pack.planning.plan import PackPlan
 from fp8pack.planning.recipe import Request, Rule, RuleAction
-from fp8pack.planning.recipe_file import parse_recipe
+from fp8pack.planning.recipe_file import make_request
 
 QWEN = ModelFacts("Qwen3ForCausalLM", "qwen3", num_layers=2, head_dim=128, num_kv_heads=8)
 Shapes = dict[str, tuple[int, ...]]
@@ -196,11 +197,12 @@ def test_rules_may_mix_granularities_under_our_own_convention_only() -> None:
         plan_of(model(), rules=rules)
 
 
-def test_a_recipe_file_is_a_request() -> None:
-    request = parse_recipe(
-        "scheme: FP8_DYNAMIC\nignore: ['*o_proj']\nkeep_first_layers: 1\nrules:\n- {match: '*up_proj', action: keep}\n",
-        "r.yaml",
+def test_a_recipe_file_is_a_request(tmp_path: Path) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        "scheme: FP8_DYNAMIC\nignore: ['*o_proj']\nkeep_first_layers: 1\nrules:\n- {match: '*up_proj', action: keep}\n"
     )
+    request = make_request(recipe)
     plan = plan_of(model(), request=request)
     assert {tensor.spec.name.rsplit(".", 2)[1] for tensor in plan.packed} == {"q_proj", "k_proj", "v_proj", "down_proj"}
 
@@ -208,9 +210,10 @@ def test_a_recipe_file_is_a_request() -> None:
 @pytest.mark.parametrize(
     "text", ["schema: FP8", "keep_first_layers: -1", "- a list", "format: e3m4", "a: [", "rules: [{}]"]
 )
-def test_a_wrong_recipe_file_is_one_sentence(text: str) -> None:
+def test_a_wrong_recipe_file_is_one_sentence(text: str, tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(text)
     with pytest.raises(RecipeError) as caught:
-        parse_recipe(text, "r.yaml")
+        make_request(tmp_path / "r.yaml")
     assert "\n" not in str(caught.value)
 
 

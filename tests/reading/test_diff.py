@@ -16,8 +16,7 @@ import fp8pack
 from fp8pack.checkpoint import values
 from fp8pack.cli.app import app
 from fp8pack.errors import Fp8PackError
-from fp8pack.packing.prepare import WriteOptions
-from fp8pack.planning.recipe import Request
+from fp8pack.reading.comparison import Comparison, TensorComparison
 
 E4M3, BF16 = ml_dtypes.float8_e4m3fn, ml_dtypes.bfloat16
 MODULE = "model.layers.0.mlp.up_proj"
@@ -48,9 +47,9 @@ def sqnr(exact: NDArray[np.float32], other: NDArray[np.float32]) -> float:
     return float(10 * np.log10((exact**2).sum() / ((exact - other) ** 2).sum()))
 
 
-def only(facts: dict[str, Any]) -> dict[str, Any]:
-    (tensor,) = (tensor for tensor in facts["tensors"] if tensor["name"] == WEIGHT)
-    return dict(tensor)
+def only(facts: Comparison) -> TensorComparison:
+    (tensor,) = (tensor for tensor in facts.tensors if tensor.name == WEIGHT)
+    return tensor
 
 
 def others() -> Tensors:
@@ -70,9 +69,9 @@ def others() -> Tensors:
 def test_a_tensor_is_equal_to_itself_whatever_it_holds(name: str, tmp_path: Path) -> None:
     a = model(tmp_path / "a", {name: others()[name]})
     facts = fp8pack.diff(a, a)
-    assert facts["totals"]["num_equal"] == facts["totals"]["num_tensors"] == 1
-    assert facts["totals"]["sqnr_min"] is None
-    assert facts["tensors"][0]["equal_bytes"] in (1.0, None)
+    assert facts.totals.num_equal == facts.totals.num_tensors == 1
+    assert facts.totals.sqnr_min is None
+    assert facts.tensors[0].equal_bytes in (1.0, None)
 
 
 def test_an_fp8_weight_with_a_nan_byte_is_equal_to_itself(tmp_path: Path) -> None:
@@ -80,7 +79,7 @@ def test_an_fp8_weight_with_a_nan_byte_is_equal_to_itself(tmp_path: Path) -> Non
     codes = tensors[WEIGHT].view(np.uint8).copy()
     codes[3, 4] = 0x7F
     a = model(tmp_path / "a", tensors | {WEIGHT: codes.view(E4M3)}, "channel")
-    assert only(fp8pack.diff(a, a))["equal"]
+    assert only(fp8pack.diff(a, a)).equal
 
 
 @pytest.mark.parametrize("granularity", ["tensor", "channel", "group:64", "block:128x128", "block:48x80"])
@@ -90,12 +89,12 @@ def test_fp8_against_its_source_has_the_sqnr_of_all_elements(granularity: str, t
     b = model(tmp_path / "b", tensors, granularity)
     facts = fp8pack.diff(a, b)
     found = only(facts)
-    assert found["formats"] == ["BF16", f"e4m3 {granularity}"]
-    assert found["sqnr"] == pytest.approx(sqnr(floats(), values), abs=1e-4)
-    assert found["equal_bytes"] is None
-    assert found["scale_ratio"] is None
-    assert facts["totals"]["sqnr_worst_tensor"] == WEIGHT
-    assert facts["only_in_a"] == facts["only_in_b"] == []
+    assert found.formats == ("BF16", f"e4m3 {granularity}")
+    assert found.sqnr == pytest.approx(sqnr(floats(), values), abs=1e-4)
+    assert found.equal_bytes is None
+    assert found.scale_ratio is None
+    assert facts.totals.sqnr_worst_tensor == WEIGHT
+    assert facts.only_in_a == facts.only_in_b == ()
 
 
 @pytest.mark.parametrize("theirs", ["tensor", "channel", "group:96", "block:128x128", "block:48x80"])
@@ -105,35 +104,35 @@ def test_scales_are_held_against_each_other_element_by_element(ours: str, theirs
     second, other, other_spread = packed(theirs, rounding="up")
     found = only(fp8pack.diff(model(tmp_path / "a", first, ours), model(tmp_path / "b", second, theirs)))
     ratio = other_spread / spread
-    assert found["scale_ratio"] == [float(ratio.min()), float(ratio.max())]
-    assert found["sqnr"] == pytest.approx(sqnr(exact, other), abs=1e-4)
+    assert found.scale_ratio == (float(ratio.min()), float(ratio.max()))
+    assert found.sqnr == pytest.approx(sqnr(exact, other), abs=1e-4)
     same = np.count_nonzero(first[WEIGHT].view(np.uint8) == second[WEIGHT].view(np.uint8))
-    assert found["equal_bytes"] == pytest.approx(same / exact.size)
+    assert found.equal_bytes == pytest.approx(same / exact.size)
 
 
 def test_one_convention_and_another_hold_the_same_values(tmp_path: Path) -> None:
     source = model(tmp_path / "source", {WEIGHT: random_weight((256, 256)), "model.norm.weight": random_weight((256,))})
-    fp8pack.pack(source, Request(scheme="FP8_BLOCK"), WriteOptions(tmp_path / "fp8"))
+    fp8pack.pack(source, tmp_path / "fp8", scheme="FP8_BLOCK")
     for method in ("compressed-tensors", "modelopt", "quark", "fp8pack"):
-        fp8pack.convert(tmp_path / "fp8", Request(quant_method=method), WriteOptions(tmp_path / method))
+        fp8pack.convert(tmp_path / "fp8", tmp_path / method, quant_method=method)
         facts = fp8pack.diff(tmp_path / "fp8", tmp_path / method)
-        assert facts["quant_methods"] == ["fp8", method]
-        assert facts["totals"]["num_equal"] == 2
-        assert only(facts)["equal_bytes"] == 1.0
-        assert only(facts)["scale_ratio"] == [1.0, 1.0]
-    fp8pack.unpack(tmp_path / "fp8", "float32", WriteOptions(tmp_path / "floats"))
-    assert only(fp8pack.diff(tmp_path / "fp8", tmp_path / "floats"))["equal"]
-    assert not only(fp8pack.diff(tmp_path / "fp8", source))["equal"]
+        assert facts.quant_methods == ("fp8", method)
+        assert facts.totals.num_equal == 2
+        assert only(facts).equal_bytes == 1.0
+        assert only(facts).scale_ratio == (1.0, 1.0)
+    fp8pack.unpack(tmp_path / "fp8", tmp_path / "floats", dtype="float32")
+    assert only(fp8pack.diff(tmp_path / "fp8", tmp_path / "floats")).equal
+    assert not only(fp8pack.diff(tmp_path / "fp8", source)).equal
 
 
 def test_names_and_shapes_that_differ_are_told(tmp_path: Path) -> None:
     a = model(tmp_path / "a", {WEIGHT: random_weight(SHAPE), "x": random_weight((3,)), "z": random_weight((3,))})
     b = model(tmp_path / "b", {WEIGHT: random_weight((300, 200)), "y": random_weight((3,)), "z": random_weight((3,))})
     facts = fp8pack.diff(a, b)
-    assert (facts["only_in_a"], facts["only_in_b"]) == (["x"], ["y"])
+    assert (facts.only_in_a, facts.only_in_b) == (("x",), ("y",))
     found = only(facts)
-    assert (found["shape"], found["other_shape"], found["equal"]) == ([200, 300], [300, 200], False)
-    assert facts["totals"] | {"num_equal": 1, "num_tensors": 2} == facts["totals"]
+    assert (found.shape, found.other_shape, found.equal) == ((200, 300), (300, 200), False)
+    assert (facts.totals.num_equal, facts.totals.num_tensors) == (1, 2)
 
 
 def test_a_byte_that_differs_at_the_end_is_found(tmp_path: Path) -> None:
@@ -142,17 +141,17 @@ def test_a_byte_that_differs_at_the_end_is_found(tmp_path: Path) -> None:
     changed["ids"][-1, -1] = 0
     changed[WEIGHT][-1, -1] = 7
     facts = fp8pack.diff(model(tmp_path / "a", tensors), model(tmp_path / "b", changed))
-    assert [tensor["equal"] for tensor in facts["tensors"]] == [False, False]
-    shares = {tensor["name"]: tensor["equal_bytes"] for tensor in facts["tensors"]}
+    assert [tensor.equal for tensor in facts.tensors] == [False, False]
+    shares = {tensor.name: tensor.equal_bytes for tensor in facts.tensors}
     assert shares == {"ids": 1 - 1e-5, WEIGHT: pytest.approx(1 - 1 / 4_500_000, abs=1e-12)}
 
 
 # What must not look better than it is.
 
 
-def strict(facts: dict[str, Any]) -> None:
+def strict(facts: Comparison) -> None:
     """JSON knows no Infinity and no NaN."""
-    json.dumps(facts, allow_nan=False)
+    json.dumps(facts.to_dict(), allow_nan=False)
 
 
 @pytest.mark.parametrize("kind", ["zeros in A", "NaN in B", "infinity in B"])
@@ -168,8 +167,8 @@ def test_what_is_quite_wrong_has_no_good_sqnr_and_breaks_a_bound(kind: str, tmp_
     facts = fp8pack.diff(a, b)
     strict(facts)
     found = only(facts)
-    assert not found["equal"]
-    assert found["sqnr"] is None or found["sqnr"] <= 0
+    assert not found.equal
+    assert found.sqnr is None or found.sqnr <= 0
     ran = CliRunner().invoke(app, ["diff", str(a), str(b), "--fail-if", "sqnr_min<28"])
     assert isinstance(ran.exception, Fp8PackError)
     assert ran.exception.exit_code == 8
@@ -182,8 +181,8 @@ def test_a_nan_byte_in_b_is_no_perfect_weight(tmp_path: Path) -> None:
     a = model(tmp_path / "a", tensors, "channel")
     b = model(tmp_path / "b", tensors | {WEIGHT: codes.view(E4M3)}, "channel")
     found = only(fp8pack.diff(a, b))
-    assert not found["equal"]
-    assert found["sqnr"] is None or found["sqnr"] <= 0
+    assert not found.equal
+    assert found.sqnr is None or found.sqnr <= 0
 
 
 def test_scales_of_zero_are_no_error_of_the_comparison(tmp_path: Path) -> None:
@@ -219,7 +218,7 @@ def test_scales_of_activations_that_differ_do_not_go_unseen(leaf: str, tmp_path:
     for i in (1, 2):
         folder = model(tmp_path / f"{i}", tensors | {name: np.float32(i).reshape(())}, "tensor")
         found.append(fp8pack.diff(tmp_path / "1", folder))
-    same, different = ({key: value for key, value in facts.items() if key != "b"} for facts in found)
+    same, different = ({key: value for key, value in facts.to_dict().items() if key != "b"} for facts in found)
     assert same != different
 
 
@@ -232,8 +231,8 @@ def test_formats_without_values_are_compared_by_their_bytes(tmp_path: Path) -> N
         folder = model(tmp_path / f"{i}", {"x": np.zeros(1, np.uint8)})
         (folder / "model.safetensors").write_bytes(len(raw).to_bytes(8, "little") + raw + data)
         folders.append(folder)
-    assert not fp8pack.diff(folders[0], folders[1])["tensors"][0]["equal"]
-    assert fp8pack.diff(folders[0], folders[2])["tensors"][0]["equal"]
+    assert not fp8pack.diff(folders[0], folders[1]).tensors[0].equal
+    assert fp8pack.diff(folders[0], folders[2]).tensors[0].equal
 
 
 def test_single_files_and_directories_are_compared(tmp_path: Path) -> None:
@@ -241,8 +240,8 @@ def test_single_files_and_directories_are_compared(tmp_path: Path) -> None:
     folder = model(tmp_path / "a", tensors, "tensor")
     write_shard(tmp_path / "x.safetensors", tensors)
     facts = fp8pack.diff(folder, tmp_path / "x.safetensors")
-    assert facts["totals"]["num_equal"] == facts["totals"]["num_tensors"] == 1
-    assert facts["quant_methods"] == ["fp8pack", ""]
+    assert facts.totals.num_equal == facts.totals.num_tensors == 1
+    assert facts.quant_methods == ("fp8pack", "")
 
 
 def test_the_command_prints_what_differs_and_json_alone_on_stdout(tmp_path: Path) -> None:
@@ -262,4 +261,4 @@ def test_memory_and_strips_change_nothing(tmp_path: Path, monkeypatch: pytest.Mo
     whole = fp8pack.diff(a, b)
     monkeypatch.setattr(values, "_STRIP_NBYTES", 1)
     rows = fp8pack.diff(a, b)
-    assert only(rows)["sqnr"] == pytest.approx(only(whole)["sqnr"], abs=1e-9)
+    assert only(rows).sqnr == pytest.approx(only(whole).sqnr, abs=1e-9)

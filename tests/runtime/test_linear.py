@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import verbs
 from checkpoints import MakeCheckpoint, random_weight
 
 import fp8pack
 from fp8pack.numerics.granularity import parse_granularity
-from fp8pack.packing.prepare import WriteOptions
+from fp8pack.packing.options import WriteOptions
 from fp8pack.planning.recipe import Request
 
 NAME = "model.layers.0.mlp.up_proj.weight"
@@ -21,7 +22,7 @@ def weight(
     make: MakeCheckpoint, out: Path, granularity: str = "block:128x128", shape: tuple[int, int] = (131, 200)
 ) -> fp8pack.PackedTensor:
     asked = Request(granularity=parse_granularity(granularity), quant_method="fp8pack")
-    fp8pack.pack(make({NAME: random_weight(shape, 3)}), asked, WriteOptions(out))
+    verbs.pack(make({NAME: random_weight(shape, 3)}), asked, WriteOptions(out))
     found = fp8pack.load_packed(out)[NAME]
     assert isinstance(found, fp8pack.PackedTensor)
     return found
@@ -148,7 +149,7 @@ def test_a_weight_only_checkpoint_leaves_activations_as_they_are(
     make_checkpoint: MakeCheckpoint, tmp_path: Path
 ) -> None:
     source = make_checkpoint({NAME: random_weight((128, 128), 3)})
-    fp8pack.pack(source, Request("W8A16"), WriteOptions(tmp_path / "out"))
+    fp8pack.pack(source, tmp_path / "out", scheme="W8A16")
     loaded = fp8pack.load_packed(tmp_path / "out")
     packed, x = loaded[NAME], torch.randn(5, 128).bfloat16()
     assert isinstance(packed, fp8pack.PackedTensor)

@@ -4,6 +4,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
+import verbs
 from checkpoints import MakeCheckpoint, llama_tensors, random_weight
 from safetensors.numpy import save_file
 
@@ -11,7 +12,7 @@ import fp8pack
 from fp8pack.errors import InputError
 from fp8pack.numerics.formats import parse_format, value_table
 from fp8pack.numerics.granularity import parse_granularity
-from fp8pack.packing.prepare import WriteOptions
+from fp8pack.packing.options import WriteOptions
 from fp8pack.planning.recipe import Request
 
 
@@ -22,7 +23,7 @@ def test_dequantizing_gives_payload_times_scale(
 ) -> None:
     weight = random_weight((131, 200), 3)
     asked = Request(format=parse_format(format), granularity=parse_granularity(granularity), quant_method="fp8pack")
-    fp8pack.pack(make_checkpoint({"model.layers.0.mlp.up_proj.weight": weight}), asked, WriteOptions(tmp_path / "out"))
+    verbs.pack(make_checkpoint({"model.layers.0.mlp.up_proj.weight": weight}), asked, WriteOptions(tmp_path / "out"))
     packed = fp8pack.load_packed(tmp_path / "out")["model.layers.0.mlp.up_proj.weight"]
     rounding = "up" if granularity == "mx" else "none"
     payload, scales = oracle.quantize(weight.astype(np.float32), format, granularity, rounding)
@@ -36,7 +37,7 @@ def test_dequantizing_gives_payload_times_scale(
 
 def test_a_checkpoint_is_a_mapping_of_all_its_tensors(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     tensors = llama_tensors()
-    fp8pack.pack(make_checkpoint(tensors, shards=2), None, WriteOptions(tmp_path / "out"))
+    fp8pack.pack(make_checkpoint(tensors, shards=2), tmp_path / "out")
     loaded = fp8pack.load_packed(tmp_path / "out")
     assert set(loaded) == tensors.keys()
     assert len(loaded) == len(tensors)
@@ -50,7 +51,7 @@ def test_a_checkpoint_is_a_mapping_of_all_its_tensors(make_checkpoint: MakeCheck
 def test_a_fused_weight_is_a_view_of_its_parts(
     make_checkpoint: MakeCheckpoint, tmp_path: Path, granularity: str
 ) -> None:
-    fp8pack.pack(make_checkpoint(), Request(granularity=parse_granularity(granularity)), WriteOptions(tmp_path / "out"))
+    fp8pack.pack(make_checkpoint(), tmp_path / "out", granularity=parse_granularity(granularity))
     loaded = fp8pack.load_packed(tmp_path / "out")
     for module, leaves in (("self_attn.qkv_proj", "q k v"), ("mlp.gate_up_proj", "gate up")):
         parent = module.split(".")[0]
@@ -66,7 +67,7 @@ def test_fused_experts_stand_in_the_order_of_the_engines(make_checkpoint: MakeCh
     tensors = {
         f"{experts}.{i}.{leaf}.weight": random_weight(shape, i) for i in range(11) for leaf, shape in shapes.items()
     }
-    fp8pack.pack(make_checkpoint(tensors), None, WriteOptions(tmp_path / "out"))
+    fp8pack.pack(make_checkpoint(tensors), tmp_path / "out")
     loaded = fp8pack.load_packed(tmp_path / "out")
     fused = loaded.fused(f"{experts}.gate_up_proj")
     names = [f"{experts}.{i}.{leaf}.weight" for i in range(11) for leaf in ("gate_proj", "up_proj")]
@@ -76,7 +77,7 @@ def test_fused_experts_stand_in_the_order_of_the_engines(make_checkpoint: MakeCh
 
 
 def test_parts_in_two_shards_are_joined_by_a_copy(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
-    fp8pack.pack(make_checkpoint(llama_tensors(1), shards=9), None, WriteOptions(tmp_path / "out"))
+    fp8pack.pack(make_checkpoint(llama_tensors(1), shards=9), tmp_path / "out")
     loaded = fp8pack.load_packed(tmp_path / "out")
     parts = [loaded[f"model.layers.0.self_attn.{leaf}_proj.weight"] for leaf in "qkv"]
     assert torch.equal(

@@ -16,8 +16,6 @@ from fp8pack.checkpoint.source import open_checkpoint
 from fp8pack.errors import InputError, RecipeError, VerificationError
 from fp8pack.gemm.device import DeviceFacts
 from fp8pack.numerics.granularity import parse_granularity
-from fp8pack.packing.prepare import WriteOptions
-from fp8pack.planning.recipe import Request
 from fp8pack.runtime import load, packed_checkpoint, placement, reader
 from fp8pack.runtime.packed_checkpoint import PackedCheckpoint
 
@@ -29,7 +27,7 @@ GRANULARITIES = ["tensor", "channel", "group:64", "block:128x128", "mx"]
 def packed(make: MakeCheckpoint, out: Path, granularity: str = "block:128x128", **options: Any) -> Path:
     tensors = options.pop("tensors", None)
     source = make(tensors, **options) if tensors else make(**options)
-    fp8pack.pack(source, Request(granularity=parse_granularity(granularity), quant_method="fp8pack"), WriteOptions(out))
+    fp8pack.pack(source, out, granularity=parse_granularity(granularity), quant_method="fp8pack")
     return out
 
 
@@ -139,9 +137,7 @@ def test_neighbours_in_memory_are_not_one_buffer() -> None:
 @pytest.mark.parametrize("method", ["comfyui", "comfyui-scaled"])
 def test_markers_are_verified(make_checkpoint: MakeCheckpoint, tmp_path: Path, method: str) -> None:
     out = tmp_path / "out"
-    fp8pack.pack(
-        make_checkpoint(), Request(granularity=parse_granularity("tensor"), quant_method=method), WriteOptions(out)
-    )
+    fp8pack.pack(make_checkpoint(), out, granularity=parse_granularity("tensor"), quant_method=method)
     fp8pack.load_packed(out, verify=True)
     markers = [spec for spec in open_checkpoint(out).specs if "comfy_quant" in spec.name]
     assert bool(markers) == (method == "comfyui")

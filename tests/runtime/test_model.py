@@ -7,15 +7,17 @@ from typing import Any
 import pytest
 import torch
 import transformers
+import verbs
 from calibration import tiny_models
 from checkpoints import DEMO
 
 import fp8pack
 import fp8pack.transformers
+from fp8pack.calibration.options import CalibrateOptions
 from fp8pack.errors import InputError, RecipeError
 from fp8pack.modelfacts.patterns import Pattern
 from fp8pack.numerics.granularity import parse_granularity
-from fp8pack.packing.prepare import WriteOptions
+from fp8pack.packing.options import WriteOptions
 from fp8pack.planning.recipe import Request
 from fp8pack.runtime.experts import FP8Experts
 from fp8pack.runtime.model import split_experts
@@ -31,7 +33,7 @@ def logits(model: Any) -> torch.Tensor:
 def packed_family(family: str, folder: Path, activations: str = "dynamic") -> Path:
     tiny_models.save_model(tiny_models.make_model(family), folder / "model")
     asked = Request(granularity=parse_granularity("group:32"), quant_method="fp8pack", activations=activations)
-    fp8pack.pack(folder / "model", asked, WriteOptions(folder / "packed"))
+    verbs.pack(folder / "model", asked, WriteOptions(folder / "packed"))
     return folder / "packed"
 
 
@@ -41,7 +43,7 @@ def error(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("scheme", ["FP8_BLOCK", "FP8_DYNAMIC", "MXFP8", "W8A16"])
 def test_the_demo_model_generates_as_before(tmp_path: Path, scheme: str) -> None:
-    fp8pack.pack(DEMO, Request(scheme), WriteOptions(tmp_path / "out"))
+    fp8pack.pack(DEMO, tmp_path / "out", scheme=scheme)
     model = fp8pack.load_model(tmp_path / "out")
     original = transformers.AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.bfloat16)
     assert error(logits(model), logits(original)) < 0.1
@@ -76,7 +78,7 @@ def test_transformers_loads_what_we_load(tmp_path: Path, family: str, caplog: py
 def test_weight_only_models_compute_what_the_unpacked_ones_do(tmp_path: Path, family: str) -> None:
     path = packed_family(family, tmp_path, "none")
     ours = fp8pack.load_model(path)
-    fp8pack.unpack(path, options=WriteOptions(tmp_path / "unpacked"))
+    fp8pack.unpack(path, tmp_path / "unpacked")
     unpacked = type(ours).from_pretrained(tmp_path / "unpacked", dtype=torch.bfloat16)
     assert error(logits(ours), logits(unpacked)) < 0.02
 
@@ -108,10 +110,10 @@ def test_fused_experts_come_apart(granularity: str) -> None:
 
 
 def test_scales_of_the_kv_cache_are_exposed(tmp_path: Path) -> None:
-    options = fp8pack.CalibrateOptions(tmp_path / "c.safetensors", num_prompts=16, max_length=32)
-    fp8pack.calibrate(DEMO, options)
-    asked = Request("FP8", calibration=tmp_path / "c.safetensors", kv_cache=True)
-    fp8pack.pack(DEMO, asked, WriteOptions(tmp_path / "out"))
+    options = CalibrateOptions(output=tmp_path / "c.safetensors", num_prompts=16, max_length=32)
+    verbs.calibrate(DEMO, options)
+    asked = Request(scheme="FP8", calibration=tmp_path / "c.safetensors", kv_cache=True)
+    verbs.pack(DEMO, asked, WriteOptions(tmp_path / "out"))
     model: Any = fp8pack.load_model(tmp_path / "out")
     assert sorted(model.kv_scales)[:2] == ["model.layers.0.self_attn.k", "model.layers.0.self_attn.v"]
     report = fp8pack.report_fp8(model)
@@ -141,11 +143,11 @@ def test_what_is_used_otherwise_is_dequantized(tmp_path: Path) -> None:
     asked = Request(
         granularity=parse_granularity("group:32"), quant_method="fp8pack", pack=(Pattern("model.embed_tokens"),)
     )
-    fp8pack.pack(tmp_path / "model", asked, WriteOptions(tmp_path / "packed"))
+    verbs.pack(tmp_path / "model", asked, WriteOptions(tmp_path / "packed"))
     ours = fp8pack.load_model(tmp_path / "packed")
     assert torch.equal(logits(type(ours).from_pretrained(tmp_path / "packed")), logits(ours))
     path = packed_family("t5", tmp_path / "t5", "none")
-    fp8pack.unpack(path, options=WriteOptions(tmp_path / "unpacked"))
+    fp8pack.unpack(path, tmp_path / "unpacked")
     t5 = fp8pack.load_model(path)
     unpacked = type(t5).from_pretrained(tmp_path / "unpacked", dtype=torch.bfloat16)
     found = []
@@ -171,7 +173,7 @@ def test_buffers_that_are_not_stored_are_computed(tmp_path: Path, family: str) -
     model = transformers.AutoModelForCausalLM.from_config(configs[family](), dtype=torch.bfloat16)
     model.save_pretrained(tmp_path / "model")
     asked = Request(granularity=parse_granularity("group:32"), quant_method="fp8pack", activations="none")
-    fp8pack.pack(tmp_path / "model", asked, WriteOptions(tmp_path / "packed"))
+    verbs.pack(tmp_path / "model", asked, WriteOptions(tmp_path / "packed"))
     ours, theirs = fp8pack.load_model(tmp_path / "packed"), type(model).from_pretrained(tmp_path / "packed")
     assert torch.equal(logits(ours), logits(theirs))
     assert error(logits(ours), logits(model.eval())) < 0.1
@@ -192,7 +194,7 @@ def test_many_experts_take_no_longer(tmp_path: Path) -> None:
     model = transformers.Qwen3MoeForCausalLM(config).to(torch.bfloat16)
     tiny_models.save_model(model, tmp_path / "model")
     asked = Request(granularity=parse_granularity("group:32"), quant_method="fp8pack")
-    fp8pack.pack(tmp_path / "model", asked, WriteOptions(tmp_path / "packed"))
+    verbs.pack(tmp_path / "model", asked, WriteOptions(tmp_path / "packed"))
     loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
     assert len(loaded._keys_to_ignore_on_load_unexpected) < 60
     assert torch.equal(logits(loaded), logits(fp8pack.load_model(tmp_path / "packed")))

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -18,7 +19,7 @@ from fp8pack.planning.calibration import (
     value_of,
     values_of,
 )
-from fp8pack.planning.calibration_facts import calibration_facts, site_facts
+from fp8pack.planning.calibration_summary import CalibrationSummary, RareExpert, summarize, summarize_site
 from fp8pack.report.calibration import summary_lines
 
 
@@ -49,9 +50,10 @@ def site(
     )
 
 
-def facts_of(*sites: Site, all_experts: tuple[Site, ...] = ()) -> dict[str, object]:
+def facts_of(*sites: Site, all_experts: tuple[Site, ...] = ()) -> CalibrationSummary:
     prompts = tuple(f"p{i}" for i in range(sites[0].prompt_amax.size if sites else 0))
-    return calibration_facts(Calibration("f", prompts, {"max_length": 8}, sites, all_experts, num_tokens=10_000))
+    calibration = Calibration("f", prompts, {"max_length": 8}, sites, all_experts, num_tokens=10_000)
+    return summarize(calibration, output=Path("c.safetensors"))
 
 
 # A site.
@@ -100,13 +102,13 @@ def test_group_amax_is_that_of_each_group_and_of_a_short_last_one(size: int) -> 
 
 def test_a_site_without_tokens_has_no_width_and_no_spike() -> None:
     found = site({}, channels=4, history=[0.0])
-    facts = site_facts(found)
+    facts = summarize_site(found)
     assert (found.amax, found.percentile(99.9), found.mean_square, found.growth) == (0.0, 0.0, 0.0, 1.0)
-    assert (facts["width"], facts["spike"], facts["channels"], facts["tokens"]) == (None, False, 4, 0)
+    assert (facts.width, facts.spike, facts.channels, facts.tokens) == (None, False, 4, 0)
 
 
 def test_a_site_of_zeros_has_no_width_and_no_spike() -> None:
-    assert site_facts(site({0.0: 100}))["width"] is None
+    assert summarize_site(site({0.0: 100})).width is None
     assert not site({0.0: 100}).has_spike
 
 
@@ -154,18 +156,18 @@ def test_growth_of_a_calibration_is_that_of_the_site_that_grew_most() -> None:
     grown = site({3.0: 1}, "a.input", history=[1, 1, 1, 3])
     still = site({3.0: 1}, "b.input", history=[3, 1, 1, 3])
     facts = facts_of(grown, still)
-    assert (facts["growth_last_quarter"], facts["num_growing"]) == (3.0, 1)
-    assert "at most by 200%" in " ".join(summary_lines(facts))
+    assert (facts.growth_last_quarter, facts.num_growing) == (3.0, 1)
+    assert "by up to 200%" in " ".join(summary_lines(facts))
     facts = facts_of(still)
-    assert (facts["growth_last_quarter"], facts["num_growing"]) == (1.0, 0)
-    assert facts_of()["growth_last_quarter"] is None
+    assert (facts.growth_last_quarter, facts.num_growing) == (1.0, 0)
+    assert facts_of().growth_last_quarter is None
     assert "too few prompts" in " ".join(summary_lines(facts_of()))
 
 
 def test_a_site_first_reached_in_the_last_quarter_has_no_growth_that_json_could_write() -> None:
     facts = facts_of(site({3.0: 1}, history=[0, 0, 0, 3]), site({1.0: 1}, "b.input", history=[1, 1, 1, 1]))
-    assert (facts["growth_last_quarter"], facts["num_growing"], facts["num_reached_late"]) == (1.0, 0, 1)
-    json.dumps(facts, allow_nan=False)
+    assert (facts.growth_last_quarter, facts.num_growing, facts.num_reached_late) == (1.0, 0, 1)
+    json.dumps(facts.to_dict(), allow_nan=False)
     assert any("first reached" in line for line in summary_lines(facts))
 
 
@@ -174,7 +176,7 @@ def test_one_percent_is_no_growth_and_a_little_more_is() -> None:
     assert value_of(before + 2) == 101.0
     still = site({101.0: 1}, history=[100, 100, 100, 101])
     grown = site({101.5: 1}, history=[100, 100, 100, 101.5])
-    assert (facts_of(still)["num_growing"], facts_of(grown)["num_growing"]) == (0, 1)
+    assert (facts_of(still).num_growing, facts_of(grown).num_growing) == (0, 1)
 
 
 def test_converged_means_that_no_site_grew_over_the_window() -> None:
@@ -197,29 +199,29 @@ def test_converged_means_that_no_site_grew_over_the_window() -> None:
 def test_the_widest_are_the_ten_widest_inputs_widest_first() -> None:
     sites = [site({1.0: 9_995, float(top): 5}, f"layers.{top}.input") for top in range(2, 16)]
     norms = [site({1.0: 9_995, 256.0: 5}, "norm.output")]
-    widest = facts_of(*norms, *sites)["widest"]
-    assert [entry["points"] for entry in widest] == [[f"layers.{top}.input"] for top in range(15, 5, -1)]
-    assert [entry["width"] for entry in widest] == [float(top) for top in range(15, 5, -1)]
+    widest = facts_of(*norms, *sites).widest
+    assert [entry.points for entry in widest] == [(f"layers.{top}.input",) for top in range(15, 5, -1)]
+    assert [entry.width for entry in widest] == [float(top) for top in range(15, 5, -1)]
 
 
 def test_a_norm_whose_output_enters_a_linear_is_an_input_too() -> None:
     facts = facts_of(site({1.0: 10}, "norm.output", "q_proj.input", tokens=10))
-    assert [entry["points"][0] for entry in facts["widest"]] == ["norm.output"]
+    assert [entry.points[0] for entry in facts.widest] == ["norm.output"]
     assert any("q_proj.input" in line for line in summary_lines(facts))
 
 
 def test_a_site_whose_usual_magnitude_is_zero_is_wider_than_any_other() -> None:
     """As after a squared ReLU: amax over zero has no number, and is no narrow site."""
     sites = [site({1.0: 9_995, float(top): 5}, f"layers.{top}.input") for top in range(2, 16)]
-    widest = facts_of(site({0.0: 9_995, 100.0: 5}, "relu.input"), *sites)["widest"]
-    assert widest[0]["points"] == ["relu.input"]
+    widest = facts_of(site({0.0: 9_995, 100.0: 5}, "relu.input"), *sites).widest
+    assert widest[0].points == ("relu.input",)
 
 
 def test_spikes_are_named_whatever_kind_of_site_they_are() -> None:
     spiky = {1.0: 9_995, 64.0: 5}
     facts = facts_of(site(spiky, "a.input"), site({1.0: 10}, "b.input"), site(spiky, "attn.k"))
-    assert facts["spikes"] == ["a.input", "attn.k"]
-    assert any(line.startswith("spikes   2 sites") for line in summary_lines(facts))
+    assert facts.spikes == ("a.input", "attn.k")
+    assert any(line.startswith("outliers 2 sites") for line in summary_lines(facts))
 
 
 def test_rare_experts_are_those_with_fewer_than_32_routed_tokens() -> None:
@@ -230,15 +232,15 @@ def test_rare_experts_are_those_with_fewer_than_32_routed_tokens() -> None:
     shared = site({1.0: 5}, "l.0.mlp.shared_experts.down_proj.input")
     sites = (common, shared, expert(0, 31), expert(1, 32), expert(2, 0))
     facts = facts_of(*sites)
-    assert facts["rare_experts"] == [
-        {"point": "l.0.mlp.experts.0.down_proj.input", "tokens": 31},
-        {"point": "l.0.mlp.experts.2.down_proj.input", "tokens": 0},
-    ]
-    assert not facts["has_all_experts"]
+    assert facts.rare_experts == (
+        RareExpert("l.0.mlp.experts.0.down_proj.input", 31),
+        RareExpert("l.0.mlp.experts.2.down_proj.input", 0),
+    )
+    assert not facts.has_all_experts
     assert any("--all-experts" in line for line in summary_lines(facts))
     facts = facts_of(*sites, all_experts=(expert(0, 1000),))
-    assert facts["has_all_experts"]
-    assert any("all tokens" in line for line in summary_lines(facts))
+    assert facts.has_all_experts
+    assert any("all-experts run" in line for line in summary_lines(facts))
 
 
 @pytest.mark.parametrize(
@@ -259,22 +261,18 @@ def test_an_expert_is_told_by_its_name(point: str, found: tuple[str, str] | None
 
 def test_facts_of_a_whole_calibration_are_one_json_document() -> None:
     facts = facts_of(site({1.0: 9_995, 64.0: 5}), site({}, "b.input", history=[0.0]))
-    assert {key: facts[key] for key in ("fingerprint", "options", "num_prompts", "num_sites", "num_tokens")} == {
-        "fingerprint": "f",
-        "options": {"max_length": 8},
-        "num_prompts": 1,
-        "num_sites": 2,
-        "num_tokens": 10_000,
-    }
-    assert "sites" not in facts
-    json.dumps(facts, allow_nan=False)
+    assert (facts.fingerprint, facts.options) == ("f", {"max_length": 8})
+    assert (facts.num_prompts, facts.num_sites, facts.num_tokens) == (1, 2, 10_000)
+    assert facts.sites == ()
+    json.dumps(facts.to_dict(), allow_nan=False)
     calibration = Calibration("f", ("p",), {}, (site({1.0: 2}),))
-    assert calibration_facts(calibration, every_site=True)["sites"] == [site_facts(calibration.sites[0])]
+    summary = summarize(calibration, output=Path("c.safetensors"), every_site=True)
+    assert summary.sites == (summarize_site(calibration.sites[0]),)
 
 
 def test_facts_of_nothing_are_told_without_numbers() -> None:
     facts = facts_of()
-    assert (facts["widest"], facts["num_prompts"]) == ([], 0)
+    assert (facts.widest, facts.num_prompts) == ((), 0)
     assert summary_lines(facts)
 
 

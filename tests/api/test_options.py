@@ -1,0 +1,63 @@
+"""Every option of a command is a keyword of the function of the same name, with the same default."""
+
+import inspect as introspection
+from typing import Any
+
+import pytest
+
+import fp8pack
+from fp8pack.calibration.options import CalibrateOptions
+from fp8pack.cli import calibrate, convert, diff, inspect, merge, pack, unpack
+from fp8pack.packing.options import WriteOptions
+from fp8pack.planning.recipe import Request
+
+COMMANDS = {
+    "pack": pack.pack,
+    "convert": convert.convert,
+    "unpack": unpack.unpack,
+    "inspect": inspect.inspect,
+    "diff": diff.diff,
+    "calibrate": calibrate.calibrate,
+    "merge": merge.merge,
+}
+PRINTING = {"ctx", "as_json", "quiet", "verbose"}  # of the command line alone
+LISTENING = {"on_progress", "on_note"}  # of Python alone
+
+
+def keywords(function: Any) -> dict[str, Any]:
+    return {name: given.default for name, given in introspection.signature(function).parameters.items()}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_options_are_keywords_of_the_same_names(name: str) -> None:
+    typed, called = set(keywords(COMMANDS[name])), set(keywords(getattr(fp8pack, name)))
+    assert typed - PRINTING == called - LISTENING
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_defaults_are_the_same(name: str) -> None:
+    typed, called = keywords(COMMANDS[name]), keywords(getattr(fp8pack, name))
+    for option in typed.keys() & called.keys():
+        if typed[option] is introspection.Parameter.empty:
+            assert called[option] is introspection.Parameter.empty
+            continue
+        ours, theirs = typed[option] or None, called[option] or None
+        known = {"max_memory": "256MiB", "prompts": None}
+        assert str(ours or known.get(option)) == str(theirs or known.get(option)) or option == "prompts", option
+
+
+@pytest.mark.parametrize(("kind", "function"), [(Request, fp8pack.pack), (WriteOptions, fp8pack.pack)])
+def test_what_is_stored_are_keywords_too(kind: Any, function: Any) -> None:
+    assert set(keywords(kind)) - {"rules"} <= set(keywords(function))
+
+
+def test_options_of_calibrate_are_those_that_are_stored() -> None:
+    assert set(keywords(CalibrateOptions)) == set(keywords(fp8pack.calibrate)) - {"model"} - LISTENING
+
+
+def test_values_that_are_stored_are_taken_as_they_are() -> None:
+    request = Request(granularity="block:128x128", ignore="a*", targets="vLLM", gpu="H100 SXM", tp="2", percentile="99")
+    assert Request(**{name: getattr(request, name) for name in keywords(Request)}) == request
+    options = WriteOptions(max_memory="1GiB", max_shard_size="5GB", deadline="1.5h", copy="*.gguf", workers="3")
+    assert WriteOptions(**{name: getattr(options, name) for name in keywords(WriteOptions)}) == options
+    assert (options.max_memory, options.max_shard_size, options.deadline) == (1 << 30, 5 * 10**9, 5400.0)
