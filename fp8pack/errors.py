@@ -8,6 +8,7 @@ Fp8PackError                1   a failure with a one-sentence reason
 +-- VerificationError       6   bytes that differ from what the manifest says
 +-- DeadlineError           7   `--deadline` was reached; the same command continues
 +-- BoundError              8   a `--fail-if` bound is broken
++-- DeviceError             1   torch sees no such device here
 
 A mistake of the programmer stays a ValueError or TypeError and keeps its traceback.
 """
@@ -17,6 +18,10 @@ class Fp8PackError(Exception):
     """An expected failure; `str(error)` is one sentence that names the file, the tensor and the remedy."""
 
     exit_code = 1
+
+    def __init__(self, sentence: str, hint: str = "") -> None:
+        super().__init__(sentence)
+        self.hint = hint
 
 
 class RecipeError(Fp8PackError):
@@ -59,3 +64,9 @@ class BoundError(Fp8PackError):
     """A measured value breaks a bound given by `--fail-if`."""
 
     exit_code = 8
+
+
+class DeviceError(Fp8PackError):
+    """torch sees no device of this name or index."""
+
+    exit_code = 1
