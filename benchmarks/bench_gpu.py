@@ -1,9 +1,9 @@
-"""Measure loading and FP8 products on a CUDA device against their bounds, and write the results as Markdown.
+"""Measure loading and FP8 GEMMs on a CUDA device against their bounds, and write the results as Markdown.
 
     python benchmarks/bench_gpu.py --disk /some/disk --out docs/benchmarks/FILE.md
     python benchmarks/bench_gpu.py --only gemm --only linear
 
-What is compared takes turns; a first round is discarded; values are medians, ranges those of the rounds. Products are
+What is compared takes turns; a first round is discarded; values are medians, ranges those of the rounds. GEMMs are
 of random normal data: zeros would draw less power and run faster. Exit code 2 without a CUDA device.
 """
 
@@ -158,7 +158,7 @@ def bench_load(bench: Bench) -> list[Row]:
 
 
 def bench_gemm(bench: Bench) -> list[Row]:
-    """Row 3: the product alone, of operands that are FP8 already; in a graph and eager, fast accumulation beside."""
+    """Row 3: the GEMM alone, of operands that are FP8 already; in a graph and eager, fast accumulation beside."""
     rows = []
     for granularity, bound in MIN_PFLOPS.items():
         name = f"3. GEMM {SIZE}^3, {granularity}, PFLOP/s"
@@ -166,12 +166,12 @@ def bench_gemm(bench: Bench) -> list[Row]:
         if problem is not None:
             rows.append(Row(name, f"≥ {bound}", problem, "", None))
             continue
-        product = _product(granularity)
-        sides: dict[str, Side] = {"in a graph": captured(product), "eager": repeated(product)}
+        gemm = _gemm(granularity)
+        sides: dict[str, Side] = {"in a graph": captured(gemm), "eager": repeated(gemm)}
         try:
-            fast = _product(granularity, fast=True)
+            fast = _gemm(granularity, fast=True)
             sides |= {"fast accumulation, in a graph": captured(fast), "fast accumulation, eager": repeated(fast)}
-        except (RuntimeError, ValueError) as error:  # a library that has no such product
+        except (RuntimeError, ValueError) as error:  # a library that has no such GEMM
             rows.append(Row(f"{name}, fast accumulation", "", str(error).splitlines()[0], "", None))
         for side, found in time_on_device(sides, bench.rounds).items():
             rates = [2 * SIZE**3 / one / 1e15 for one in found]
@@ -257,28 +257,28 @@ def _weight(granularity: Granularity) -> fp8pack.PackedTensor:
     return fp8pack.PackedTensor("weight", payload, scale, E4M3.name, granularity.name, region, torch.bfloat16)
 
 
-def _product(granularity: Granularity, *, fast: bool = False) -> Side:
-    """Return a product of operands that are FP8 already, scales laid out."""
+def _gemm(granularity: Granularity, *, fast: bool = False) -> Side:
+    """Return a GEMM of operands that are FP8 already, scales laid out."""
     scheme = scheme_of(E4M3, granularity)
     weight = TorchBackend().prepare(*_quantized(granularity), scheme)
     activation = scheme.activation or TENSOR
     payload, scale = quantize_activation(_normal(SIZE, SIZE), activation, padded=(SIZE, SIZE))
     recipe_a, recipe_b = RECIPES[granularity]
 
-    def product() -> Tensor:
+    def gemm() -> Tensor:
         return scaled_mm(
             payload,
             weight.payload.t(),
             scale_a=scale,
             scale_recipe_a=recipe_a,
-            scale_b=weight.scale,
+            scale_b=weight.kernel_scale,
             scale_recipe_b=recipe_b,
             output_dtype=torch.bfloat16,
             use_fast_accum=fast,
         )
 
-    product()  # so that one that is not served fails here
-    return product
+    gemm()  # so that one that is not served fails here
+    return gemm
 
 
 def _make_model(folder: Path) -> Path:

@@ -85,8 +85,8 @@ def tensors_of(loaded: Any) -> Iterator[Any]:
 
     for value in loaded.values():
         if isinstance(value, fp8pack.PackedTensor):
-            yield value.data
-            yield value.scale
+            yield value.qdata
+            yield value.stored_scale
         else:
             yield value
 

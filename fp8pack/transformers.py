@@ -17,6 +17,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from fp8pack.checkpoint.source import open_checkpoint
 from fp8pack.errors import InputError
+from fp8pack.gemm.device import find_device
 from fp8pack.modelrun.loader import load_parameters
 from fp8pack.modelrun.names import names_of
 from fp8pack.runtime.experts import FP8Experts
@@ -127,7 +128,7 @@ def _only_device(device_map: Any) -> torch.device:
     if len(names) > 1 or names & {"disk", "meta"}:
         raise InputError(f"fp8pack loads a model to one device, not to {', '.join(sorted(names))}: name one")
     name = names.pop()
-    return torch.device("cuda", int(name)) if name.isdecimal() else torch.device(name)
+    return find_device(f"cuda:{name}" if name.isdecimal() else name)
 
 
 def _replace(model: nn.Module, path: str, value: nn.Module | Tensor) -> None:

@@ -1,4 +1,4 @@
-// What happens on the host: a random activation, quantized as a weight's scale mode asks, and two products of the
+// What happens on the host: a random activation, quantized as a weight's scale mode asks, and two GEMMs of the
 // operands as quantized, which must agree: one from dequantized values, one from the buffers that cuBLASLt is given.
 #pragma once
 
@@ -157,7 +157,7 @@ inline std::vector<float> emulate(const fp8pack::PackedWeight& weight, const Act
         for (std::uint64_t begin = 0; begin < weight.k; begin += 32) {  // no scale ends within 32 columns
             double partial = 0;
             for (std::uint64_t col = begin; col < std::min(begin + 32, weight.k); ++col) {
-                partial += double{left[weight.payload[n * weight.k + col]]} *
+                partial += double{left[weight.qdata[n * weight.k + col]]} *
                            double{right[activation.payload[m * activation.k + col]]};
             }
             sum += partial * scale_from(a, mode, n, begin, rows, cols, false) *

@@ -1,5 +1,5 @@
 // Opens a checkpoint that fp8pack packed, multiplies one weight with a random activation through cuBLASLt (or
-// hipBLASLt), and checks the result against a product in double on the host.
+// hipBLASLt), and checks the result against a GEMM in double on the host.
 //
 //   gemm CHECKPOINT [WEIGHT] [--tokens M] [--cpu]
 //
@@ -151,7 +151,7 @@ void set(const Operation& operation, Attribute attribute, const Value& value, co
 
 Operation make_operation(GemmMode mode, const Buffer& a_scale, const Buffer& b_scale) {
     LT(MatmulDesc_t) made = nullptr;
-    check_blas(LT(MatmulDescCreate)(&made, BLAS_ENUM(COMPUTE_32F), TYPE_ENUM(R_32F)), "describing the product");
+    check_blas(LT(MatmulDescCreate)(&made, BLAS_ENUM(COMPUTE_32F), TYPE_ENUM(R_32F)), "describing the GEMM");
     Operation operation(made);
     const auto transposed = BLAS_ENUM(OP_T), plain = BLAS_ENUM(OP_N);
     set(operation, LT_ENUM(MATMUL_DESC_TRANSA), transposed, "transposing A");
@@ -240,7 +240,7 @@ std::vector<float> run_on_device(const fp8pack::PackedWeight& weight, const Acti
     if (fnuz) {
         a_scale = doubled(std::move(a_scale));
         b_scale = doubled(std::move(b_scale));
-        converted = to_fnuz({weight.payload, weight.payload + weight.payload_nbytes});
+        converted = to_fnuz({weight.qdata, weight.qdata + weight.qdata_nbytes});
     }
     Operands operands{mode,
                       element_type(weight.format, fnuz),
@@ -252,7 +252,7 @@ std::vector<float> run_on_device(const fp8pack::PackedWeight& weight, const Acti
                       Buffer(fnuz ? to_fnuz(activation.payload) : activation.payload),
                       Buffer(a_scale),
                       Buffer(b_scale)};
-    operands.a.upload(fnuz ? converted.data() : weight.payload, weight.k, k, weight.n);
+    operands.a.upload(fnuz ? converted.data() : weight.qdata, weight.k, k, weight.n);
     const std::vector<std::uint16_t> halves = multiply(operands);
     std::vector<float> result(activation.m * weight.n);
     for (std::size_t i = 0; i < result.size(); ++i) {
@@ -306,7 +306,7 @@ int run(const Options& options) {
         throw std::runtime_error(std::string(library) + " has no scale mode for " + weight.granularity.name +
                                  ": fp8pack::dequantize() gives its values for another GEMM");
     }
-    if (weight.payload_nbytes == 0) {
+    if (weight.qdata_nbytes == 0) {
         throw std::runtime_error(weight.name + " is empty");
     }
     if (!options.on_cpu && !has_device()) {

@@ -1,6 +1,7 @@
 """Everything that is decided before the first token is run."""
 
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from fp8pack.calibration.options import FEWEST_PROMPTS, MOST_PROMPTS, CalibrateO
 from fp8pack.checkpoint.source import Source, beside, open_checkpoint
 from fp8pack.checkpoint.staging import Staging, check_output_file
 from fp8pack.errors import InputError, RecipeError
+from fp8pack.gemm.device import find_device
 from fp8pack.modelfacts.roles import judge
 from fp8pack.modelrun.loader import ModelLoader, read_tokenizer
 from fp8pack.modelrun.prompts import load_prompts, tokenize
@@ -119,14 +121,9 @@ def open_run(model: Path, options: CalibrateOptions) -> Run:
 def _device(text: str) -> torch.device:
     if text == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if text.partition(":")[0] not in ("cpu", "cuda"):
+    if not re.fullmatch(r"(cpu|cuda)(:\d+)?", text):
         raise RecipeError(f"--device {text!r} is not known: choose auto, cpu or cuda")
-    if text.startswith("cuda") and not torch.cuda.is_available():
-        raise RecipeError("--device cuda: torch sees no CUDA device here")
-    try:
-        return torch.device(text)
-    except RuntimeError:
-        raise RecipeError(f"--device {text!r} is not known: choose auto, cpu or cuda") from None
+    return find_device(text)
 
 
 def _count_notes(count: int, loaded: int, options: CalibrateOptions) -> list[str]:

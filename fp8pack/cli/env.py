@@ -19,15 +19,15 @@ def env(
     ] = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """Show versions and devices, and which back end multiplies FP8 here, each proved by a small product."""
+    """Show versions and devices, and which backend multiplies FP8 here, each verified with a small GEMM."""
     if include_dir:
         emit(str(_INCLUDE))
         return
     from fp8pack.report.environment import print_environment
     from fp8pack.runtime.environment import environment  # imports torch, which --help must not wait for
 
-    facts = environment()
+    found = environment()
     if as_json:
-        emit(json.dumps(facts, indent=2, ensure_ascii=False))
+        emit(json.dumps(found.to_dict(), indent=2, ensure_ascii=False))
     else:
-        print_environment(facts)
+        print_environment(found)

@@ -50,7 +50,7 @@ def quantize_in_torch(
     return payload, used if used.shape[1] == 1 else used.t().contiguous().t()
 
 
-def multiplier_of(scale: Tensor) -> Tensor:
+def float_scale_of(scale: Tensor) -> Tensor:
     """Return scales as float32: floats as they are, exponents (uint8) as powers of two."""
     return scale.view(torch.float8_e8m0fnu).float() if scale.dtype == torch.uint8 else scale
 

@@ -1,4 +1,4 @@
-"""Which back end multiplies: chosen once for each device and scheme, and proved by a small product before use."""
+"""Which backend multiplies: chosen once for each device and scheme, and verified with a small GEMM before use."""
 
 import logging
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from fp8pack.gemm.activations import multiplier_of, quantize_in_torch
+from fp8pack.gemm.activations import float_scale_of, quantize_in_torch
 from fp8pack.gemm.device import DeviceFacts, describe
 from fp8pack.gemm.operand import Backend
 from fp8pack.gemm.reference_backend import ReferenceBackend
@@ -22,23 +22,23 @@ from fp8pack.numerics.scaling import ScaleRounding
 
 logger = logging.getLogger("fp8pack")
 
-_M, _N, _K = 40, 384, 288  # of the product that proves a back end: several blocks of 128, and ragged ones
+_M, _N, _K = 40, 384, 288  # of the GEMM that verifies a backend: several blocks of 128, and ragged ones
 _MAX_ERROR = 5e-3  # relative, Frobenius; rounding a result to BF16 is 1.7e-3 of it
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A back end, and why it does not serve; None if it should."""
+    """A backend, and why it does not serve; None if it should."""
 
     backend: Backend
     problem: str | None
 
 
 def candidates(scheme: GemmScheme, facts: DeviceFacts) -> Iterator[Candidate]:
-    """Yield the back ends, the fastest first, with what rules know of them; the reference always serves.
+    """Yield the backends, the fastest first, with what rules know of them; the reference always serves.
 
     On a CPU the reference comes first: with the weight kept in BF16 it takes 1/50 (M = 1) to 1/5 (M = 128) of the time
-    of scaled_mm, which widens the weight to float32 for each product (docs/log.md).
+    of scaled_mm, which widens the weight to float32 for each GEMM (docs/log.md).
     """
     reference = Candidate(ReferenceBackend(), None)
     if facts.kind == "cpu":
@@ -54,35 +54,35 @@ def candidates(scheme: GemmScheme, facts: DeviceFacts) -> Iterator[Candidate]:
 
 @cache
 def choose(device: torch.device, scheme: GemmScheme) -> Backend:
-    """Return the back end for a device and a scheme; that it is not the fastest is said once, with the reason."""
+    """Return the backend for a device and a scheme; that it is not the fastest is said once, with the reason."""
     reasons: list[str] = []
     for candidate in candidates(scheme, describe(device)):
-        problem = candidate.problem or prove(candidate.backend, scheme, device)
+        problem = candidate.problem or verify(candidate.backend, scheme, device)
         if problem is None:
             if reasons:
                 logger.warning("%s on %s runs on %s: %s", scheme, device, candidate.backend.name, "; ".join(reasons))
             return candidate.backend
         reasons.append(f"{candidate.backend.name}: {problem}")
-    raise RuntimeError(f"no back end multiplies {scheme} on {device}: {'; '.join(reasons)}")
+    raise RuntimeError(f"no backend multiplies {scheme} on {device}: {'; '.join(reasons)}")
 
 
-def prove(backend: Backend, scheme: GemmScheme, device: torch.device) -> str | None:
+def verify(backend: Backend, scheme: GemmScheme, device: torch.device) -> str | None:
     """Multiply small random matrices; return what is wrong with the result, None if it is right.
 
-    Right is a relative error (Frobenius) of at most 5e-3 against the float64 product of the operands as quantized.
+    Right is a relative error (Frobenius) of at most 5e-3 against the float64 GEMM of the operands as quantized.
     """
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(_M, _K, generator=generator, dtype=torch.bfloat16)
-    payload, multiplier = _quantized(torch.randn(_N, _K, generator=generator), scheme.granularity, scheme)
-    values = torch_codec.dequantize(payload, multiplier, scheme.granularity.region((_N, _K)))
+    payload, scale = _quantized(torch.randn(_N, _K, generator=generator), scheme.granularity, scheme)
+    values = torch_codec.dequantize(payload, scale, scheme.granularity.region((_N, _K)))
     expected = _as_quantized(x, scheme.activation) @ values.double().t()
     if describe(device).is_fnuz and scheme.format == E4M3:
-        payload, multiplier = torch_codec.as_fnuz(payload), multiplier * 2
+        payload, scale = torch_codec.as_fnuz(payload), scale * 2
     try:
         with torch.autocast(device.type, enabled=False):
-            weight = backend.prepare(payload.to(device), multiplier.to(device), scheme)
-            found = backend.product(x.to(device), weight, None, torch.bfloat16).cpu().double()
-    except Exception as error:  # whatever a library raises about a product that it does not have
+            weight = backend.prepare(payload.to(device), scale.to(device), scheme)
+            found = backend.matmul(x.to(device), weight, None, torch.bfloat16).cpu().double()
+    except Exception as error:  # whatever a library raises about a GEMM that it does not have
         return f"it failed with {type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
     off = float((found - expected).norm() / expected.norm())
     return None if off <= _MAX_ERROR else f"its result is off by {off:.1e}, relative"
@@ -98,5 +98,5 @@ def _as_quantized(x: Tensor, activation: Granularity | None) -> Tensor:
         return x.double()
     payload, scale = quantize_in_torch(x, activation, padded=(_M, _K))
     return torch_codec.dequantize(
-        payload, multiplier_of(scale).reshape(-1, scale.shape[-1]), activation.region((_M, _K))
+        payload, float_scale_of(scale).reshape(-1, scale.shape[-1]), activation.region((_M, _K))
     ).double()

@@ -12,10 +12,10 @@ from fp8pack.numerics.swizzle import padded
 from fp8pack.units import round_up
 
 
-def for_cublaslt(multiplier: Tensor, granularity: Granularity, shape: tuple[int, int]) -> Tensor:
+def for_cublaslt(scale: Tensor, granularity: Granularity, shape: tuple[int, int]) -> Tensor:
     """Return the scales of a weight as cuBLASLt and torch's scaled_mm read them.
 
-    multiplier: [ceil(N/R), ceil(K/C)] float32; shape: [N, K], padded or not. The result, by granularity: tensor [1];
+    scale: [ceil(N/R), ceil(K/C)] float32; shape: [N, K], padded or not. The result, by granularity: tensor [1];
         channel [1, N]; block:128x128 [round_up(ceil(K/128), 4), ceil(N/128)], K contiguous; mx exponents of
         round_up(N, 128) x round_up(ceil(K/32), 4) in tiles, float8_e8m0fnu, flat. What is padded is zero.
     Raises:
@@ -23,32 +23,32 @@ def for_cublaslt(multiplier: Tensor, granularity: Granularity, shape: tuple[int,
     """
     rows, cols = shape
     if granularity == TENSOR:
-        return multiplier.reshape(1)
+        return scale.reshape(1)
     if granularity == CHANNEL:
-        return pad(multiplier.reshape(1, -1), 1, rows)
+        return pad(scale.reshape(1, -1), 1, rows)
     if granularity == BLOCK_128:
-        return pad(multiplier, multiplier.shape[0], round_up(multiplier.shape[1], 4)).t()
+        return pad(scale, scale.shape[0], round_up(scale.shape[1], 4)).t()
     if granularity == MX:
-        return tile(pad(exponents_of(multiplier), rows, -(-cols // 32))).view(torch.float8_e8m0fnu).reshape(-1)
+        return tile(pad(exponents_of(scale), rows, -(-cols // 32))).view(torch.float8_e8m0fnu).reshape(-1)
     raise ValueError(f"cuBLASLt reads no {granularity} scales")
 
 
-def for_deepgemm(multiplier: Tensor, n: int, region_rows: int) -> Tensor:
-    """Return the scales of a weight as DeepGEMM reads them on SM100; on SM90 it takes `multiplier` as it is.
+def for_deepgemm(scale: Tensor, n: int, region_rows: int) -> Tensor:
+    """Return the scales of a weight as DeepGEMM reads them on SM100; on SM90 it takes `scale` as it is.
 
-    multiplier: [ceil(N/R), G] float32, powers of two. The result: [N, ceil(G/4)] int32, each of four exponents along K,
+    scale: [ceil(N/R), G] float32, powers of two. The result: [N, ceil(G/4)] int32, each of four exponents along K,
         the first in the lowest byte; N contiguous, columns round_up(N, 4) apart.
     Raises:
         ValueError: a scale is no power of two: pack with `--scale-rounding up`.
     """
-    exponents = exponents_of(multiplier).repeat_interleave(region_rows, 0)[:n]
+    exponents = exponents_of(scale).repeat_interleave(region_rows, 0)[:n]
     words = pad(exponents, round_up(n, 4), round_up(exponents.shape[1], 4)).view(torch.int32)
     return words.t().contiguous().t()[:n]
 
 
-def exponents_of(multiplier: Tensor) -> Tensor:
+def exponents_of(scale: Tensor) -> Tensor:
     """Return the E8M0 bytes of scales, float32 powers of two; ValueError if one is not."""
-    bits = multiplier.contiguous().view(torch.int32)
+    bits = scale.contiguous().view(torch.int32)
     subnormal = bits == 1 << 22  # 2^-127, whose byte is 0
     if not (((bits & 0x7FFFFF) == 0) | subnormal).all():
         raise ValueError("a scale is no power of two, as this kernel wants: pack with --scale-rounding up")

@@ -14,21 +14,21 @@ from fp8pack.numerics.granularity import CHANNEL, TENSOR, Granularity
 
 def make_operand(
     payload: Tensor,
-    multiplier: Tensor,
+    scale: Tensor,
     format: Float8Format,
     granularity: Granularity,
     *,
     input_scale: Tensor | None = None,
     weight_only: bool = False,
 ) -> Operand:
-    """Return a weight as the back end of its device takes it.
+    """Return a weight as the backend of its device takes it.
 
-    Shapes: payload [N, K] of an FP8 dtype; multiplier [ceil(N/R), ceil(K/C)] float32; input_scale of one element, used
+    Shapes: payload [N, K] of an FP8 dtype; scale [ceil(N/R), ceil(K/C)] float32; input_scale of one element, used
         where activations have one scale for the tensor or for each token.
     """
     scheme = scheme_of(format, granularity, weight_only=weight_only)
     backend = choose(payload.device, scheme) if payload.numel() else ReferenceBackend()
-    operand = backend.prepare(payload, multiplier, scheme)
+    operand = backend.prepare(payload, scale, scheme)
     if input_scale is None or input_scale.numel() != 1 or scheme.activation not in (TENSOR, CHANNEL):
         return operand
     return replace(operand, input_scale=input_scale.float().reshape(1))

@@ -11,19 +11,23 @@ from fp8pack.gemm.scheme import GemmScheme
 
 @dataclass(frozen=True, slots=True)
 class Operand:
-    """An FP8 weight, padded, its scales in the layout of a back end.
+    """An FP8 weight, padded, its scales in the layout of a backend.
 
-    payload: [N', K'] FP8, K contiguous. scale: as the back end wants it. shape: [N, K] before padding. input_scale: the
-    static scale of what enters it, float32, one element. values: the weight in BF16, where a back end keeps it so.
+    payload: [N', K'] FP8, K contiguous. kernel_scale: as the backend reads it. shape: [N, K] before padding.
+    input_scale: the static scale of what enters it, float32, one element. values: the weight in BF16, where a backend
+    keeps it so.
     """
 
     payload: Tensor
-    scale: Tensor
+    kernel_scale: Tensor
     shape: tuple[int, int]
     scheme: GemmScheme
     backend: "Backend"
     input_scale: Tensor | None = None
     values: Tensor | None = None
+
+    def __str__(self) -> str:
+        return self.scheme.describe(static=self.input_scale is not None)
 
     @property
     def padding(self) -> float:
@@ -40,10 +44,10 @@ class Backend(Protocol):
         """`torch`, `triton` or `reference`."""
         ...
 
-    def prepare(self, payload: Tensor, multiplier: Tensor, scheme: GemmScheme) -> Operand:
+    def prepare(self, payload: Tensor, scale: Tensor, scheme: GemmScheme) -> Operand:
         """Return a weight [N, K] with its scales, float32 [ceil(N/R), ceil(K/C)], padded and laid out."""
         ...
 
-    def product(self, x: Tensor, weight: Operand, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+    def matmul(self, x: Tensor, weight: Operand, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
         """Return x @ weight^T + bias: x [M, K] in any float dtype, bias [N], the result [M, N]."""
         ...

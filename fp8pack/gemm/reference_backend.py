@@ -1,4 +1,4 @@
-"""The reference back end: operands are dequantized and multiplied in BF16. It runs anywhere."""
+"""The reference backend: operands are dequantized and multiplied in BF16. It runs anywhere."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fp8pack.gemm.activations import multiplier_of, quantize_activation
+from fp8pack.gemm.activations import float_scale_of, quantize_activation
 from fp8pack.gemm.operand import Operand
 from fp8pack.gemm.scheme import GemmScheme
 from fp8pack.numerics import torch_codec
@@ -21,14 +21,14 @@ class ReferenceBackend:
 
     name: str = "reference"
 
-    def prepare(self, payload: Tensor, multiplier: Tensor, scheme: GemmScheme) -> Operand:
+    def prepare(self, payload: Tensor, scale: Tensor, scheme: GemmScheme) -> Operand:
         """Return a weight with its scales as they are, and on a CPU its values in BF16."""
-        operand = Operand(payload, multiplier, (payload.shape[0], payload.shape[1]), scheme, self)
-        if payload.device.type == "cpu" and 2 * payload.numel() < _available_nbytes() // _RESERVE:
+        operand = Operand(payload, scale, (payload.shape[0], payload.shape[1]), scheme, self)
+        if payload.device.type == "cpu" and 0 < 2 * payload.numel() < _available_nbytes() // _RESERVE:
             return replace(operand, values=_values(operand, torch.bfloat16))
         return operand
 
-    def product(self, x: Tensor, weight: Operand, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+    def matmul(self, x: Tensor, weight: Operand, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
         """Return x @ weight^T + bias; in BF16, rounded before scales of tensors or channels and after them.
 
         Another dtype than BF16 is computed in float32 and rounded once.
@@ -39,36 +39,35 @@ class ReferenceBackend:
         entered, scale = _rounded(x, weight, dtype)
         out = torch.nn.functional.linear(entered, values).float()
         if _scales_after(weight.scheme.granularity):
-            out *= weight.scale.reshape(1, -1)
+            out *= weight.kernel_scale.reshape(1, -1)
         if scale is not None:
             out *= scale
         return (out if bias is None else out + bias.float()).to(out_dtype)
 
 
 def _scales_after(granularity: Granularity) -> bool:
-    """Whether scales are applied to the product, so that FP8 values enter it exactly."""
+    """Whether scales are applied to the result of the GEMM, so that FP8 values enter it exactly."""
     return granularity in (TENSOR, CHANNEL)
 
 
 def _values(weight: Operand, dtype: torch.dtype) -> Tensor:
-    """The weight in a float dtype: without its scales where they are applied to the product."""
+    """The weight in a float dtype: without its scales where they are applied to the result."""
     if _scales_after(weight.scheme.granularity):
         return weight.payload.to(dtype)
-    return torch_codec.dequantize(weight.payload, weight.scale, weight.scheme.granularity.region(weight.shape)).to(
-        dtype
-    )
+    region = weight.scheme.granularity.region(weight.shape)
+    return torch_codec.dequantize(weight.payload, weight.kernel_scale, region).to(dtype)
 
 
 def _rounded(x: Tensor, weight: Operand, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """The activation as the product sees it, and the scales that are applied after it: [1, 1] or [M, 1]."""
+    """The activation as the GEMM sees it, and the scales that are applied after it: [1, 1] or [M, 1]."""
     activation = weight.scheme.activation
     if activation is None:
         return x.to(dtype), None
-    payload, scale = quantize_activation(x, activation, padded=(x.shape[0], x.shape[1]), scale=weight.input_scale)
-    multiplier = multiplier_of(scale)
-    if multiplier.numel() == 1 or activation == CHANNEL:
-        return payload.to(dtype), multiplier.reshape(-1, 1)
-    values = torch_codec.dequantize(payload, multiplier, activation.region((x.shape[0], x.shape[1])))
+    payload, found = quantize_activation(x, activation, padded=(x.shape[0], x.shape[1]), scale=weight.input_scale)
+    scale = float_scale_of(found)
+    if scale.numel() == 1 or activation == CHANNEL:
+        return payload.to(dtype), scale.reshape(-1, 1)
+    values = torch_codec.dequantize(payload, scale, activation.region((x.shape[0], x.shape[1])))
     return values.to(dtype), None
 
 

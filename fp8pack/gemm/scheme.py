@@ -1,4 +1,4 @@
-"""How an FP8 product is scaled: what region of the weight shares a scale, and what of the activation."""
+"""How an FP8 GEMM is scaled: what region of the weight shares a scale, and what of the activation."""
 
 from dataclasses import dataclass
 
@@ -21,8 +21,12 @@ class GemmScheme:
     activation: Granularity | None
 
     def __str__(self) -> str:
+        return self.describe(static=False)
+
+    def describe(self, *, static: bool) -> str:
+        """Return the scheme in words; static: activations have one calibrated scale."""
         activation = "not quantized" if self.activation is None else _SPOKEN.get(self.activation.name, "1x128")
-        return f"{self.format.name} {self.granularity}, activations {activation}"
+        return f"{self.format.name} {self.granularity}, activations {'static' if static else activation}"
 
 
 _SPOKEN = {"tensor": "per tensor", "channel": "per token", "mx": "MX 1x32"}

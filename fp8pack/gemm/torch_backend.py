@@ -1,7 +1,7 @@
 """torch.nn.functional.scaled_mm: cuBLASLt (or CUTLASS) on NVIDIA, hipBLASLt on AMD; on a CPU tensor and row scales.
 
 It wants both operands with K contiguous, N and K multiples of 16, pointers aligned to 16 bytes, and scales in the
-layouts of cuBLASLt (docs/gemm.md). M is padded for each product, N and K once.
+layouts of cuBLASLt (docs/gemm.md). M is padded for each GEMM, N and K once.
 Sources: torch.nn.functional.scaled_mm, torch/csrc ScaledBlas.cpp; cuBLAS documentation, cublasLtMatmulMatrixScale_t.
 """
 
@@ -31,11 +31,11 @@ _RECIPES = {
 
 
 def torch_problem(scheme: GemmScheme, facts: DeviceFacts) -> str | None:
-    """Return why torch has no product for a scheme on a device, None if it should have one."""
+    """Return why torch has no GEMM for a scheme on a device, None if it should have one."""
     if scheme.activation is None:
-        return "torch has no product of FP8 weights with activations that are not quantized"
+        return "torch has no GEMM of FP8 weights with activations that are not quantized"
     if scheme.granularity not in _RECIPES:
-        return f"torch has no product with {scheme.granularity} scales"
+        return f"torch has no GEMM with {scheme.granularity} scales"
     match facts.kind:
         case "cpu":
             return None if scheme.granularity in (TENSOR, CHANNEL) else "torch has it on GPUs only"
@@ -44,7 +44,7 @@ def torch_problem(scheme: GemmScheme, facts: DeviceFacts) -> str | None:
         case "hip":
             return _problem_on_amd(scheme, facts)
         case _:
-            return f"fp8pack knows no FP8 product of torch on {facts.kind}"
+            return f"fp8pack knows no FP8 GEMM of torch on {facts.kind}"
 
 
 def _problem_on_nvidia(scheme: GemmScheme, facts: DeviceFacts) -> str | None:
@@ -62,7 +62,7 @@ def _problem_on_amd(scheme: GemmScheme, facts: DeviceFacts) -> str | None:
     if not facts.arch.startswith(("gfx94", "gfx95", "gfx12")):
         return f"{facts.arch} has no FP8 matrix cores: they begin with gfx942"
     if scheme.granularity not in (TENSOR, CHANNEL):
-        return f"fp8pack has no {scheme.granularity} product of hipBLASLt"
+        return f"fp8pack has no {scheme.granularity} GEMM of hipBLASLt"
     return None
 
 
@@ -72,15 +72,15 @@ class TorchBackend:
 
     name: str = "torch"
 
-    def prepare(self, payload: Tensor, multiplier: Tensor, scheme: GemmScheme) -> Operand:
+    def prepare(self, payload: Tensor, scale: Tensor, scheme: GemmScheme) -> Operand:
         """Return a weight, N and K padded to what the kernel wants, its scales laid out."""
         n, k = payload.shape
         rows = round_up(n, 128 if scheme.granularity == MX else _MULTIPLE)
         cols = round_up(k, 128 if scheme.granularity in (BLOCK_128, MX) else _MULTIPLE)
-        scale = for_cublaslt(multiplier, scheme.granularity, (rows, cols))
-        return Operand(pad(payload, rows, cols), scale, (n, k), scheme, self)
+        laid_out = for_cublaslt(scale, scheme.granularity, (rows, cols))
+        return Operand(pad(payload, rows, cols), laid_out, (n, k), scheme, self)
 
-    def product(self, x: Tensor, weight: Operand, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+    def matmul(self, x: Tensor, weight: Operand, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
         """Return x @ weight^T + bias, accumulated in float32 (`use_fast_accum` is off)."""
         (m, _), (n, _), granularity = x.shape, weight.shape, weight.scheme.granularity
         padded = (round_up(m, _MULTIPLE), weight.payload.shape[1])
@@ -99,7 +99,7 @@ class TorchBackend:
             weight.payload.t(),
             scale_a=scale,
             scale_recipe_a=recipe_a,
-            scale_b=weight.scale,
+            scale_b=weight.kernel_scale,
             scale_recipe_b=recipe_b,
             swizzle_a=swizzle,
             swizzle_b=swizzle,

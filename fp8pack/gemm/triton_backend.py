@@ -1,11 +1,11 @@
-"""Our Triton kernels: what torch has no product for, on NVIDIA GPUs from SM80 on."""
+"""Our Triton kernels: what torch has no GEMM for, on NVIDIA GPUs from SM80 on."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fp8pack.gemm.activations import multiplier_of, quantize_activation
+from fp8pack.gemm.activations import float_scale_of, quantize_activation
 from fp8pack.gemm.device import DeviceFacts
 from fp8pack.gemm.layouts import pad
 from fp8pack.gemm.operand import Operand
@@ -18,7 +18,7 @@ _SHAPE = (384, 384)  # of a weight that is larger than any region that kernels k
 
 
 def triton_problem(scheme: GemmScheme, facts: DeviceFacts) -> str | None:
-    """Return why our kernels do not compute the products of a scheme on a device, None if they should."""
+    """Return why our kernels do not compute the GEMMs of a scheme on a device, None if they should."""
     if facts.kind != "cuda":
         return "fp8pack's Triton kernels are for NVIDIA GPUs"
     if facts.capability < (8, 0):
@@ -32,25 +32,27 @@ class TritonBackend:
 
     name: str = "triton"
 
-    def prepare(self, payload: Tensor, multiplier: Tensor, scheme: GemmScheme) -> Operand:
+    def prepare(self, payload: Tensor, scale: Tensor, scheme: GemmScheme) -> Operand:
         """Return a weight with its scales in float32, as they are; rows begin at multiples of 16 bytes."""
         n, k = payload.shape
-        return Operand(pad(payload, n, round_up(k, _MULTIPLE)), multiplier, (n, k), scheme, self)
+        return Operand(pad(payload, n, round_up(k, _MULTIPLE)), scale, (n, k), scheme, self)
 
-    def product(self, x: Tensor, weight: Operand, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+    def matmul(self, x: Tensor, weight: Operand, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
         """Return x @ weight^T + bias, each step of K scaled and added in float32; float32 activations become BF16."""
         n, cols = weight.payload.shape
         region, activation = weight.scheme.granularity.region((n, cols)), weight.scheme.activation
         if activation is None:
             x = x.to(torch.bfloat16) if x.dtype == torch.float32 else x
             x = torch.nn.functional.pad(x, (0, cols - x.shape[1])).contiguous()
-            return dequantize_gemm(x, weight.payload, weight.scale, b_region=region, bias=bias, out_dtype=out_dtype)
+            return dequantize_gemm(
+                x, weight.payload, weight.kernel_scale, b_region=region, bias=bias, out_dtype=out_dtype
+            )
         payload, scale = quantize_activation(x, activation, padded=(x.shape[0], cols), scale=weight.input_scale)
         return scaled_gemm(
             payload,
-            multiplier_of(scale),
+            float_scale_of(scale),
             weight.payload,
-            weight.scale,
+            weight.kernel_scale,
             a_cols=activation.cols,
             b_region=region,
             bias=bias,

@@ -1,4 +1,4 @@
-"""Matrix products with FP8 weights in Triton, for every common region of scales and any M, N and K."""
+"""GEMMs with FP8 weights in Triton, for every common region of scales and any M, N and K."""
 
 import torch
 import triton.language as tl
@@ -14,7 +14,7 @@ _OPERANDS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 def serves(region_b: tuple[int, int], shape: tuple[int, int]) -> str | None:
-    """Return None if the products take a weight [N, K] of this shape with scales of R x C regions, else why not."""
+    """Return None if the GEMMs take a weight [N, K] of this shape with scales of R x C regions, else why not."""
     if 0 in shape:
         return f"the weight {shape} is empty"
     if _step(region_b[1], shape[1]) == 0:
@@ -38,7 +38,7 @@ def scaled_gemm(
     Shapes: a [M, K] float8_e4m3fn; a_scale [1] or [M, 1] if a_cols is None, else [M, ceil(K / a_cols)]; b [N, K]
         float8_e4m3fn or float8_e5m2, both with K contiguous; b_scale [ceil(N/R), ceil(K/C)] for b_region (R, C);
         scales float32, any strides; bias [N]; the result [M, N] bfloat16, float16 or float32.
-    Numerics: the product of each step of K, at most 128 columns, is scaled and added in float32, and the sum rounded
+    Numerics: the sum over each step of K, at most 128 columns, is scaled and added in float32, and the total rounded
         once. Where the device multiplies no FP8, the operands are cast to bfloat16, exactly.
     Raises:
         ValueError: regions that `serves` refuses, or a_cols of such a width.
@@ -105,7 +105,7 @@ def _multiply(
 
 
 def _blocks(m: int, n: int) -> tuple[int, int, int, int]:
-    """Return rows and columns of a tile of products, warps, and stages of loads, chosen by the shape alone.
+    """Return rows and columns of a tile of the result, warps, and stages of loads, chosen by the shape alone.
 
     Few rows: reading the weights is all the work, so many small tiles keep many loads in flight. More rows: tiles of
     128 x 128 if they give each of about 132 processors one.

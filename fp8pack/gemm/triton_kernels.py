@@ -1,4 +1,4 @@
-"""The Triton kernels: activations to FP8, and matrix products with FP8 weights.
+"""The Triton kernels: activations to FP8, and GEMMs with FP8 weights.
 
 Legend: activations [M, K], weights [N, K], both with K contiguous; scales are the multipliers that dequantize. Payloads
 are written as uint8, so that a device without FP8 types (before SM89, and Triton's interpreter) runs the same kernels:
@@ -189,7 +189,7 @@ def _operand(block, OPERAND: tl.constexpr, E5M2: tl.constexpr):
 
 @triton.jit
 def _factors(a_scale, b_scale, start, a_step, b_step, A_COLS: tl.constexpr, B_COLS: tl.constexpr):
-    """Return the scales of a block of products at column `start` of K, [BLOCK_M, BLOCK_N] or 1 for either."""
+    """Return the scales of a block of the result at column `start` of K, [BLOCK_M, BLOCK_N] or 1 for either."""
     factor = tl.load(b_scale + start // B_COLS * b_step)[None, :]
     if a_scale is not None:
         factor = tl.load(a_scale + start // A_COLS * a_step)[:, None] * factor
@@ -233,7 +233,7 @@ def multiply(
     row = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     col = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     depth = tl.arange(0, BLOCK_K)
-    # Beyond the edge the last row is read again, and its product not stored: no mask in the loop.
+    # Beyond the edge the last row is read again, and its result not stored: no mask in the loop.
     a_row = tl.minimum(row, m - 1).to(tl.int64)
     b_row = tl.minimum(col, n - 1).to(tl.int64)
     a += a_row[:, None] * a_stride + depth[None, :]

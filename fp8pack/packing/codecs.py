@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from fp8pack.errors import Fp8PackError, RecipeError
+from fp8pack.errors import RecipeError
 from fp8pack.numerics import native
 from fp8pack.planning.plan import Packing
 
@@ -36,7 +36,7 @@ def make_codec(device: str) -> Codec:
     """Return the codec of a device: `cpu` is the CPU kernels, `cuda` and `cuda:1` torch there, `torch:cpu` torch here.
 
     Raises:
-        RecipeError: there is no such kind of device. Fp8PackError: torch sees none here.
+        RecipeError: there is no such kind of device. DeviceError: torch sees none here.
     """
     if device == "cpu":
         return CpuCodec()
@@ -71,14 +71,11 @@ class TorchCodec:
     def __init__(self, device: str) -> None:
         import torch  # heavy, and never needed to pack on a CPU
 
+        from fp8pack.gemm.device import find_device
         from fp8pack.numerics import torch_codec
 
-        if device.startswith("cuda") and not torch.cuda.is_available():
-            raise Fp8PackError(
-                f"--device {device}: torch sees no such device here; use --device cpu, which writes the same bytes"
-            )
         self._torch, self._codec = torch, torch_codec
-        self._device = torch.device(device.removeprefix("torch:"))
+        self._device = find_device(device.removeprefix("torch:"))
         self._dtypes = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
     def amax(self, weight: Array, dtype: str) -> float:

@@ -1,13 +1,15 @@
-"""What this machine multiplies FP8 with: versions, devices, and each back end tried on each kind of scales."""
+"""What this machine multiplies FP8 with: versions, devices, and each backend tried on each kind of scales."""
 
 import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from typing import Any
 
 import torch
 
 from fp8pack import __version__
-from fp8pack.gemm.choose import candidates, prove
+from fp8pack.gemm.choose import candidates, verify
 from fp8pack.gemm.device import describe
 from fp8pack.gemm.scheme import TRIED_GRANULARITIES, GemmScheme, scheme_of
 from fp8pack.numerics.formats import E4M3
@@ -16,44 +18,87 @@ from fp8pack.numerics.granularity import CHANNEL
 _PACKAGES = ("torch", "triton", "transformers", "safetensors", "numba", "nvmath-python")
 
 
-def environment() -> dict[str, Any]:
-    """Return what `fp8pack env --json` prints; every back end that should serve multiplies small matrices first."""
+@dataclass(frozen=True, slots=True)
+class GemmSupport:
+    """The backend that serves a kind of scales on a device.
+
+    granularity: of the weight. activations: theirs, None where they are not quantized. backend: None if none serves.
+    tried: why each backend does not serve, None where it would.
+    """
+
+    granularity: str
+    activations: str | None
+    backend: str | None
+    tried: Mapping[str, str | None]
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceEnvironment:
+    """A device by torch's name, and its GEMMs. capability: `SM90`, or AMD's `gfx942`; None of a CPU."""
+
+    device: str
+    name: str
+    capability: str | None
+    gemms: tuple[GemmSupport, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Environment:
+    """What FP8 depends on here.
+
+    packages: versions, None of what is not installed. cuda, rocm: what torch is built for. devices: the CPU, then GPUs.
+    """
+
+    fp8pack: str
+    python: str
+    platform: str
+    packages: Mapping[str, str | None]
+    cuda: str | None
+    rocm: str | None
+    devices: tuple[DeviceEnvironment, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what `fp8pack env --json` prints."""
+        devices = [{**asdict(device), "gemms": [asdict(gemm) for gemm in device.gemms]} for device in self.devices]
+        return {**asdict(self), "devices": devices}
+
+
+def environment() -> Environment:
+    """Return what this machine has; every backend that should serve is verified with a small GEMM first."""
     devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
-    return {
-        "fp8pack": __version__,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "packages": {name: _version(name) for name in _PACKAGES},
-        "cuda": torch.version.cuda,
-        "rocm": torch.version.hip,
-        "devices": [_device(device) for device in devices],
-    }
+    return Environment(
+        fp8pack=__version__,
+        python=platform.python_version(),
+        platform=platform.platform(),
+        packages={name: _version(name) for name in _PACKAGES},
+        cuda=torch.version.cuda,
+        rocm=torch.version.hip,
+        devices=tuple(_device(device) for device in devices),
+    )
 
 
-def _device(device: torch.device) -> dict[str, Any]:
+def _device(device: torch.device) -> DeviceEnvironment:
     facts = describe(device)
     schemes = [scheme_of(E4M3, granularity) for granularity in TRIED_GRANULARITIES]
-    return {
-        "device": str(device),
-        "name": facts.name,
-        "capability": f"SM{facts.capability[0]}{facts.capability[1]}" if facts.kind == "cuda" else facts.arch or None,
-        "products": [_product(scheme, device) for scheme in (*schemes, scheme_of(E4M3, CHANNEL, weight_only=True))],
-    }
+    return DeviceEnvironment(
+        device=str(device),
+        name=facts.name,
+        capability=f"SM{facts.capability[0]}{facts.capability[1]}" if facts.kind == "cuda" else facts.arch or None,
+        gemms=tuple(_gemm(scheme, device) for scheme in (*schemes, scheme_of(E4M3, CHANNEL, weight_only=True))),
+    )
 
 
-def _product(scheme: GemmScheme, device: torch.device) -> dict[str, Any]:
-    """The back end that serves a scheme, and why each other does not: null where it would, too."""
+def _gemm(scheme: GemmScheme, device: torch.device) -> GemmSupport:
     tried = {
-        candidate.backend.name: candidate.problem or prove(candidate.backend, scheme, device)
+        candidate.backend.name: candidate.problem or verify(candidate.backend, scheme, device)
         for candidate in candidates(scheme, describe(device))
     }
-    serving = [name for name, problem in tried.items() if problem is None]
-    return {
-        "granularity": scheme.granularity.name,
-        "activations": None if scheme.activation is None else scheme.activation.name,
-        "back_end": serving[0] if serving else None,
-        "tried": tried,
-    }
+    return GemmSupport(
+        granularity=scheme.granularity.name,
+        activations=None if scheme.activation is None else scheme.activation.name,
+        backend=next((name for name, problem in tried.items() if problem is None), None),
+        tried=tried,
+    )
 
 
 def _version(package: str) -> str | None:

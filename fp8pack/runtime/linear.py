@@ -26,13 +26,13 @@ def linear(
     Shapes: x [..., K] bfloat16, float16 or float32; weight [N, K]; bias [N]; the result [..., N] of out_dtype, one of
         these three.
     Numerics: x becomes E4M3 with scales that match the weight's: one for the tensor, for each token, for each 1x128, MX
-        1x32, or the static `input_scale` (by default the weight's own), float32, a multiplier; products of FP8 values
-        are accumulated in float32. A weight-only checkpoint leaves x as it is. Any M, N and K: padding never changes a
-        result. A NaN in x makes all that shares its scale NaN. Autocast has no say here.
+        1x32, or the static `input_scale` (by default the weight's own), float32, a multiplier; the GEMM accumulates in
+        float32. A weight-only checkpoint leaves x as it is. Any M, N and K: padding never changes a result. A NaN in x
+        makes all that shares its scale NaN. Autocast has no say here.
     Raises:
         ValueError: shapes, dtypes or devices do not fit, or a static scale is given beside scales of blocks.
     """
-    if weight.data.ndim != 2:
+    if weight.qdata.ndim != 2:
         raise ValueError(f"{weight.name} {list(weight.shape)} holds several weights: linear takes one [N, K]")
     operand = weight.operand
     n, k = operand.shape
@@ -48,13 +48,13 @@ def linear(
         operand = _with_input_scale(operand, input_scale, weight.name)
     rows = x.detach().reshape(x.shape[:-1].numel(), k)
     with torch.autocast(x.device.type, enabled=False):
-        out = _product(rows, operand, None if bias is None else bias.detach().contiguous(), out_dtype)
+        out = _gemm(rows, operand, None if bias is None else bias.detach().contiguous(), out_dtype)
     return out.reshape(*x.shape[:-1], n)
 
 
-def _product(rows: Tensor, operand: Operand, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+def _gemm(rows: Tensor, operand: Operand, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
     if rows.numel() and operand.payload.numel():
-        return operand.backend.product(rows, operand, bias, out_dtype)
+        return operand.backend.matmul(rows, operand, bias, out_dtype)
     out = torch.zeros(rows.shape[0], operand.shape[0], dtype=out_dtype, device=rows.device)
     return out if bias is None else (out + bias).to(out_dtype)
 
@@ -66,7 +66,7 @@ def _with_input_scale(operand: Operand, scale: Tensor, name: str) -> Operand:
 
 
 class FP8Linear(nn.Module):
-    """An nn.Linear of a packed weight [N, K]; parameters are the payload and its scales, which keep their dtypes.
+    """An nn.Linear of a packed weight [N, K]; parameters are qdata and its scales, which keep their dtypes.
 
     The result has the dtype of the input, or `out_dtype`. What was prepared for the device is made anew when the module
     is moved, loaded into or given other parameters; a parameter that is written to in place is not noticed.
@@ -74,16 +74,16 @@ class FP8Linear(nn.Module):
 
     def __init__(self, weight: PackedTensor, bias: Tensor | None = None, out_dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        if weight.data.ndim != 2:
+        if weight.qdata.ndim != 2:
             raise ValueError(f"{weight.name} {list(weight.shape)} holds several weights: FP8Linear takes one [N, K]")
         self.out_features, self.in_features = weight.shape
         self.out_dtype = out_dtype
-        self.weight = nn.Parameter(weight.data, requires_grad=False)
-        self.weight_scale_inv = nn.Parameter(weight.scale, requires_grad=False)
+        self.weight = nn.Parameter(weight.qdata, requires_grad=False)
+        self.weight_scale_inv = nn.Parameter(weight.stored_scale, requires_grad=False)
         self.input_scale = None if weight.input_scale is None else nn.Parameter(weight.input_scale, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         nothing = torch.empty(0)
-        self._form = replace(weight, data=nothing, scale=nothing, input_scale=None)
+        self._form = replace(weight, qdata=nothing, stored_scale=nothing, input_scale=None)
         self._prepared: tuple[tuple[nn.Parameter | None, ...], PackedTensor] | None = None
 
     @property
@@ -96,8 +96,9 @@ class FP8Linear(nn.Module):
         """The weight, of the parameters as they are now."""
         parameters = (self.weight, self.weight_scale_inv, self.input_scale)
         if self._prepared is None or any(a is not b for a, b in zip(self._prepared[0], parameters, strict=True)):
-            scale = None if self.input_scale is None else self.input_scale.data
-            packed = replace(self._form, data=self.weight.data, scale=self.weight_scale_inv.data, input_scale=scale)
+            qdata, stored_scale = self.weight.data, self.weight_scale_inv.data
+            input_scale = None if self.input_scale is None else self.input_scale.data
+            packed = replace(self._form, qdata=qdata, stored_scale=stored_scale, input_scale=input_scale)
             self._prepared = (parameters, packed)
         return self._prepared[1]
 

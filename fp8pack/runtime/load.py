@@ -19,7 +19,7 @@ from fp8pack.checkpoint.manifest_schema import PackedEntry, check_headers
 from fp8pack.checkpoint.quantized import read_contents
 from fp8pack.checkpoint.source import Source, open_checkpoint
 from fp8pack.errors import InputError, RecipeError
-from fp8pack.gemm.device import describe
+from fp8pack.gemm.device import describe, find_device
 from fp8pack.modelfacts.contents import Contents
 from fp8pack.modelfacts.patterns import Matcher, Pattern
 from fp8pack.modelfacts.spec import TensorSpec
@@ -54,7 +54,8 @@ def load_packed(
         InputError: a file is malformed or not what the manifest says, an FP8 weight has no scale that fits it, or a
             weight does not spread over the ranks.
         VerificationError: a digest differs.
-        RecipeError: a pattern matches no tensor, torch sees no CUDA device, or what is asked for makes no sense.
+        DeviceError: torch sees no such device.
+        RecipeError: a pattern matches no tensor, or what is asked for makes no sense.
     """
     with _collector_at_rest():
         source = open_checkpoint(Path(path))
@@ -81,7 +82,7 @@ def load_source(
         contents = _select(contents, [tensors] if isinstance(tensors, str) else tensors)
         parts = _parts(contents, Rank(*tp)) if tp else {}
         expected = _expected(source, contents) if verify else {}
-    target = _checked(torch.device(device), verify, workers)
+    target = _checked(find_device(device), verify, workers)
     count = workers or min(_MAX_WORKERS, len(os.sched_getaffinity(0)))
     memory: Memory
     match target.type:
@@ -167,15 +168,11 @@ def _check(expected: Mapping[str, Expected], digests: Digests) -> None:
 
 
 def _checked(device: torch.device, verify: bool, workers: int | None) -> torch.device:
-    """The device; `cuda` means the current one, now and in every thread."""
+    """The device, for which what is asked makes sense."""
     if workers is not None and workers < 1:
         raise RecipeError(f"{workers} workers read nothing: name at least 1")
     if device.type == "meta" and verify:
         raise RecipeError("nothing is read for the meta device, so nothing can be verified")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise RecipeError(f"device {device}: torch sees no CUDA device here")
-    if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
     return device
 
 

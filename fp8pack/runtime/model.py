@@ -12,6 +12,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from fp8pack.checkpoint.source import open_checkpoint
 from fp8pack.errors import InputError, RecipeError
+from fp8pack.gemm.device import find_device
 from fp8pack.modelrun.loader import ModelLoader, load_parameters, quiet_transformers
 from fp8pack.modelrun.names import Names, is_experts
 from fp8pack.runtime.experts import FP8Experts
@@ -37,9 +38,9 @@ def load_model(
     Raises:
         InputError: as `load_packed` does; or transformers does not know the architecture, or it needs code of its own
             and `trust_remote_code` is off.
-        RecipeError: as `load_packed` does.
+        DeviceError, RecipeError: as `load_packed` does.
     """
-    target = torch.device(device)
+    target = find_device(device)
     if target.type == "meta":
         raise RecipeError("a model on the meta device holds no weights: name a CPU or a GPU")
     source = open_checkpoint(Path(path))
@@ -147,18 +148,18 @@ def split_experts(whole: PackedTensor) -> Iterator[PackedTensor]:
     """Yield the weights [N, K] of a fused one [E, N, K]; nothing if a region of scales lies across experts."""
     count, n, k = whole.shape
     rows, cols = whole.block
-    if whole.scale.numel() == 1:
+    if whole.stored_scale.numel() == 1:
         for i in range(count):
-            yield replace(whole, name=f"{whole.name}[{i}]", data=whole.data[i], block=(n, k))
+            yield replace(whole, name=f"{whole.name}[{i}]", qdata=whole.qdata[i], block=(n, k))
         return
     if n % rows:
         return
     per_expert, granularity = n // rows, whole.granularity
     if (rows, cols) == (n, k):
         granularity = "tensor"
-    for i, scale in enumerate(whole.multiplier.split(per_expert)):  # type: ignore[no-untyped-call]
-        data = whole.data[i]
-        yield replace(whole, name=f"{whole.name}[{i}]", data=data, scale=scale, granularity=granularity, tiled=False)
+    for i, scale in enumerate(whole.scale.split(per_expert)):  # type: ignore[no-untyped-call]
+        expert = replace(whole, name=f"{whole.name}[{i}]", qdata=whole.qdata[i], stored_scale=scale, tiled=False)
+        yield replace(expert, granularity=granularity)
 
 
 def plain(tensor: PackedTensor | Tensor) -> Tensor:

@@ -49,6 +49,13 @@ class PackedCheckpoint(Mapping[str, PackedTensor | Tensor]):
         self._fused: dict[str, PackedTensor] = {}
         self.kv_scales = {point: memory.tensor(spec) for point, spec in contents.kv_scales.items()}
 
+    def __repr__(self) -> str:
+        packed = len(self._contents.quantized)
+        return (
+            f"PackedCheckpoint(quant_method={self.quant_method!r}, activations={self.activations!r}, "
+            f"packed={packed}, plain={len(self) - packed})"
+        )
+
     def __getitem__(self, name: str) -> PackedTensor | Tensor:
         if name not in self._made:
             spec, quantized = self._specs[name], self._contents.quantized.get(name)
@@ -86,31 +93,31 @@ class PackedCheckpoint(Mapping[str, PackedTensor | Tensor]):
         if len(parts) != len(names) or len({(part.format, part.granularity, part.shape[1]) for part in parts}) > 1:
             raise InputError(f"the parts of {module} are not packed alike: {', '.join(names)}")
         if first.granularity == "tensor":
-            if any(not torch.equal(part.scale, first.scale) for part in parts):
+            if any(not torch.equal(part.stored_scale, first.stored_scale) for part in parts):
                 raise InputError(f"the parts of {module} have scales of their own, which one weight cannot hold")
-            scale, rows = first.scale, sum(part.shape[0] for part in parts)
+            scale, rows = first.stored_scale, sum(part.shape[0] for part in parts)
         else:
             if any(part.shape[0] % first.block[0] for part in parts[:-1]):
                 raise InputError(f"a part of {module} ends within a block, so its scales do not fit the whole")
             if first.tiled and any(part.shape[0] % TILE[0] for part in parts[:-1]):
                 raise InputError(f"a part of {module} ends within a tile of its scales, so they do not fit the whole")
-            scale, rows = _join([part.scale for part in parts]), first.block[0]
+            scale, rows = _join([part.stored_scale for part in parts]), first.block[0]
         inputs = [part.input_scale for part in parts if part.input_scale is not None]
         return replace(
             first,
             name=module,
-            data=_join([part.data for part in parts]),
-            scale=scale,
+            qdata=_join([part.qdata for part in parts]),
+            stored_scale=scale,
             block=(rows, first.block[1]),
             input_scale=torch.stack(inputs).amax(0) if len(inputs) == len(parts) else None,
         )
 
     def _packed(self, spec: TensorSpec, quantized: Quantized) -> PackedTensor:
-        data = self._memory.tensor(spec)
+        qdata = self._memory.tensor(spec)
         whole = PackedTensor(
             spec.name,
-            data,
-            self._memory.tensor(quantized.scale) if quantized.scale else torch.ones((), device=data.device),
+            qdata,
+            self._memory.tensor(quantized.scale) if quantized.scale else torch.ones((), device=qdata.device),
             quantized.format.name,
             quantized.granularity.name,
             quantized.granularity.region(spec.matrix),
@@ -123,9 +130,9 @@ class PackedCheckpoint(Mapping[str, PackedTensor | Tensor]):
         if part is not None:
             shape = spec.shape
             scale = _part_of_scales(whole, (shape[0], shape[1]), part)
-            whole = replace(whole, scale=scale, block=quantized.granularity.region(part.shape), tiled=False)
-        if describe(data.device).is_fnuz and quantized.format == E4M3:
-            whole = replace(whole, data=data.view(torch.float8_e4m3fnuz), scale=double(whole.scale))
+            whole = replace(whole, stored_scale=scale, block=quantized.granularity.region(part.shape), tiled=False)
+        if describe(qdata.device).is_fnuz and quantized.format == E4M3:
+            whole = replace(whole, qdata=qdata.view(torch.float8_e4m3fnuz), stored_scale=double(whole.stored_scale))
         return whole
 
     def _source_dtype(self, name: str) -> torch.dtype:
@@ -135,10 +142,10 @@ class PackedCheckpoint(Mapping[str, PackedTensor | Tensor]):
 
 def _part_of_scales(weight: PackedTensor, shape: tuple[int, int], part: Part) -> Tensor:
     """The scales of a part, as a grid in rows; of a weight [N, K] whose scales are whole."""
-    if weight.scale.numel() == 1:
-        return weight.scale
+    if weight.stored_scale.numel() == 1:
+        return weight.stored_scale
     rows, cols = weight.block
-    grid = grid_of(weight.scale, shape, weight.block, tiled=weight.tiled)
+    grid = grid_of(weight.stored_scale, shape, weight.block, tiled=weight.tiled)
     left, right = part.cols[0] // cols, ceil_div(part.cols[1], cols)
     return torch.cat([grid[lo // rows : ceil_div(hi, rows), left:right] for lo, hi in part.rows])
 

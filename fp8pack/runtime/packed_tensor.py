@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from typing import Literal
 
 import torch
@@ -13,22 +14,23 @@ from fp8pack.gemm.operand import Operand
 from fp8pack.numerics import torch_codec
 from fp8pack.numerics.formats import parse_format
 from fp8pack.numerics.granularity import parse_granularity
+from fp8pack.units import ceil_div
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class PackedTensor:
-    """An FP8 weight [N, K] and the scales that dequantize it.
+    """An FP8 weight [N, K] and the scales that dequantize it: `qdata.float() * expand_scale()` is the weight.
 
-    data: [N, K], float8_e4m3fn or float8_e5m2, row-major. scale: as stored, in whatever shape the convention has: a
-    float, or exponents of powers of two, uint8 or float8_e8m0fnu, which lie in cuBLASLt's tiles if `tiled`;
-    `multiplier` is the same number in float32. block: the region (R, C) that shares one scale.
+    qdata: [N, K], float8_e4m3fn or float8_e5m2, row-major. stored_scale: as the convention stores it, in its shape: a
+    float, or exponents of powers of two, uint8 or float8_e8m0fnu, which lie in cuBLASLt's tiles if `tiled`; `scale` is
+    the same number in float32. block: the region (R, C) that shares one scale.
     input_scale: the activation's static multiplier, None if dynamic. weight_only: activations are not quantized.
     name, shape: a fused weight [E, N, K] of foreign checkpoints counts as [E N, K] where regions are concerned.
     """
 
     name: str
-    data: Tensor
-    scale: Tensor
+    qdata: Tensor
+    stored_scale: Tensor
     format: str
     granularity: str
     block: tuple[int, int]
@@ -37,31 +39,40 @@ class PackedTensor:
     tiled: bool = False
     weight_only: bool = False
 
+    def __repr__(self) -> str:
+        return (
+            f"PackedTensor({self.name!r}, shape={list(self.shape)}, format={self.format!r}, "
+            f"granularity={self.granularity!r}, block={self.block}, scale={list(_grid(self._matrix, self.block))}, "
+            f"device='{self.qdata.device}')"
+        )
+
     @property
     def shape(self) -> torch.Size:
         """[N, K]."""
-        return self.data.shape
-
-    @property
-    def multiplier(self) -> Tensor:
-        """The scales as float32 [ceil(N/R), ceil(K/C)]: value = data * multiplier."""
-        n, k = self.data.reshape(-1, self.shape[-1]).shape
-        scale = grid_of(self.scale, (n, k), self.block, tiled=self.tiled)
-        if scale.dtype == torch.uint8:
-            scale = scale.view(torch.float8_e8m0fnu)
-        return scale.float()
+        return self.qdata.shape
 
     @cached_property
-    def operand(self) -> Operand:
-        """The weight as a GEMM of its device takes it: padded, its scales laid out; made once, when first asked for."""
-        return make_operand(
-            self.data.reshape(-1, self.shape[-1]),
-            self.multiplier,
-            parse_format(self.format),
-            parse_granularity(self.granularity),
-            input_scale=self.input_scale,
-            weight_only=self.weight_only,
-        )
+    def scale(self) -> Tensor:
+        """The multiplier of each region, float32 [ceil(N/R), ceil(K/C)], whatever dtype and layout is stored."""
+        return self._float_scale()
+
+    def expand_scale(self) -> Tensor:
+        """Return the multiplier of each element: float32, in the shape of the weight."""
+        n, k = self._matrix
+        rows, cols = (torch.arange(size, device=self.qdata.device) for size in (n, k))
+        by_row = self._float_scale().index_select(0, rows // self.block[0])
+        return by_row.index_select(1, cols // self.block[1]).reshape(self.shape)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Return the weight, by default in the dtype it had before packing.
+
+        `qdata.float() * expand_scale()`: multiplied in float32, rounded once.
+        """
+        dtype = dtype or self.source_dtype
+        if not self.qdata.numel():
+            return torch.empty(self.shape, dtype=dtype, device=self.qdata.device)
+        rows = self.qdata.reshape(self._matrix)
+        return torch_codec.dequantize(rows, self._float_scale(), self.block).reshape(self.shape).to(dtype)
 
     def scale_for(self, kernel: Literal["cublaslt", "deepgemm"]) -> Tensor:
         """Return the scales as a kernel of one's own reads them (docs/gemm.md); `linear` has laid out its own already.
@@ -69,26 +80,40 @@ class PackedTensor:
         Raises:
             ValueError: the kernel reads no scales of this granularity, or powers of two alone.
         """
-        n, k = self.data.reshape(-1, self.shape[-1]).shape
         if kernel == "cublaslt":
-            return for_cublaslt(self.multiplier, parse_granularity(self.granularity), (n, k))
-        return for_deepgemm(self.multiplier, n, self.block[0])
+            return for_cublaslt(self._float_scale(), parse_granularity(self.granularity), self._matrix)
+        return for_deepgemm(self._float_scale(), self._matrix[0], self.block[0])
 
-    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """Return the weight, by default in the dtype it had before packing.
+    @cached_property
+    def operand(self) -> Operand:
+        """The weight as a GEMM of its device takes it: padded, its scales laid out; made once, when first asked for."""
+        return make_operand(
+            self.qdata.reshape(self._matrix),
+            self._float_scale(),
+            parse_format(self.format),
+            parse_granularity(self.granularity),
+            input_scale=self.input_scale,
+            weight_only=self.weight_only,
+        )
 
-        The product is taken in float32 and rounded once.
-        """
-        dtype = dtype or self.source_dtype
-        if not self.data.numel():
-            return torch.empty(self.shape, dtype=dtype, device=self.data.device)
-        rows = self.data.reshape(-1, self.shape[-1])
-        return torch_codec.dequantize(rows, self.multiplier, self.block).reshape(self.shape).to(dtype)
+    @property
+    def _matrix(self) -> tuple[int, int]:
+        """Rows and columns, with all dimensions but the last as rows."""
+        return prod(self.shape[:-1]), prod(self.shape[-1:])
+
+    def _float_scale(self) -> Tensor:
+        """See `scale`, which keeps it: exponents are a quarter of it, so only who asks for it pays for both."""
+        scale = grid_of(self.stored_scale, self._matrix, self.block, tiled=self.tiled)
+        return (scale.view(torch.float8_e8m0fnu) if scale.dtype == torch.uint8 else scale).float()
 
 
-def grid_of(scale: Tensor, shape: tuple[int, int], block: tuple[int, int], *, tiled: bool) -> Tensor:
+def grid_of(stored: Tensor, shape: tuple[int, int], block: tuple[int, int], *, tiled: bool) -> Tensor:
     """Return stored scales of a weight [N, K] as [ceil(N/R), ceil(K/C)], in their dtype."""
-    grid = (-(-shape[0] // block[0]), -(-shape[1] // block[1]))
-    if not tiled:
-        return scale.reshape(grid)
-    return untile(scale.view(torch.uint8), grid)
+    grid = _grid(shape, block)
+    if 0 in grid:  # an empty weight, beside which one scale may lie
+        return stored.reshape(-1)[:0].reshape(grid)
+    return untile(stored.view(torch.uint8), grid) if tiled else stored.reshape(grid)
+
+
+def _grid(shape: tuple[int, int], block: tuple[int, int]) -> tuple[int, int]:
+    return ceil_div(shape[0], block[0]), ceil_div(shape[1], block[1])

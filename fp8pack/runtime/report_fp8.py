@@ -1,7 +1,8 @@
 """`report_fp8`: whether FP8 really is on."""
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from torch import nn
 
@@ -12,7 +13,7 @@ from fp8pack.runtime.linear import FP8Linear
 class FP8Report:
     """What of a model multiplies in FP8; `print` shows it as text.
 
-    on: FP8 layers by scheme and back end; `reference` means that they are dequantized and multiplied in BF16.
+    on: FP8 layers by scheme and backend; `reference` means that they are dequantized and multiplied in BF16.
     fp8_nbytes: bytes of their payloads; other_nbytes: of the weights of linears that are not FP8, such as lm_head, and
     of experts that stayed. padding: the share of the payloads that is zeros up to what kernels take.
     """
@@ -32,6 +33,11 @@ class FP8Report:
         lines.append(f"{share:.1%} of their bytes are FP8, {self.padding:.1%} of which is padding")
         return "\n".join(lines)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as JSON has it."""
+        on = [{"scheme": s, "backend": b, "layers": count} for (s, b), count in sorted(self.on.items())]
+        return {**asdict(self), "on": on, "others": list(self.others)}
+
 
 def report_fp8(model: nn.Module) -> FP8Report:
     """Count the layers of a model that run in FP8, and those that do not; prepares weights that were not used yet."""
@@ -41,7 +47,7 @@ def report_fp8(model: nn.Module) -> FP8Report:
     for path, module in model.named_modules():
         if isinstance(module, FP8Linear):
             operand = module.packed.operand
-            on[str(operand.scheme), operand.backend.name] += 1
+            on[str(operand), operand.backend.name] += 1
             fp8 += module.weight.nbytes
             padded += operand.payload.nbytes
         elif isinstance(module, nn.Linear):

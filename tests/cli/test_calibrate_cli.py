@@ -264,14 +264,15 @@ def test_wrong_use_ends_with_2(words: str, fp8pack: Fp8Pack, tmp_path: Path, pro
     assert not (tmp_path / "c.safetensors").exists()
 
 
-def test_cuda_where_there_is_none_ends_with_2(
+def test_cuda_where_there_is_none_ends_with_1(
     fp8pack: Fp8Pack, tmp_path: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import torch
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     flags = ("--prompts", prompts, "-o", tmp_path / "c.safetensors", "--device", "cuda")
-    usage(fp8pack, "no CUDA device", "calibrate", DEMO, *flags)
+    ran = fp8pack("calibrate", DEMO, *flags)
+    assert (ran.code, "torch sees no CUDA device here" in ran.message) == (1, True)
 
 
 def test_a_merge_of_nothing_or_without_an_output_ends_with_2(fp8pack: Fp8Pack, tmp_path: Path) -> None:

@@ -105,6 +105,7 @@ def test_a_dry_run_lists_every_tensor_with_its_reason_and_writes_nothing(
         (["pack", str(DEMO), "-o", str(DEMO / "inside")], 4, "lies in the source"),
         (["pack", str(DEMO), "-o", "/nowhere/out"], 5, "no directory"),
         (["pack", str(DEMO), "-o", "/tmp/never", "--device", "tpu"], 2, "choose cpu or cuda"),
+        (["pack", str(DEMO), "-o", "/tmp/never", "--device", "cuda:77"], 1, "torch sees no "),
         (["pack", str(DEMO), "--frobnicate"], 2, "frobnicate"),
         (["inspect", str(DEMO), "--fail-if", "sqnr<28"], 2, "METRIC<VALUE"),
         (["inspect", str(DEMO), "--fail-if", "sqnr_min<28"], 2, "--against"),
@@ -189,13 +190,17 @@ def test_the_options_are_these_and_a_new_one_needs_a_reason() -> None:
 
 
 def test_env_says_what_multiplies_here() -> None:
-    facts = json.loads(fp8pack("env", "--json").stdout)
-    cpu = facts["devices"][0]
+    from fp8pack.runtime.environment import environment
+
+    found = json.loads(fp8pack("env", "--json").stdout)
+    assert found == environment().to_dict()
+    cpu = found["devices"][0]
     assert cpu["device"] == "cpu"
-    assert {product["back_end"] for product in cpu["products"]} == {"reference"}
-    assert cpu["products"][0]["tried"] == {"reference": None, "torch": None}
+    assert {gemm["backend"] for gemm in cpu["gemms"]} == {"reference"}
+    assert cpu["gemms"][0]["tried"] == {"reference": None, "torch": None}
     shown = fp8pack("env").stdout
     assert "block:128x128" in shown
+    assert "backend" in shown
     assert "torch has it on GPUs only" in shown
     folder = Path(fp8pack("env", "--include-dir").stdout.strip())
     assert (folder / "fp8pack.hpp").is_file()

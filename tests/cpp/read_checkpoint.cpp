@@ -57,7 +57,7 @@ std::string weights_of(const std::string& path) {
         line << (line.tellp() > 1 ? ", " : "") << json(name) << ": {\"file\": " << json(weight.file)
              << ", \"granularity\": " << json(weight.granularity.name) << ", \"shape\": [" << weight.n << ", "
              << weight.k << "], \"block\": [" << weight.block_rows << ", " << weight.block_cols
-             << "], \"source_dtype\": " << json(weight.source_dtype) << ", \"scale\": " << json(weight.scale.name)
+             << "], \"source_dtype\": " << json(weight.source_dtype) << ", \"scale\": " << json(weight.stored_scale.name)
              << ", \"tiled\": " << (weight.tiled ? "true" : "false") << ", \"mode\": \""
              << modes[static_cast<int>(mode)] << "\", \"padded\": [" << n << ", " << k << "], \"input_scale\": ";
         weight.input_scale ? line << *weight.input_scale << "}" : line << "null}";

@@ -1,4 +1,4 @@
-"""Which back end multiplies what, where; and that a wrong one is never used."""
+"""Which backend multiplies what, where; and that a wrong one is never used."""
 
 import logging
 from dataclasses import dataclass, replace
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fp8pack.gemm import choose as choosing
-from fp8pack.gemm.choose import Candidate, candidates, choose, prove
+from fp8pack.gemm.choose import Candidate, candidates, choose, verify
 from fp8pack.gemm.device import DeviceFacts, describe
 from fp8pack.gemm.operand import Operand
 from fp8pack.gemm.reference_backend import ReferenceBackend
@@ -72,22 +72,22 @@ def test_activations_match_the_weight() -> None:
 
 @dataclass(frozen=True)
 class Broken:
-    """A back end that raises, or is off by a tenth."""
+    """A backend that raises, or is off by a tenth."""
 
     raises: bool
     name: str = "broken"
 
-    def prepare(self, payload: Tensor, multiplier: Tensor, scheme: GemmScheme) -> Operand:
-        return ReferenceBackend().prepare(payload, multiplier, scheme)
+    def prepare(self, payload: Tensor, scale: Tensor, scheme: GemmScheme) -> Operand:
+        return ReferenceBackend().prepare(payload, scale, scheme)
 
-    def product(self, x: Tensor, weight: Operand, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+    def matmul(self, x: Tensor, weight: Operand, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
         if self.raises:
             raise RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED\nand a long trace")
-        return ReferenceBackend().product(x, weight, bias, out_dtype) * 1.1
+        return ReferenceBackend().matmul(x, weight, bias, out_dtype) * 1.1
 
 
 @pytest.mark.parametrize(("raises", "said"), [(True, "CUBLAS_STATUS_NOT_SUPPORTED"), (False, "off by 1.0e-01")])
-def test_a_back_end_that_fails_or_is_wrong_is_left_with_a_reason_said_once(
+def test_a_backend_that_fails_or_is_wrong_is_left_with_a_reason_said_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, raises: bool, said: str
 ) -> None:
     scheme = scheme_of(E4M3, parse_granularity("group:32" if raises else "group:96"))
@@ -104,11 +104,11 @@ def test_a_back_end_that_fails_or_is_wrong_is_left_with_a_reason_said_once(
 
 @pytest.mark.parametrize("format", [E4M3, E5M2], ids=lambda format: format.name)
 @pytest.mark.parametrize("granularity", ["tensor", "channel", "block:128x128", "mx", "group:64", "block:64x96"])
-def test_what_a_cpu_has_is_proved(granularity: str, format: object) -> None:
+def test_what_a_cpu_has_is_verified(granularity: str, format: object) -> None:
     scheme = scheme_of(E4M3 if format == E4M3 else E5M2, parse_granularity(granularity))
     served = [found.backend for found in candidates(scheme, describe(CPU)) if found.problem is None]
     assert served[0].name == "reference"
-    assert [prove(backend, scheme, CPU) for backend in served] == [None] * len(served)
+    assert [verify(backend, scheme, CPU) for backend in served] == [None] * len(served)
 
 
 def test_amd_has_its_own_e4m3() -> None:
@@ -117,12 +117,11 @@ def test_amd_has_its_own_e4m3() -> None:
 
 @pytest.mark.parametrize("weight_only", [False, True], ids=["", "weight-only"])
 @pytest.mark.parametrize("granularity", ["tensor", "channel", "block:128x128", "mx", "group:64", "group:128"])
-def test_our_kernels_are_proved(granularity: str, weight_only: bool) -> None:
+def test_our_kernels_are_verified(granularity: str, weight_only: bool) -> None:
     """In Triton's interpreter where there is no GPU; it cuts BF16 results off, which doubles their error."""
     pytest.importorskip("triton")
     from fp8pack.gemm.triton_backend import TritonBackend
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    assert (
-        prove(TritonBackend(), scheme_of(E4M3, parse_granularity(granularity), weight_only=weight_only), device) is None
-    )
+    scheme = scheme_of(E4M3, parse_granularity(granularity), weight_only=weight_only)
+    assert verify(TritonBackend(), scheme, device) is None

@@ -1,4 +1,4 @@
-"""The Triton kernels: the bytes of the reference codec, and products as exact as their accumulation in float32.
+"""The Triton kernels: the bytes of the reference codec, and GEMMs as exact as their accumulation in float32.
 
 On a machine without a GPU they run in Triton's interpreter (conftest.py), on CPU tensors.
 """
@@ -169,7 +169,7 @@ def test_activations_that_are_refused() -> None:
         quantize(x, CHANNEL, padded=(4, 64), scale=torch.ones(1))
 
 
-# products
+# GEMMs
 
 
 def weight_of(shape: tuple[int, int], region: tuple[int, int], format: Float8Format) -> tuple[Tensor, Tensor]:
@@ -200,7 +200,7 @@ PRODUCTS = [(1, 1, 1), (5, 40, 130), (33, 70, 280)]
 
 @pytest.mark.parametrize("shape", PRODUCTS, ids=str)
 @pytest.mark.parametrize(("region", "format"), WEIGHTS)
-def test_products_of_quantized_activations(region: str, format: Float8Format, shape: tuple[int, int, int]) -> None:
+def test_gemms_of_quantized_activations(region: str, format: Float8Format, shape: tuple[int, int, int]) -> None:
     m, n, k = shape
     size = parse_granularity(region).region((n, k))
     assert serves(size, (n, k)) is None
@@ -224,7 +224,7 @@ def test_products_of_quantized_activations(region: str, format: Float8Format, sh
 
 @pytest.mark.parametrize("shape", PRODUCTS, ids=str)
 @pytest.mark.parametrize(("region", "format"), WEIGHTS)
-def test_products_of_activations_as_they_are(region: str, format: Float8Format, shape: tuple[int, int, int]) -> None:
+def test_gemms_of_activations_as_they_are(region: str, format: Float8Format, shape: tuple[int, int, int]) -> None:
     m, n, k = shape
     size = parse_granularity(region).region((n, k))
     weight, weight_scales = weight_of((n, k), size, format)
@@ -237,7 +237,7 @@ def test_products_of_activations_as_they_are(region: str, format: Float8Format, 
         assert_close(y, expected if added is None else expected + added.double())
 
 
-def test_products_in_large_tiles() -> None:
+def test_gemms_in_large_tiles() -> None:
     m, n, k = 1500, 1400, 40  # 132 tiles of 128 x 128
     weight, scales = weight_of((n, k), (128, 128), E4M3)
     a, a_scales = quantize(torch.randn(m, k, device=DEVICE), CHANNEL, padded=(m, k))
@@ -267,7 +267,7 @@ def test_every_code_of_a_weight_is_multiplied_exactly() -> None:
         assert torch.equal(y, weight.float().T)
 
 
-def test_products_that_are_not_served() -> None:
+def test_gemms_that_are_not_served() -> None:
     weight, scales = weight_of((8, 100), (1, 24), E4M3)
     assert "24 columns" in (serves((1, 24), (8, 100)) or "")
     assert serves((1, 24), (8, 20)) is None

@@ -34,7 +34,7 @@ def test_loading_to_the_device_equals_loading_to_the_cpu(make_checkpoint: MakeCh
         found = on_device[name]
         if isinstance(expected, fp8pack.PackedTensor):
             assert isinstance(found, fp8pack.PackedTensor)
-            assert torch.equal(found.data.cpu().view(torch.uint8), expected.data.view(torch.uint8))
+            assert torch.equal(found.qdata.cpu().view(torch.uint8), expected.qdata.view(torch.uint8))
             assert torch.equal(found.dequantize().cpu(), expected.dequantize())
         else:
             assert isinstance(found, torch.Tensor)

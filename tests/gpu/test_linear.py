@@ -1,4 +1,4 @@
-"""FP8 on a CUDA device: products of every back end, scheme and odd shape against float64; the same bytes as the CPU."""
+"""FP8 on a CUDA device: GEMMs of every backend, scheme and odd shape against float64; the same bytes as the CPU."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -10,12 +10,12 @@ import pytest
 import torch
 import verbs
 from checkpoints import DEMO, MakeCheckpoint, random_weight
-from products import AS_ENTERED, AS_QUANTIZED, as_quantized, error, random, weight_of
+from gemms import AS_ENTERED, AS_QUANTIZED, as_quantized, error, random, weight_of
 from torch import Tensor
 
 import fp8pack
-from fp8pack.gemm.activations import multiplier_of, quantize_activation, quantize_in_torch
-from fp8pack.gemm.choose import candidates, prove
+from fp8pack.gemm.activations import float_scale_of, quantize_activation, quantize_in_torch
+from fp8pack.gemm.choose import candidates, verify
 from fp8pack.gemm.device import describe
 from fp8pack.gemm.operand import Backend
 from fp8pack.gemm.scheme import TRIED_GRANULARITIES, GemmScheme, scheme_of
@@ -44,7 +44,7 @@ def rounding_of(granularity: Granularity) -> ScaleRounding:
 
 
 def backends(scheme: GemmScheme) -> Iterator[Backend]:
-    """Every back end that should serve a scheme on this device."""
+    """Every backend that should serve a scheme on this device."""
     return (found.backend for found in candidates(scheme, describe(DEVICE)) if found.problem is None)
 
 
@@ -56,26 +56,26 @@ def packed(make: MakeCheckpoint, out: Path, granularity: str, shape: tuple[int, 
     return found
 
 
-# products
+# GEMMs
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("weight_only", [False, True], ids=["", "weight-only"])
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("format", FORMATS, ids=lambda format: format.name)
-def test_every_back_end_is_right(
+def test_every_backend_is_right(
     format: Float8Format, granularity: str, weight_only: bool, shape: tuple[int, int, int]
 ) -> None:
     (m, n, k), scheme = shape, scheme_of(format, parse_granularity(granularity), weight_only=weight_only)
-    payload, multiplier = weight_of(scheme, n, k)
-    weight = torch_codec.dequantize(payload, multiplier, scheme.granularity.region((n, k))).double()
+    payload, scale = weight_of(scheme, n, k)
+    weight = torch_codec.dequantize(payload, scale, scheme.granularity.region((n, k))).double()
     x, bias = random(m, k, seed=m).bfloat16(), random(n, seed=n).bfloat16()
     expected = as_quantized(x, scheme) @ weight.t() + bias.double()
     entered = x.double() @ weight.t() + bias.double()
     tried = []
     for backend in backends(scheme):
-        operand = backend.prepare(payload.to(DEVICE), multiplier.to(DEVICE), scheme)
-        found = backend.product(x.to(DEVICE), operand, bias.to(DEVICE), torch.bfloat16)
+        operand = backend.prepare(payload.to(DEVICE), scale.to(DEVICE), scheme)
+        found = backend.matmul(x.to(DEVICE), operand, bias.to(DEVICE), torch.bfloat16)
         assert (found.shape, found.dtype) == ((m, n), torch.bfloat16)
         assert error(found, expected) <= AS_QUANTIZED, backend.name
         assert error(found, entered) <= AS_ENTERED, backend.name
@@ -86,11 +86,11 @@ def test_every_back_end_is_right(
 @pytest.mark.parametrize("format", FORMATS, ids=lambda format: format.name)
 @pytest.mark.parametrize("weight_only", [False, True], ids=["", "weight-only"])
 @pytest.mark.parametrize("granularity", TRIED_GRANULARITIES, ids=str)
-def test_a_back_end_without_a_problem_proves_right(
+def test_a_backend_without_a_problem_is_right(
     granularity: Granularity, weight_only: bool, format: Float8Format
 ) -> None:
     scheme = scheme_of(format, granularity, weight_only=weight_only)
-    assert {backend.name: prove(backend, scheme, DEVICE) for backend in backends(scheme)} == {
+    assert {backend.name: verify(backend, scheme, DEVICE) for backend in backends(scheme)} == {
         backend.name: None for backend in backends(scheme)
     }
 
@@ -99,26 +99,26 @@ def test_a_back_end_without_a_problem_proves_right(
 @pytest.mark.parametrize("granularity", ["tensor", "channel", "block:128x128", "group:64", "mx"])
 def test_the_result_has_the_dtype_that_is_asked_for(granularity: str, dtype: torch.dtype) -> None:
     scheme = scheme_of(E4M3, parse_granularity(granularity))
-    payload, multiplier = weight_of(scheme, 130, 70)
-    weight = torch_codec.dequantize(payload, multiplier, scheme.granularity.region((130, 70))).double()
+    payload, scale = weight_of(scheme, 130, 70)
+    weight = torch_codec.dequantize(payload, scale, scheme.granularity.region((130, 70))).double()
     x = random(9, 70, seed=9).to(dtype)
     for backend in backends(scheme):
-        operand = backend.prepare(payload.to(DEVICE), multiplier.to(DEVICE), scheme)
-        found = backend.product(x.to(DEVICE), operand, None, dtype)
+        operand = backend.prepare(payload.to(DEVICE), scale.to(DEVICE), scheme)
+        found = backend.matmul(x.to(DEVICE), operand, None, dtype)
         assert found.dtype == dtype
         assert error(found, as_quantized(x, scheme) @ weight.t()) <= AS_QUANTIZED, backend.name
 
 
 @pytest.mark.parametrize("granularity", ["tensor", "channel"])
-def test_a_static_scale_saturates_on_every_back_end(granularity: str) -> None:
+def test_a_static_scale_saturates_on_every_backend(granularity: str) -> None:
     scheme, static = scheme_of(E4M3, parse_granularity(granularity)), torch.tensor([0.004])
-    payload, multiplier = weight_of(scheme, 48, 64)
-    weight = torch_codec.dequantize(payload, multiplier, scheme.granularity.region((48, 64))).double()
+    payload, scale = weight_of(scheme, 48, 64)
+    weight = torch_codec.dequantize(payload, scale, scheme.granularity.region((48, 64))).double()
     x = random(5, 64, seed=5).bfloat16()
     x[0, 0] = 100.0
     for backend in backends(scheme):
-        operand = backend.prepare(payload.to(DEVICE), multiplier.to(DEVICE), scheme)
-        found = backend.product(x.to(DEVICE), replace(operand, input_scale=static.to(DEVICE)), None, torch.bfloat16)
+        operand = backend.prepare(payload.to(DEVICE), scale.to(DEVICE), scheme)
+        found = backend.matmul(x.to(DEVICE), replace(operand, input_scale=static.to(DEVICE)), None, torch.bfloat16)
         assert error(found, as_quantized(x, scheme, static) @ weight.t()) <= AS_QUANTIZED, backend.name
 
 
@@ -130,7 +130,8 @@ def test_a_loaded_weight_multiplies(make_checkpoint: MakeCheckpoint, tmp_path: P
     found = fp8pack.linear(x.to(DEVICE), weight, bias.to(DEVICE))
     assert (found.shape, found.dtype, found.device.type) == ((2, 3, 131), torch.bfloat16, DEVICE.type)
     assert error(found, expected) <= AS_ENTERED
-    moved = fp8pack.FP8Linear(replace(weight, data=weight.data.cpu(), scale=weight.scale.cpu()), bias).to(DEVICE)
+    on_cpu = replace(weight, qdata=weight.qdata.cpu(), stored_scale=weight.stored_scale.cpu())
+    moved = fp8pack.FP8Linear(on_cpu, bias).to(DEVICE)
     assert torch.equal(moved(x.to(DEVICE)), found)
     assert fp8pack.linear(x[:, :0].to(DEVICE), weight).shape == (2, 0, 131)
 
@@ -159,22 +160,22 @@ def test_a_captured_graph_gives_what_eager_gives(
 
 @pytest.mark.parametrize("shape", [(16, 128, 256), (256, 512, 1024)], ids=str)
 @pytest.mark.parametrize("format", [E4M3, E5M2], ids=lambda format: format.name)
-def test_products_with_one_scale_agree_with_nvmath(format: Float8Format, shape: tuple[int, int, int]) -> None:
+def test_gemms_with_one_scale_agree_with_nvmath(format: Float8Format, shape: tuple[int, int, int]) -> None:
     nvmath = pytest.importorskip("nvmath")
     (m, n, k), scheme = shape, scheme_of(format, TENSOR)
     if (problem := torch_problem(scheme, describe(DEVICE))) is not None:
         pytest.skip(problem)
-    payload, multiplier = (tensor.to(DEVICE) for tensor in weight_of(scheme, n, k))
+    payload, scale = (tensor.to(DEVICE) for tensor in weight_of(scheme, n, k))
     x = random(m, k, seed=m).bfloat16().to(DEVICE)
-    entered, scale = quantize_activation(x, TENSOR, padded=(m, k))
+    entered, entered_scale = quantize_activation(x, TENSOR, padded=(m, k))
     expected = nvmath.linalg.advanced.matmul(
         entered,
         payload.t(),
-        quantization_scales={"a": scale.reshape(1), "b": multiplier.reshape(1)},
+        quantization_scales={"a": entered_scale.reshape(1), "b": scale.reshape(1)},
         options={"result_type": nvmath.CudaDataType.CUDA_R_16BF},
     )
     backend = TorchBackend()
-    found = backend.product(x, backend.prepare(payload, multiplier, scheme), None, torch.bfloat16)
+    found = backend.matmul(x, backend.prepare(payload, scale, scheme), None, torch.bfloat16)
     assert error(found, expected.cpu().double()) <= AS_QUANTIZED
 
 
@@ -193,7 +194,7 @@ def test_the_demo_model_generates_in_fp8(tmp_path: Path, scheme: str) -> None:
     assert text.shape == (1, 11)
     operand = next(module for module in models[1].modules() if isinstance(module, fp8pack.FP8Linear)).packed.operand
     report = fp8pack.report_fp8(models[1])
-    assert report.on == {(str(operand.scheme), next(backends(operand.scheme)).name): 28}
+    assert report.on == {(str(operand), next(backends(operand.scheme)).name): 28}
 
 
 # activations
@@ -261,7 +262,7 @@ def test_every_pattern_that_is_not_finite_spoils_its_region_alone(granularity: G
         x[i, i] = value
         spoilt[i // rows * rows :, i // cols * cols :][:rows, :cols] = True
     found, scales = quantize_activation(x.to(DEVICE), granularity, padded=(257, 256))
-    grid = multiplier_of(scales).reshape(-1, scales.shape[-1])
+    grid = float_scale_of(scales).reshape(-1, scales.shape[-1])
     values = torch_codec.dequantize(found, grid, (rows, cols)).cpu()
     assert torch.equal(torch.isfinite(values), ~spoilt)
     expected, _ = quantize_in_torch(clean, granularity, padded=(257, 256))

@@ -52,7 +52,7 @@ def assert_same(found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
         pairs = [(other, known)]
         if isinstance(known, fp8pack.PackedTensor):
             assert (other.block, other.granularity, other.format) == (known.block, known.granularity, known.format)
-            pairs = [(other.data, known.data), (other.scale, known.scale)]
+            pairs = [(other.qdata, known.qdata), (other.stored_scale, known.stored_scale)]
         for one, two in pairs:
             assert one.device.type == DEVICE
             assert (one.dtype, one.shape) == (two.dtype, two.shape)
@@ -112,8 +112,8 @@ def test_fused_weights_are_views_on_the_device(make_checkpoint: MakeCheckpoint, 
     loaded = fp8pack.load_packed(packed(make_checkpoint, tmp_path / "out"), DEVICE)
     fused, first = loaded.fused("model.layers.0.mlp.gate_up_proj"), loaded["model.layers.0.mlp.gate_proj.weight"]
     assert isinstance(first, fp8pack.PackedTensor)
-    assert fused.data.data_ptr() == first.data.data_ptr()
-    assert first.data.data_ptr() % 16 == 0
+    assert fused.qdata.data_ptr() == first.qdata.data_ptr()
+    assert first.qdata.data_ptr() % 16 == 0
 
 
 def forget(folder: Path) -> None:
@@ -181,5 +181,5 @@ def test_half_a_gibibyte_passes_through_little_host_memory(tmp_path: Path, cold:
         pytest.skip(f"{tmp_path} keeps its files in the page cache, or does not read past it")
     before = peak_of_resident_set(reset=True)
     loaded = fp8pack.load_packed(out, DEVICE, workers=workers)
-    assert sum(tensor.data.nbytes for tensor in loaded.values()) >= 512 * MIB
+    assert sum(tensor.qdata.nbytes for tensor in loaded.values()) >= 512 * MIB
     assert peak_of_resident_set() - before <= workers * STAGING_NBYTES + 32 * MIB

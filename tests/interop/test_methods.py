@@ -101,7 +101,7 @@ def test_compressed_tensors_validates_our_config_and_decompresses_to_our_values(
     packed = [(name, weight) for name, weight in weights if isinstance(weight, fp8pack.PackedTensor)]
     assert len(packed) == 28
     for weight_name, weight in packed:
-        theirs = compressor.decompress({"weight": weight.data, "weight_scale": weight.scale}, group)["weight"]
+        theirs = compressor.decompress({"weight": weight.qdata, "weight_scale": weight.stored_scale}, group)["weight"]
         assert torch.equal(theirs.float(), weight.dequantize(theirs.dtype).float()), weight_name
 
 

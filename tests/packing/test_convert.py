@@ -174,7 +174,7 @@ def test_bytes_are_carried_where_scales_become_finer(
     loaded, packed = fp8pack.load_packed(tmp_path / "out"), quantized(coarse, rounding)
     for name, values in values_of(packed, coarse).items():
         assert loaded[name].granularity == fine
-        assert loaded[name].data.view(torch.uint8).numpy().tobytes() == packed[name][0].tobytes()
+        assert loaded[name].qdata.view(torch.uint8).numpy().tobytes() == packed[name][0].tobytes()
         np.testing.assert_array_equal(loaded[name].dequantize(torch.float32).numpy(), values)
 
 

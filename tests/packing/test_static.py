@@ -341,8 +341,8 @@ def test_the_scales_of_a_fused_weight_still_lie_next_to_each_other(
         leaf = "self_attn.q_proj" if "qkv" in module else "mlp.gate_proj"
         first = loaded[f"model.layers.1.{leaf}.weight"]
         assert isinstance(first, fp8pack.PackedTensor)
-        assert fused.data.data_ptr() == first.data.data_ptr()
-        assert fused.scale.data_ptr() == first.scale.data_ptr(), module
+        assert fused.qdata.data_ptr() == first.qdata.data_ptr()
+        assert fused.stored_scale.data_ptr() == first.stored_scale.data_ptr(), module
 
 
 def test_payloads_stay_aligned(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:

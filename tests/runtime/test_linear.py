@@ -74,7 +74,7 @@ def test_what_does_not_fit_is_said(make_checkpoint: MakeCheckpoint, tmp_path: Pa
         fp8pack.linear(torch.ones(2, 201), packed)
     with pytest.raises(ValueError, match="a static one does not go with them"):
         fp8pack.linear(torch.ones(2, 200), packed, input_scale=torch.ones(1))
-    experts = replace(packed, data=packed.data.expand(2, -1, -1))
+    experts = replace(packed, qdata=packed.qdata.expand(2, -1, -1))
     with pytest.raises(ValueError, match="holds several weights"):
         fp8pack.linear(torch.ones(2, 200), experts)
     for x in (torch.ones(2, 200).to(torch.float8_e4m3fn), torch.ones(2, 200, dtype=torch.int64)):

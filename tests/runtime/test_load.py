@@ -57,7 +57,7 @@ def test_a_fused_weight_is_a_view_of_its_parts(
         parent = module.split(".")[0]
         parts = [loaded[f"model.layers.1.{parent}.{leaf}_proj.weight"] for leaf in leaves.split()]
         fused = loaded.fused(f"model.layers.1.{module}")
-        assert fused.data.data_ptr() == parts[0].data.data_ptr()
+        assert fused.qdata.data_ptr() == parts[0].qdata.data_ptr()
         assert torch.equal(fused.dequantize(), torch.cat([part.dequantize() for part in parts]))
 
 
@@ -72,7 +72,7 @@ def test_fused_experts_stand_in_the_order_of_the_engines(make_checkpoint: MakeCh
     fused = loaded.fused(f"{experts}.gate_up_proj")
     names = [f"{experts}.{i}.{leaf}.weight" for i in range(11) for leaf in ("gate_proj", "up_proj")]
     assert torch.equal(fused.dequantize(), torch.cat([loaded[name].dequantize() for name in names]))
-    assert fused.data.data_ptr() == loaded[names[0]].data.data_ptr()
+    assert fused.qdata.data_ptr() == loaded[names[0]].qdata.data_ptr()
     assert loaded.fused(f"{experts}.down_proj").shape == (11 * 256, 128)
 
 

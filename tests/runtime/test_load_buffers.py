@@ -13,7 +13,7 @@ from checkpoints import MakeCheckpoint, llama_tensors, random_weight
 import fp8pack
 from fp8pack.checkpoint.quantized import read_contents
 from fp8pack.checkpoint.source import open_checkpoint
-from fp8pack.errors import InputError, RecipeError, VerificationError
+from fp8pack.errors import DeviceError, InputError, RecipeError, VerificationError
 from fp8pack.gemm.device import DeviceFacts
 from fp8pack.numerics.granularity import parse_granularity
 from fp8pack.runtime import load, packed_checkpoint, placement, reader
@@ -71,12 +71,12 @@ def test_tensors_are_views_of_few_buffers_and_aligned(make_checkpoint: MakeCheck
     assert isinstance(loaded._memory, load.Buffers)
     assert len(loaded._memory._buffers) == 1
     for tensor in loaded.values():
-        data = tensor.data if isinstance(tensor, fp8pack.PackedTensor) else tensor
+        data = tensor.qdata if isinstance(tensor, fp8pack.PackedTensor) else tensor
         assert data.data_ptr() % 16 == loaded._memory._buffers[0]._data.data_ptr() % 16
     fused = loaded.fused("model.layers.0.mlp.gate_up_proj")
     first = loaded["model.layers.0.mlp.gate_proj.weight"]
     assert isinstance(first, fp8pack.PackedTensor)
-    assert fused.data.data_ptr() == first.data.data_ptr()
+    assert fused.qdata.data_ptr() == first.qdata.data_ptr()
 
 
 def test_a_selection_reads_only_its_ranges(
@@ -215,8 +215,8 @@ def test_amd_reads_the_same_values_from_its_own_bytes(
     found = in_buffers(out)[UP]
     assert isinstance(found, fp8pack.PackedTensor)
     assert isinstance(expected, fp8pack.PackedTensor)
-    assert found.data.dtype == torch.float8_e4m3fnuz
-    assert not (found.data.view(torch.uint8) == 0x80).any()
+    assert found.qdata.dtype == torch.float8_e4m3fnuz
+    assert not (found.qdata.view(torch.uint8) == 0x80).any()
     assert torch.equal(found.dequantize(torch.float32), expected.dequantize(torch.float32))
 
 
@@ -237,7 +237,7 @@ def test_shapes_alone_read_nothing(make_checkpoint: MakeCheckpoint, tmp_path: Pa
     loaded = fp8pack.load_packed(packed(make_checkpoint, tmp_path / "out"), "meta")
     weight = loaded[UP]
     assert isinstance(weight, fp8pack.PackedTensor)
-    assert (weight.data.is_meta, weight.shape, weight.scale.shape) == (True, (512, 256), (4, 2))
+    assert (weight.qdata.is_meta, weight.shape, weight.scale.shape) == (True, (512, 256), (4, 2))
     half = fp8pack.load_packed(tmp_path / "out", "meta", tp=(1, 2))[UP]
     assert half.shape == (256, 256)
     with pytest.raises(RecipeError, match="nothing can be verified"):
@@ -280,11 +280,29 @@ def test_foreign_weights_that_lie_unaligned_get_buffers_of_their_own() -> None:
     third = TensorSpec("c", "BF16", (2,), "f", 131, 135)
     found = placement.place([(third, None), (first, None), (replace(second), None)], {})
     assert found.buffers == (15, 20)
-    assert found.places["b"] == placement.Place(1, 0)
-    assert found.places["c"] == placement.Place(1, 16)
+    assert found.places["b"] == placement.BufferPlace(1, 0)
+    assert found.places["c"] == placement.BufferPlace(1, 16)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_a_device_that_is_not_there_is_said(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="torch sees no CUDA device"):
-        fp8pack.load_packed(packed(make_checkpoint, tmp_path / "out"), "cuda")
+@pytest.mark.parametrize(
+    ("device", "sentence"),
+    [
+        ("cuda", "torch sees no CUDA device here"),
+        (torch.device("cuda", 7), "torch sees no CUDA device here"),
+        ("xpu", "torch sees no XPU device here"),
+        ("a GPU", "torch knows no device 'a GPU'"),
+    ],
+)
+def test_a_device_that_is_not_there_is_said(
+    make_checkpoint: MakeCheckpoint,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    device: str | torch.device,
+    sentence: str,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    path = packed(make_checkpoint, tmp_path / "out")
+    for door in (fp8pack.load_packed, fp8pack.load_model):
+        with pytest.raises(DeviceError, match=f"^{sentence}$") as raised:
+            door(path, device)
+        assert (raised.value.exit_code, raised.value.hint) == (1, "use device cpu")

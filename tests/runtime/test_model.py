@@ -1,5 +1,6 @@
 """Models of transformers with FP8 layers, loaded by us and by transformers."""
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,14 @@ def test_the_demo_model_generates_as_before(tmp_path: Path, scheme: str) -> None
     assert report.others == ("lm_head",)
     assert "28 layers on reference" in str(report)
     assert (report.padding, report.fp8_nbytes > 0) == (0.0, True)
+    ((scheme_in_words, backend),) = report.on
+    assert json.loads(json.dumps(report.to_dict())) == {
+        "on": [{"scheme": scheme_in_words, "backend": backend, "layers": 28}],
+        "others": ["lm_head"],
+        "fp8_nbytes": report.fp8_nbytes,
+        "other_nbytes": report.other_nbytes,
+        "padding": 0.0,
+    }
 
 
 FAMILIES = ["qwen3", "qwen3_moe", "mixtral", "gpt_neox", "bert", "albert", "gemma3", "llava", "t5"]
@@ -117,7 +126,8 @@ def test_scales_of_the_kv_cache_are_exposed(tmp_path: Path) -> None:
     model: Any = fp8pack.load_model(tmp_path / "out")
     assert sorted(model.kv_scales)[:2] == ["model.layers.0.self_attn.k", "model.layers.0.self_attn.v"]
     report = fp8pack.report_fp8(model)
-    assert list(report.on) == [("e4m3 tensor, activations per tensor", "reference")]
+    assert list(report.on) == [("e4m3 tensor, activations static", "reference")]
+    assert "28 layers on reference: e4m3 tensor, activations static" in str(report)
 
 
 def test_a_model_that_transformers_does_not_know_is_refused(tmp_path: Path) -> None:

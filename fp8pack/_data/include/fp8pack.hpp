@@ -3,7 +3,7 @@
 //
 //   fp8pack::Checkpoint checkpoint("Llama-3.1-8B-FP8-block");
 //   const fp8pack::PackedWeight& weight = checkpoint.at("model.layers.0.mlp.down_proj.weight");
-//   weight.payload;                                   // N x K FP8 bytes, row-major, mapped from the file
+//   weight.qdata;                                     // N x K FP8 bytes, row-major, mapped from the file
 //   std::vector<std::uint8_t> scales = fp8pack::gemm_scales(weight);   // as cuBLASLt reads them
 //
 // A scale is always the multiplier that dequantizes: value = fp8 * scale. That is what the A and B scale pointers of
@@ -52,16 +52,17 @@ struct Granularity {
     std::uint64_t rows = 0, cols = 0;
 };
 
-// A packed weight [N, K]. scale is as stored: F32, or E8M0 exponents as U8, which lie in tiles of 128 x 4 if tiled.
+// A packed weight [N, K]: fp8 bytes, and scales as stored: F32, or E8M0 exponents as U8, in tiles of 128 x 4 if tiled.
+// scales_of() gives them as floats that multiply.
 struct PackedWeight {
     std::string name, file, source_dtype;
     Format format = Format::e4m3;
     Granularity granularity;
     std::uint64_t n = 0, k = 0;
     std::uint64_t block_rows = 1, block_cols = 1;
-    const std::uint8_t* payload = nullptr;
-    std::size_t payload_nbytes = 0;
-    Tensor scale;
+    const std::uint8_t* qdata = nullptr;
+    std::size_t qdata_nbytes = 0;
+    Tensor stored_scale;
     bool tiled = false;
     std::optional<float> input_scale;  // of what enters the weight, if static
 
@@ -291,9 +292,9 @@ private:
         weight.k = entry.shape[1];
         weight.block_rows = granularity->rows > 0 ? granularity->rows : std::max<std::uint64_t>(weight.n, 1);
         weight.block_cols = granularity->cols > 0 ? granularity->cols : std::max<std::uint64_t>(weight.k, 1);
-        weight.payload = payload.data;
-        weight.payload_nbytes = payload.nbytes();
-        weight.scale = claim(entry.file, entry.scale);
+        weight.qdata = payload.data;
+        weight.qdata_nbytes = payload.nbytes();
+        weight.stored_scale = claim(entry.file, entry.scale);
         weight.tiled = entry.scale.layout == "tiles of 128 x 4";
         check_scale(weight, entry.scale);
         return weight;
@@ -374,15 +375,15 @@ inline float decode_e8m0(std::uint8_t exponent) {
 inline std::vector<float> scales_of(const PackedWeight& weight) {
     const std::uint64_t rows = weight.grid_rows(), cols = weight.grid_cols();
     std::vector<float> scales(rows * cols);
-    if (weight.scale.dtype == "F32" && !scales.empty()) {
-        std::memcpy(scales.data(), weight.scale.data, scales.size() * sizeof(float));  // it may lie unaligned
+    if (weight.stored_scale.dtype == "F32" && !scales.empty()) {
+        std::memcpy(scales.data(), weight.stored_scale.data, scales.size() * sizeof(float));  // it may lie unaligned
     } else {
         for (std::uint64_t i = 0; i < scales.size(); ++i) {
-            scales[i] = decode_e8m0(weight.scale.data[weight.tiled ? tile_offset(i / cols, i % cols, cols) : i]);
+            scales[i] = decode_e8m0(weight.stored_scale.data[weight.tiled ? tile_offset(i / cols, i % cols, cols) : i]);
         }
     }
     if (!std::all_of(scales.begin(), scales.end(), [](float scale) { return std::isfinite(scale) && scale >= 0; })) {
-        detail::refuse(weight.file, weight.scale.name, "holds a scale that is negative or not finite");
+        detail::refuse(weight.file, weight.stored_scale.name, "holds a scale that is negative or not finite");
     }
     return scales;
 }
@@ -398,8 +399,8 @@ inline std::vector<std::uint8_t> gemm_scales(const PackedWeight& weight) {
         detail::refuse(weight.file, weight.name, problem + ": dequantize() it");
     }
     if (mode == GemmMode::mx) {
-        const std::uint8_t* stored = weight.scale.data;
-        return weight.tiled ? std::vector<std::uint8_t>(stored, stored + weight.scale.nbytes())
+        const std::uint8_t* stored = weight.stored_scale.data;
+        return weight.tiled ? std::vector<std::uint8_t>(stored, stored + weight.stored_scale.nbytes())
                             : swizzle(stored, weight.grid_rows(), weight.grid_cols());
     }
     const std::vector<float> scales = scales_of(weight);
@@ -438,16 +439,16 @@ inline std::uint16_t to_bfloat16(float value) {
     return static_cast<std::uint16_t>(std::isnan(value) ? bits >> 16 | 0x40 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-// The weight [N, K], row-major, as floats: the product fp8 * scale, rounded once. For every granularity.
+// The weight [N, K], row-major, as floats: fp8 * scale, rounded once. For every granularity.
 inline std::vector<float> dequantize(const PackedWeight& weight) {
     const std::array<float, 256> values = value_table(weight.format);
     const std::vector<float> scales = scales_of(weight);
-    std::vector<float> result(weight.payload_nbytes);
+    std::vector<float> result(weight.qdata_nbytes);
     for (std::uint64_t row = 0; row < weight.n; ++row) {
         const std::uint64_t line = row / weight.block_rows * weight.grid_cols();
         for (std::uint64_t col = 0; col < weight.k; ++col) {
             const std::size_t i = row * weight.k + col;
-            result[i] = values[weight.payload[i]] * scales[line + col / weight.block_cols];
+            result[i] = values[weight.qdata[i]] * scales[line + col / weight.block_cols];
         }
     }
     return result;

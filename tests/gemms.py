@@ -1,9 +1,9 @@
-"""What an FP8 product must come to: weights and activations as quantized, in float64."""
+"""What an FP8 GEMM must come to: weights and activations as quantized, in float64."""
 
 import torch
 from torch import Tensor
 
-from fp8pack.gemm.activations import multiplier_of, quantize_in_torch
+from fp8pack.gemm.activations import float_scale_of, quantize_in_torch
 from fp8pack.gemm.scheme import GemmScheme
 from fp8pack.numerics import torch_codec
 from fp8pack.numerics.granularity import MX
@@ -18,20 +18,20 @@ def random(*shape: int, seed: int) -> Tensor:
 
 
 def weight_of(scheme: GemmScheme, n: int, k: int) -> tuple[Tensor, Tensor]:
-    """A payload and its multipliers, on the CPU."""
+    """A payload and its scales, on the CPU."""
     rounding = ScaleRounding.UP if scheme.granularity == MX else ScaleRounding.NONE
     region = scheme.granularity.region((n, k))
     return torch_codec.quantize(random(n, k, seed=n * k), region, format=scheme.format, rounding=rounding)
 
 
 def as_quantized(x: Tensor, scheme: GemmScheme, static: Tensor | None = None) -> Tensor:
-    """An activation as the product takes it, float64, on the CPU."""
+    """An activation as the GEMM takes it, float64, on the CPU."""
     if scheme.activation is None:
         return x.double()
     m, k = x.shape
     payload, scale = quantize_in_torch(x, scheme.activation, padded=(m, k), scale=static)
     region = (m, k) if scale.numel() == 1 else scheme.activation.region((m, k))
-    return torch_codec.dequantize(payload, multiplier_of(scale).reshape(-1, scale.shape[-1]), region).double()
+    return torch_codec.dequantize(payload, float_scale_of(scale).reshape(-1, scale.shape[-1]), region).double()
 
 
 def error(found: Tensor, expected: Tensor) -> float:

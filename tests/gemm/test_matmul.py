@@ -1,12 +1,12 @@
-"""Every back end that a CPU has, held against the float64 product of the operands as quantized."""
+"""Every backend that a CPU has, held against the float64 GEMM of the operands as quantized."""
 
 from dataclasses import replace
 
 import pytest
 import torch
-from products import AS_ENTERED, AS_QUANTIZED, as_quantized, error, weight_of
+from gemms import AS_ENTERED, AS_QUANTIZED, as_quantized, error, weight_of
 
-from fp8pack.gemm.activations import multiplier_of, quantize_activation
+from fp8pack.gemm.activations import float_scale_of, quantize_activation
 from fp8pack.gemm.operand import Backend
 from fp8pack.gemm.reference_backend import ReferenceBackend
 from fp8pack.gemm.scheme import scheme_of
@@ -28,17 +28,17 @@ def backends(granularity: str, weight_only: bool) -> list[Backend]:
 @pytest.mark.parametrize("weight_only", [False, True], ids=["", "weight-only"])
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("format", [E4M3, E5M2], ids=lambda format: format.name)
-def test_products_are_right(
+def test_results_are_right(
     format: Float8Format, granularity: str, weight_only: bool, shape: tuple[int, int, int]
 ) -> None:
     (m, n, k), scheme = shape, scheme_of(format, parse_granularity(granularity), weight_only=weight_only)
-    payload, multiplier = weight_of(scheme, n, k)
+    payload, scale = weight_of(scheme, n, k)
     x = torch.randn(m, k, generator=torch.Generator().manual_seed(m)).bfloat16()
     bias = torch.randn(n, generator=torch.Generator().manual_seed(n)).bfloat16()
-    weight = torch_codec.dequantize(payload, multiplier, scheme.granularity.region((n, k))).double()
+    weight = torch_codec.dequantize(payload, scale, scheme.granularity.region((n, k))).double()
     for backend in backends(granularity, weight_only):
-        operand = backend.prepare(payload, multiplier, scheme)
-        found = backend.product(x, operand, bias, torch.bfloat16)
+        operand = backend.prepare(payload, scale, scheme)
+        found = backend.matmul(x, operand, bias, torch.bfloat16)
         assert found.shape == (m, n)
         assert found.dtype == torch.bfloat16
         assert error(found, as_quantized(x, scheme) @ weight.t() + bias.double()) <= AS_QUANTIZED
@@ -50,11 +50,11 @@ def test_products_are_right(
 @pytest.mark.parametrize("granularity", ["tensor", "channel", "block:128x128", "mx"])
 def test_the_result_has_the_dtype_that_is_asked_for(granularity: str, dtype: torch.dtype) -> None:
     scheme = scheme_of(E4M3, parse_granularity(granularity))
-    payload, multiplier = weight_of(scheme, 130, 70)
-    weight = torch_codec.dequantize(payload, multiplier, scheme.granularity.region((130, 70))).double()
+    payload, scale = weight_of(scheme, 130, 70)
+    weight = torch_codec.dequantize(payload, scale, scheme.granularity.region((130, 70))).double()
     x = torch.randn(9, 70).to(dtype)
     for backend in backends(granularity, False):
-        found = backend.product(x, backend.prepare(payload, multiplier, scheme), None, dtype)
+        found = backend.matmul(x, backend.prepare(payload, scale, scheme), None, dtype)
         assert found.dtype == dtype
         bound = AS_QUANTIZED if dtype != torch.float32 or backend.name == "torch" else 1e-6
         assert error(found, as_quantized(x, scheme) @ weight.t()) <= bound
@@ -63,43 +63,43 @@ def test_the_result_has_the_dtype_that_is_asked_for(granularity: str, dtype: tor
 @pytest.mark.parametrize("granularity", ["tensor", "channel"])
 def test_a_static_scale_is_that_of_every_token(granularity: str) -> None:
     scheme, static = scheme_of(E4M3, parse_granularity(granularity)), torch.tensor([0.004])
-    payload, multiplier = weight_of(scheme, 48, 64)
-    weight = torch_codec.dequantize(payload, multiplier, scheme.granularity.region((48, 64))).double()
+    payload, scale = weight_of(scheme, 48, 64)
+    weight = torch_codec.dequantize(payload, scale, scheme.granularity.region((48, 64))).double()
     x = torch.randn(5, 64).bfloat16()
     x[0, 0] = 100.0  # beyond the scale: it saturates at 448 * 0.004
     for backend in backends(granularity, False):
-        operand = replace(backend.prepare(payload, multiplier, scheme), input_scale=static)
+        operand = replace(backend.prepare(payload, scale, scheme), input_scale=static)
         expected = as_quantized(x, scheme, static)
         assert expected.max() == pytest.approx(448 * 0.004)
-        assert error(backend.product(x, operand, None, torch.bfloat16), expected @ weight.t()) <= AS_QUANTIZED
+        assert error(backend.matmul(x, operand, None, torch.bfloat16), expected @ weight.t()) <= AS_QUANTIZED
 
 
 @pytest.mark.parametrize("granularity", ["tensor", "channel"])
 def test_padding_changes_no_result(granularity: str) -> None:
-    """The same rows and columns, alone and within a larger product whose sizes are multiples of 16."""
+    """The same rows and columns, alone and within a larger GEMM whose sizes are multiples of 16."""
     scheme = scheme_of(E4M3, parse_granularity(granularity))
-    payload, multiplier = weight_of(scheme, 32, 48)
+    payload, scale = weight_of(scheme, 32, 48)
     x = torch.randn(16, 48).bfloat16()
     backend = TorchBackend()
-    few = multiplier if granularity == "tensor" else multiplier[:19]
-    even, odd = backend.prepare(payload, multiplier, scheme), backend.prepare(payload[:19], few, scheme)
+    few = scale if granularity == "tensor" else scale[:19]
+    even, odd = backend.prepare(payload, scale, scheme), backend.prepare(payload[:19], few, scheme)
     assert (odd.shape, tuple(odd.payload.shape)) == ((19, 48), (32, 48))
     assert odd.padding == pytest.approx(13 / 32)
     static = x.abs().max().float().reshape(1) / 448
-    for scale in (None, static):
+    for given in (None, static):
         whole, found = (
-            backend.product(x, replace(operand, input_scale=scale), None, torch.bfloat16) for operand in (even, odd)
+            backend.matmul(x, replace(operand, input_scale=given), None, torch.bfloat16) for operand in (even, odd)
         )
         assert torch.equal(found, whole[:, :19])
-    rows = backend.product(x[:3], replace(odd, input_scale=static), None, torch.bfloat16)
+    rows = backend.matmul(x[:3], replace(odd, input_scale=static), None, torch.bfloat16)
     assert torch.equal(rows, whole[:3, :19])
 
 
 def test_what_lies_aligned_is_not_copied() -> None:
     for granularity in (TENSOR, CHANNEL):
         scheme = scheme_of(E4M3, granularity)
-        payload, multiplier = weight_of(scheme, 32, 48)
-        assert TorchBackend().prepare(payload, multiplier, scheme).payload.data_ptr() == payload.data_ptr()
+        payload, scale = weight_of(scheme, 32, 48)
+        assert TorchBackend().prepare(payload, scale, scheme).payload.data_ptr() == payload.data_ptr()
 
 
 @pytest.mark.parametrize("granularity", [TENSOR, CHANNEL, parse_granularity("group:128"), MX])
@@ -109,19 +109,19 @@ def test_what_is_not_finite_never_becomes_a_number(granularity: Granularity, val
     x[1, 5] = value
     payload, scale = quantize_activation(x, granularity, padded=(3, 256))
     region = granularity.region((3, 256))
-    values = torch_codec.dequantize(payload, multiplier_of(scale).reshape(-1, scale.shape[-1]), region)
+    values = torch_codec.dequantize(payload, float_scale_of(scale).reshape(-1, scale.shape[-1]), region)
     assert not torch.isfinite(values[1, 5])
     assert granularity == TENSOR or torch.isfinite(values[0]).all()
 
 
 def test_without_memory_the_weight_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     scheme = scheme_of(E4M3, parse_granularity("block:128x128"))
-    payload, multiplier = weight_of(scheme, 130, 140)
+    payload, scale = weight_of(scheme, 130, 140)
     x = torch.randn(4, 140).bfloat16()
-    kept = ReferenceBackend().prepare(payload, multiplier, scheme)
+    kept = ReferenceBackend().prepare(payload, scale, scheme)
     monkeypatch.setattr("fp8pack.gemm.reference_backend._available_nbytes", lambda: 0)
-    lean = ReferenceBackend().prepare(payload, multiplier, scheme)
+    lean = ReferenceBackend().prepare(payload, scale, scheme)
     assert kept.values is not None
     assert lean.values is None
-    found = [ReferenceBackend().product(x, operand, None, torch.bfloat16) for operand in (kept, lean)]
+    found = [ReferenceBackend().matmul(x, operand, None, torch.bfloat16) for operand in (kept, lean)]
     assert torch.equal(*found)
