@@ -7,6 +7,7 @@ PACKAGE = Path(__file__).parents[1] / "fp8pack"
 FLOORS = {
     "errors": -1,  # which everything may raise
     "units": 0,
+    "machine": 0,
     "numerics": 1,
     "modelfacts": 2,
     "engines": 3,

@@ -11,6 +11,7 @@ from fp8pack.checkpoint.journal import Journal
 from fp8pack.checkpoint.shard_writer import check_space
 from fp8pack.checkpoint.staging import Staging
 from fp8pack.errors import DeadlineError, OutputError
+from fp8pack.machine import usable_cores
 from fp8pack.numerics.metrics import sqnr_db
 from fp8pack.packing.bands import Band
 from fp8pack.packing.codecs import make_codec
@@ -18,7 +19,7 @@ from fp8pack.packing.execute import Execution
 from fp8pack.packing.facts import WriteResult
 from fp8pack.packing.metadata import describes, energies_of, manifest_path, write_metadata
 from fp8pack.packing.prepare import Prepared
-from fp8pack.packing.workers import Stop, available_cores
+from fp8pack.packing.workers import Stop
 from fp8pack.units import format_size
 
 _BASE_MEMORY = 100 << 20  # interpreter and libraries
@@ -104,7 +105,7 @@ def _num_workers(prepared: Prepared) -> int:
     """As many threads as there are cores, but no more than the memory budget holds bands for."""
     band = max((Band(tensor, 0).nbytes for tensor in prepared.plan.tensors if tensor.num_bands), default=1)
     budget = max(prepared.options.max_memory - _BASE_MEMORY, 0)
-    return max(1, min(prepared.options.workers or available_cores(), budget // (band + band // 2)))
+    return max(1, min(prepared.options.workers or usable_cores(), budget // (band + band // 2)))
 
 
 def _result(prepared: Prepared, root: str, seconds: float, execution: Execution, staging: Staging) -> WriteResult:

@@ -18,12 +18,13 @@ from fp8pack.engines.judge import judge_engines
 from fp8pack.engines.known import NAMES, parse_targets
 from fp8pack.engines.scale_layouts import scale_problem
 from fp8pack.errors import BoundError, InputError, RecipeError
+from fp8pack.machine import usable_cores
 from fp8pack.modelfacts.contents import Contents, Quantized
 from fp8pack.modelfacts.experts import split_experts
 from fp8pack.modelfacts.roles import judge
 from fp8pack.modelfacts.spec import FLOAT_DTYPES, Stored, TensorSpec
 from fp8pack.numerics.metrics import energies, sqnr_db
-from fp8pack.packing.workers import Stop, available_cores, run_threads
+from fp8pack.packing.workers import Stop, run_threads
 from fp8pack.planning.calibration_facts import calibration_facts
 
 METRICS = ("sqnr_min", "sqnr_mean")
@@ -184,7 +185,7 @@ def _measure(opened: Source, contents: Contents, against: Path) -> dict[str, flo
         found[spec.name] = sqnr_db(signal, noise)
 
     packed = [spec for spec in contents.tensors if spec.name in contents.quantized]
-    run_threads([packed], lambda: nullcontext(work), count=available_cores(), stop=Stop(), tick=lambda: None)
+    run_threads([packed], lambda: nullcontext(work), count=usable_cores(), stop=Stop(), tick=lambda: None)
     return found
 
 
