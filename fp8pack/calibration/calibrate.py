@@ -58,13 +58,8 @@ def _calibrate(model: Path, options: CalibrateOptions, on_progress: OnProgress, 
                 already_complete = True
                 staging.journal.unlink(missing_ok=True)  # left by a run that was cut off after its commit
             else:
-
-                def on_tick(done: int, total: int) -> None:
-                    staging.beat()
-                    on_progress(done, total)
-
                 deadline = None if options.deadline_seconds is None else started + options.deadline_seconds
-                calibration = _carry_out(run, staging, Progress(run, deadline, on_tick, on_note))
+                calibration = _carry_out(run, staging, Progress(run, deadline, on_progress, on_note))
     return {
         "schema": 1,
         "model": run.source.name,

@@ -17,6 +17,7 @@ from collections.abc import Collection
 from pathlib import Path
 from types import TracebackType
 
+from fp8pack.checkpoint.heartbeat import Heartbeat
 from fp8pack.checkpoint.manifest import MANIFEST_NAME
 from fp8pack.checkpoint.shard_writer import sync_directory, writing
 from fp8pack.errors import OutputError, SpaceError
@@ -38,6 +39,7 @@ class Staging:
         self._trash = output.parent / f".{output.name}.fp8pack-trash"
         self._lock_path = self.folder / "lock"
         self._fd = -1
+        self._heart: Heartbeat | None = None
 
     @property
     def leftovers(self) -> bool:
@@ -49,12 +51,13 @@ class Staging:
             self._fd = self._take_lock()
             try:
                 self._own_lock()
+                self._heart = Heartbeat(self._fd, self._lock_path)
                 self._finish_swap()
                 if not self.content.exists():
                     self.journal.unlink(missing_ok=True)  # a commit was cut off after its rename
                     self.content.mkdir()
             except BaseException:
-                os.close(self._fd)
+                self._release()
                 raise
         return self
 
@@ -66,11 +69,7 @@ class Staging:
             os.ftruncate(self._fd, 0)
             if not self.journal.exists() or self.journal.read_bytes().count(b"\n") <= 1:
                 self.discard()
-        os.close(self._fd)
-
-    def beat(self) -> None:
-        """Show other hosts that this process is alive."""
-        os.utime(self._fd)
+        self._release()
 
     def clear_content(self) -> None:
         """Throw the unfinished work away."""
@@ -95,6 +94,7 @@ class Staging:
         An old output is renamed away just before: for that moment there is none, and a run that is cut off there is
         finished by the next.
         """
+        self._check_heart()
         with writing(self.output):
             for folder in (path for path in self.content.rglob("*") if path.is_dir()):
                 sync_directory(folder)
@@ -110,6 +110,7 @@ class Staging:
 
     def commit_file(self, *, overwrite: bool) -> None:
         """Make the staged single file the output: its manifest first, then the file, whose rename is the commit."""
+        self._check_heart()
         if self.output.exists() and not overwrite:
             raise OutputError(f"{self.output} appeared while it was being made: move it away and run again")
         names = sorted((path.name for path in self.content.iterdir()), key=lambda name: name == self.output.name)
@@ -119,6 +120,16 @@ class Staging:
                 (self.content / name).replace(self.output.parent / name)
             sync_directory(self.output.parent)
         self.discard()
+
+    def _check_heart(self) -> None:
+        """Raise SpaceError if other hosts may believe that this process is dead."""
+        if self._heart is not None:
+            self._heart.check()
+
+    def _release(self) -> None:
+        if self._heart is not None:
+            self._heart.stop()
+        os.close(self._fd)
 
     def _take_lock(self) -> int:
         """Open and lock the lock file; again, when the process that held it removes the directory meanwhile."""

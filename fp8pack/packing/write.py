@@ -54,7 +54,6 @@ def carry_out(prepared: Prepared, on_progress: OnProgress = lambda done, total: 
             check_space(staging.folder, execution.remaining_nbytes() + side_nbytes)
 
             def tick() -> None:
-                staging.beat()
                 on_progress(execution.counters.done_nbytes, execution.counters.total_nbytes)
 
             execution.run(codec, workers=_num_workers(prepared), stop=stop, tick=tick)
