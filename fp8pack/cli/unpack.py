@@ -14,7 +14,9 @@ def unpack(
         Path, typer.Argument(help="An FP8 checkpoint of any convention, by whatever tool.", show_default=False)
     ],
     output: options.Output = None,
-    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    dtype: Annotated[
+        str | None, typer.Option(help="bfloat16, float16 or float32; by default what the weights were before packing.")
+    ] = None,
     copy: options.Copy = None,
     max_shard_size: options.MaxShardSize = None,
     workers: options.Workers = None,

@@ -9,11 +9,12 @@ from fp8pack.packing.write import carry_out
 
 
 def unpack(
-    checkpoint: str | Path, dtype: str = "bfloat16", options: WriteOptions | None = None, *, dry_run: bool = False
+    checkpoint: str | Path, dtype: str | None = None, options: WriteOptions | None = None, *, dry_run: bool = False
 ) -> dict[str, Any]:
     """Unpack an FP8 checkpoint; return what `fp8pack unpack --json` prints.
 
-    checkpoint: of any convention that is read, by whomever it was made. dtype: bfloat16, float16 or float32.
+    checkpoint: of any convention that is read, by whomever it was made. dtype: bfloat16, float16 or float32,
+        by default that of most weights before they were packed.
     Numerics: value = fp8 * scale in float32, rounded once to the dtype, to nearest even.
 
     Raises:

@@ -1034,3 +1034,47 @@ def test_a_name_that_is_taken_already_is_refused(name: str, tmp_path: Path) -> N
     with pytest.raises(InputError) as caught:
         fp8pack.convert(source, asked(method=name), WriteOptions(tmp_path / "no"))
     assert taken in str(caught.value)
+
+
+# The dtype that weights had before.
+
+
+@pytest.mark.parametrize(("dtype", "name"), [(np.float16, "float16"), (np.float32, "float32"), (BF16, "bfloat16")])
+def test_the_dtype_before_packing_outlives_conversions(dtype: Any, name: str, tmp_path: Path) -> None:
+    """Whether the bytes are carried or made anew; config.json of the source says another."""
+    weights = {weight: random_weight(LINEARS[weight.removesuffix(".weight")], 3, dtype) for weight in WEIGHTS}
+    source = write_model(tmp_path / "model", weights, config_of())
+    fp8pack.pack(source, Request(scheme="FP8_BLOCK"), WriteOptions(tmp_path / "block"))
+    fp8pack.convert(tmp_path / "block", Request(scheme="FP8_DYNAMIC"), WriteOptions(tmp_path / "dynamic"))
+    kept = Request(quant_method="fp8pack", rules=(Rule(Pattern(WEIGHTS[0]), RuleAction.KEEP),))
+    fp8pack.convert(tmp_path / "dynamic", kept, WriteOptions(tmp_path / "carried"))
+    for folder in ("dynamic", "carried"):
+        packed = fp8pack.load_packed(tmp_path / folder)
+        assert packed[WEIGHTS[1]].dequantize().dtype == getattr(torch, name)
+    assert read_tensors(tmp_path / "carried")[WEIGHTS[0]].dtype == dtype
+    fp8pack.unpack(tmp_path / "carried", options=WriteOptions(tmp_path / "floats"))
+    assert {tensor.dtype for tensor in read_tensors(tmp_path / "floats").values()} == {np.dtype(dtype)}
+    assert json.loads((tmp_path / "floats" / "config.json").read_text())["dtype"] == name
+
+
+@pytest.mark.parametrize(
+    ("declared", "dtype"),
+    [
+        ({"dtype": "float16"}, "F16"),
+        ({"dtype": None, "torch_dtype": "torch.float32"}, "F32"),
+        ({"dtype": None, "text_config": {"torch_dtype": "float16"}}, "F16"),
+        ({"dtype": "float8_e4m3fn"}, "BF16"),
+        ({"dtype": 7}, "BF16"),
+        ({"dtype": None}, "BF16"),
+    ],
+)
+def test_of_a_foreign_checkpoint_it_is_what_its_configuration_declares(
+    declared: dict[str, Any], dtype: str, tmp_path: Path
+) -> None:
+    fp8pack.pack(write_model(tmp_path / "model", float_weights(), config_of()), Request(), WriteOptions(tmp_path / "p"))
+    (tmp_path / "p" / "fp8pack.json").unlink()
+    config = json.loads((tmp_path / "p" / "config.json").read_text()) | declared
+    (tmp_path / "p" / "config.json").write_text(json.dumps(config))
+    contents = read_contents(open_checkpoint(tmp_path / "p"))
+    assert {entry.source_dtype for entry in contents.quantized.values()} == {dtype}
+    assert contents.source_dtype == dtype
