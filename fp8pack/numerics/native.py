@@ -2,12 +2,14 @@
 
 Importing Numba and reviving its own cache takes a quarter of a second of every run; so the object file is kept by
 fp8pack, in $FP8PACK_CACHE_DIR or $XDG_CACHE_HOME/fp8pack or ~/.cache/fp8pack, under a name that changes with the
-kernels, the compiler and the processor. Where that directory is not writable, each run compiles anew.
+kernels, the compiler and the processor. Where that directory is not writable, or the user has no home, each run
+compiles anew.
 """
 
 import ctypes
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from threading import Lock
@@ -190,14 +192,16 @@ def _load(module: Module) -> _Kernels:
     source = Path(__file__).with_name("kernels.py").read_bytes()
     key = blake3(source)
     key.update(repr((module, cpu, features, llvmlite.__version__)).encode())
-    path = _cache_dir() / f"kernels-{key.hexdigest(16)}.o"
-    machine_code = _read_cached(path)
+    folder = _cache_dir()
+    path = folder / f"kernels-{key.hexdigest(16)}.o" if folder else None
+    machine_code = _read_cached(path) if path else None
     if machine_code is None:
         from fp8pack.numerics.kernels import compile_kernels, compile_observer  # imports Numba, for compiling only
 
         ir = compile_observer() if module == "observe" else compile_kernels(module)
         machine_code = machine.emit_object(llvm.parse_assembly(ir))
-        _write_cached(path, machine_code)
+        if path:
+            _write_cached(path, machine_code)
     return _Kernels(machine_code, machine, ("observe",) if module == "observe" else _WEIGHT_KERNELS)
 
 
@@ -216,7 +220,8 @@ def address_of(array: Array, dtype: np.dtype[Any], size: int, *, written: bool =
             f"this is {array.dtype} {list(array.shape)}, {state[0]}{state[1]}"
         )
     if is_writable and size:
-        return ctypes.addressof(ctypes.c_char.from_buffer(array))  # a third of the time of array.ctypes.data
+        buffer: Any = array
+        return ctypes.addressof(ctypes.c_char.from_buffer(buffer))  # a third of the time of array.ctypes.data
     return int(array.ctypes.data)
 
 
@@ -229,10 +234,14 @@ def _check_grid(
         raise ValueError(f"{list(grid)} regions of {rows} x {cols} do not hold {n} x {k} from {top}, {left} on")
 
 
-def _cache_dir() -> Path:
+def _cache_dir() -> Path | None:
+    """Where machine code is kept; None for a user without a home, as a container's may be."""
     if configured := os.environ.get("FP8PACK_CACHE_DIR"):
         return Path(configured)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fp8pack"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fp8pack"
+    except RuntimeError:
+        return None
 
 
 def _read_cached(path: Path) -> bytes | None:
@@ -255,4 +264,5 @@ def _write_cached(path: Path, machine_code: bytes) -> None:
         temporary.chmod(0o644)
         temporary.replace(path)
     except OSError:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
