@@ -14,6 +14,7 @@ import shutil
 import socket
 import time
 from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -65,10 +66,11 @@ class Staging:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Release the lock; finished work stays for the next run, a staging directory without any goes."""
-        if self.folder.exists():
-            os.ftruncate(self._fd, 0)
-            if not self.journal.exists() or self.journal.read_bytes().count(b"\n") <= 1:
-                self.discard()
+        with suppress(OSError):  # what is left behind, the next run tidies up
+            if self.folder.exists():
+                os.ftruncate(self._fd, 0)
+                if not self.journal.exists() or self.journal.read_bytes().count(b"\n") <= 1:
+                    self.discard()
         self._release()
 
     def clear_content(self) -> None:
@@ -79,9 +81,10 @@ class Staging:
 
     def keep_only(self, names: Collection[str]) -> None:
         """Remove from the staged output what an earlier run left there and this one does not want."""
-        for path in self.content.iterdir():
-            if path.name not in names:
-                _remove(path)
+        with writing(self.content):
+            for path in self.content.iterdir():
+                if path.name not in names:
+                    _remove(path)
 
     def discard(self) -> None:
         """Remove the staging directory; by a rename first, so that a newcomer finds all of it or nothing."""
@@ -105,8 +108,8 @@ class Staging:
                 raise OutputError(f"{self.output} appeared while it was being made: move it away and run again")
             self.content.rename(self.output)
             sync_directory(self.output.parent)
-        _remove(self._old)
-        self.discard()
+            _remove(self._old)
+            self.discard()
 
     def commit_file(self, *, overwrite: bool) -> None:
         """Make the staged single file the output: its manifest first, then the file, whose rename is the commit."""
@@ -119,7 +122,7 @@ class Staging:
             for name in names:
                 (self.content / name).replace(self.output.parent / name)
             sync_directory(self.output.parent)
-        self.discard()
+            self.discard()
 
     def _check_heart(self) -> None:
         """Raise SpaceError if other hosts may believe that this process is dead."""
@@ -134,7 +137,7 @@ class Staging:
     def _take_lock(self) -> int:
         """Open and lock the lock file; again, when the process that held it removes the directory meanwhile."""
         while True:
-            self.folder.mkdir(exist_ok=True)
+            self._make_folder()
             try:
                 fd = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             except FileNotFoundError:
@@ -151,6 +154,14 @@ class Staging:
             except FileNotFoundError:
                 pass
             os.close(fd)
+
+    def _make_folder(self) -> None:
+        try:
+            self.folder.mkdir(exist_ok=True)
+        except OSError as error:
+            raise SpaceError(
+                f"{self.output} cannot be made there: {str(error.strerror).lower()}; choose another -o"
+            ) from None
 
     def _own_lock(self) -> None:
         """The kernel releases a lock of this host with its process; one of another host tells by its age."""
@@ -183,6 +194,14 @@ def check_output(output: Path, source: Path | None, *, overwrite: bool) -> None:
             although it is no checkpoint.
         SpaceError: its directory does not exist or is not writable.
     """
+    try:
+        _check_place(output, source, overwrite=overwrite)
+    except (OSError, RuntimeError) as error:  # a link to itself is a RuntimeError before Python 3.13
+        reason = str(error.strerror).lower() if isinstance(error, OSError) else "a link on the way leads to itself"
+        raise SpaceError(f"{output} cannot be looked at: {reason}; choose another -o") from None
+
+
+def _check_place(output: Path, source: Path | None, *, overwrite: bool) -> None:
     if len(os.fsencode(output.name)) + len("..fp8pack-partial") > _MAX_NAME_NBYTES:
         raise OutputError(f"the name {output.name[:40]}… is too long for a file system: choose another -o")
     if output.is_symlink():

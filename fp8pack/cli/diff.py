@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from fp8pack.cli import options
-from fp8pack.cli.output import emit
+from fp8pack.cli.output import emit, printing
 
 
 def diff(
@@ -28,5 +28,6 @@ def diff(
     if as_json:
         emit(json.dumps(facts, indent=2, ensure_ascii=False))
     else:
-        print_diff(facts)
+        with printing():
+            print_diff(facts)
     inspection.check_bounds(facts, bounds)

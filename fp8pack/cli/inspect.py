@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from fp8pack.cli import options
-from fp8pack.cli.output import emit
+from fp8pack.cli.output import emit, printing
 
 
 def inspect(
@@ -38,8 +38,10 @@ def inspect(
     if as_json:
         emit(json.dumps(facts, indent=2, ensure_ascii=False))
     elif "calibration" in facts:
-        print_calibration(facts)
+        with printing():
+            print_calibration(facts)
     else:
-        print_inspection(facts)
+        with printing():
+            print_inspection(facts)
     inspection.check_bounds(facts, bounds)
     inspection.check_targets(facts)

@@ -8,7 +8,7 @@ from contextlib import closing
 from typing import Any
 
 from fp8pack.checkpoint.journal import Journal
-from fp8pack.checkpoint.shard_writer import check_space
+from fp8pack.checkpoint.shard_writer import check_space, writing
 from fp8pack.checkpoint.staging import Staging
 from fp8pack.errors import DeadlineError, OutputError
 from fp8pack.machine import usable_cores
@@ -43,7 +43,8 @@ def carry_out(prepared: Prepared, on_progress: OnProgress = lambda done, total: 
     with staging:
         half_committed = (staging.content / prepared.output.name).exists()  # a single file whose manifest went first
         if not options.overwrite and not half_committed and (root := _finished_root(prepared)):
-            staging.journal.unlink(missing_ok=True)  # left by a run that was cut off after its commit
+            with writing(staging.journal):
+                staging.journal.unlink(missing_ok=True)  # left by a run that was cut off after its commit
             return WriteResult(prepared.output, root, True, time.monotonic() - started)
         if prepared.output.exists() and not options.overwrite and not half_committed:
             raise OutputError(f"{prepared.output} exists: choose another -o, or --overwrite replaces it")
