@@ -1,6 +1,7 @@
 """Pack BF16 checkpoints into FP8, offline, and load the result into device buffers.
 
-The public names are resolved when they are first used, so that `import fp8pack` costs nothing.
+The public names are resolved when they are first used, so that `import fp8pack` costs nothing. On another system than
+Linux that is an Fp8PackError.
 """
 
 from importlib import import_module
@@ -34,6 +35,8 @@ __all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604
 
 def __getattr__(name: str) -> Any:
     if name in _PUBLIC:
+        if name != "Fp8PackError":
+            import_module("fp8pack.machine").check_system()
         return getattr(import_module(_PUBLIC[name]), name)
     raise AttributeError(f"module 'fp8pack' has no attribute {name!r}")
 

@@ -6,14 +6,23 @@ controller, and a hybrid has both. A container often sees its own group as the r
 
 import math
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+
+from fp8pack.errors import Fp8PackError
 
 _CGROUPS, _PROC = Path("/sys/fs/cgroup"), Path("/proc")
 _MEMORY_FILES = (  # limit, usage, and the file cache that the kernel takes back first: version 2, version 1
     ("memory.max", "memory.current", "inactive_file"),
     ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 )
+
+
+def check_system() -> None:
+    """Raise Fp8PackError on another system than Linux, whose locks, reservations and reads fp8pack relies on."""
+    if sys.platform != "linux":
+        raise Fp8PackError(f"fp8pack runs on Linux only, and this is {sys.platform}: use a Linux machine, or WSL 2")
 
 
 def usable_memory(root: Path = _CGROUPS, proc: Path = _PROC) -> int:

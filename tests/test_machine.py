@@ -1,10 +1,14 @@
 """What a control group leaves is all that may be used; the files are those of kernels with either version of them."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from fp8pack.checkpoint.source import open_checkpoint
+from fp8pack.errors import Fp8PackError
 from fp8pack.machine import usable_cores, usable_memory
 
 GB = 10**9
@@ -149,3 +153,38 @@ def test_a_quota_is_rounded_up(machine: Machine, monkeypatch: pytest.MonkeyPatch
     assert machine.cores == 8
     machine.cfs("cpu/a", -1)
     assert machine.cores == 64
+
+
+# Other systems.
+
+
+def run_on(system: str, code: str) -> subprocess.CompletedProcess[str]:
+    """Run code in a Python that believes to be elsewhere, after what reads its system has been imported."""
+    elsewhere = f"import sys, fp8pack.cli.app; sys.platform = {system!r}; sys.modules['fcntl'] = None\n"
+    return subprocess.run([sys.executable, "-c", elsewhere + code], capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("system", ["darwin", "win32"])
+def test_the_command_line_says_in_a_sentence_that_it_needs_linux(system: str) -> None:
+    ran = run_on(system, "sys.argv = ['fp8pack', 'pack', 'model']; fp8pack.cli.app.main()")
+    expected = f"fp8pack: fp8pack runs on Linux only, and this is {system}: use a Linux machine, or WSL 2\n"
+    assert (ran.returncode, ran.stdout, ran.stderr) == (1, "", expected)
+
+
+@pytest.mark.parametrize("name", ["pack", "load_packed", "observe", "WriteOptions"])
+def test_the_public_names_say_so_too(name: str) -> None:
+    code = f"""
+try:
+    fp8pack.{name}
+except fp8pack.Fp8PackError as error:
+    print(error)
+"""
+    ran = run_on("darwin", code)
+    assert ran.stderr == ""
+    assert ran.stdout.startswith("fp8pack runs on Linux only, and this is darwin")
+
+
+def test_what_is_imported_from_its_own_module_says_so_when_it_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "darwin")
+    with pytest.raises(Fp8PackError, match="Linux only"):
+        open_checkpoint(Path("model"))

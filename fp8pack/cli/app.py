@@ -20,6 +20,7 @@ from fp8pack.cli.output import Signalled, drop_stdout, open_streams, say
 from fp8pack.cli.pack import pack
 from fp8pack.cli.unpack import unpack
 from fp8pack.errors import Fp8PackError
+from fp8pack.machine import check_system
 
 app = typer.Typer(
     name="fp8pack",
@@ -59,6 +60,7 @@ def main() -> NoReturn:
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, _interrupt)
     try:
+        check_system()
         app()
     except Fp8PackError as error:
         if os.environ.get("FP8PACK_DEBUG") == "1":
