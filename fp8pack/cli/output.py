@@ -49,8 +49,9 @@ def open_streams() -> None:
             os.open(os.devnull, flags)  # the lowest number that is free: this one
     if sys.stdout is None:
         sys.stdout = os.fdopen(1, "w", encoding="utf-8", closefd=False)
-    messages = os.fdopen(2, "wb", closefd=False) if sys.stderr is None else sys.stderr.buffer
-    sys.stderr = _Messages(messages, encoding="utf-8", errors="backslashreplace", line_buffering=True)
+    if sys.stderr is sys.__stderr__:  # nobody else reads it
+        messages = os.fdopen(2, "wb", closefd=False)
+        sys.stderr = _Messages(messages, encoding="utf-8", errors="backslashreplace", line_buffering=True)
 
 
 def drop_stdout() -> None:
