@@ -1,12 +1,13 @@
 """What the benchmark ran on: hardware, file systems, versions."""
 
-import os
 import platform
 import shutil
 import subprocess
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+from fp8pack.machine import usable_cores, usable_memory
 
 PACKAGES = ("fp8pack", "numpy", "numba", "llvmlite", "torch", "safetensors", "blake3", "ml_dtypes")
 PEER_PACKAGES = ("llmcompressor", "compressed-tensors", "torch")
@@ -20,7 +21,7 @@ def hardware(folders: Sequence[Path]) -> dict[str, str]:
     wide = [name for name in ("avx2", "avx512f", "avx512_bf16", "asimd", "sve") if name in cpuinfo.split()]
     return {
         "CPU": f"{cpu.get('model name', platform.machine())} ({', '.join(wide)})",
-        "Cores": str(len(os.sched_getaffinity(0))),
+        "Cores": str(usable_cores()),
         "RAM": f"{_meminfo('MemTotal') / 2**30:.1f} GiB",
         "Kernel": f"{platform.system()} {platform.release().partition('-')[0]}",
         "File systems": ", ".join(dict.fromkeys(file_system(folder) for folder in folders)),
@@ -49,7 +50,7 @@ def versions(peer_python: Path) -> dict[str, str]:
 def free_nbytes(folder: Path) -> int:
     """Return what may be written below a directory: on tmpfs no more than the memory that is available."""
     free = shutil.disk_usage(folder).free
-    return min(free, _meminfo("MemAvailable")) if file_system(folder) == "tmpfs" else free
+    return min(free, usable_memory()) if file_system(folder) == "tmpfs" else free
 
 
 def file_system(folder: Path) -> str:

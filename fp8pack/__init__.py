@@ -1,6 +1,7 @@
 """Quantize BF16 checkpoints to FP8, offline, and load the result into device buffers.
 
-The public names are resolved when they are first used, so that `import fp8pack` costs nothing.
+The public names are resolved when they are first used, so that `import fp8pack` costs nothing. On another system than
+Linux that is an Fp8PackError.
 """
 
 from importlib import import_module
@@ -73,6 +74,8 @@ if not TYPE_CHECKING:  # a checker knows the names above, and no others
 
     def __getattr__(name):
         if name in _HOME:
+            if _HOME[name] != "fp8pack.errors":
+                import_module("fp8pack.machine").check_system()
             return getattr(import_module(_HOME[name]), name)
         raise AttributeError(f"module 'fp8pack' has no attribute {name!r}")
 

@@ -9,6 +9,7 @@ FLOORS = {
     "units": 0,
     "inputs": 0,
     "documents": 0,
+    "machine": 0,
     "numerics": 1,
     "modelfacts": 2,
     "engines": 3,

@@ -14,7 +14,7 @@ from fp8pack.calibration.progress import OnNote, OnProgress, Progress, ignore_no
 from fp8pack.calibration.resident import CONVERGENCE_WINDOW, run_resident
 from fp8pack.calibration.streamed import run_streamed
 from fp8pack.checkpoint.calibration_file import read_calibration, write_calibration
-from fp8pack.checkpoint.shard_writer import check_space
+from fp8pack.checkpoint.shard_writer import check_space, writing
 from fp8pack.checkpoint.staging import Staging
 from fp8pack.errors import DeadlineError, InputError, OutputError
 from fp8pack.inputs import Duration, Texts, parse_path
@@ -99,15 +99,11 @@ def _calibrate(model: Path, options: CalibrateOptions, on_progress: OnProgress, 
             calibration = _finished(run)
             if calibration is not None:
                 already_complete = True
-                staging.journal.unlink(missing_ok=True)  # left by a run that was cut off after its commit
+                with writing(staging.journal):
+                    staging.journal.unlink(missing_ok=True)  # left by a run that was cut off after its commit
             else:
-
-                def on_tick(done: int, total: int) -> None:
-                    staging.beat()
-                    on_progress(done, total)
-
                 deadline = None if options.deadline is None else started + options.deadline
-                calibration = _carry_out(run, staging, Progress(run, deadline, on_tick, on_note))
+                calibration = _carry_out(run, staging, Progress(run, deadline, on_progress, on_note))
     return replace(
         summarize(calibration, output=run.output),
         notes=tuple(run.notes),

@@ -2,10 +2,12 @@
 
 transformers asks two registries how to run experts and attention (`ExpertsInterface`, `AttentionInterface`). While a
 model is observed it asks for ours, which record and then compute what the model's own would: experts one at a time as
-in its eager implementation, attention through sdpa if the model had that, and else through its eager function.
+in its eager implementation, attention through sdpa if the model had that, and else through its eager function. Another
+kernel, such as FlashAttention, is replaced by sdpa where the model supports it.
 """
 
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import cache
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils.generic import GeneralInterface
 
 from fp8pack.calibration.recorder import Rows
@@ -65,7 +67,7 @@ def open_doors(model: Any, recording: Recording, names: Names, paths: dict[nn.Mo
     before = _implementations(model, "_attn_implementation")
     ours: dict[str, str] = {}
     for original in set(before.values()):
-        base = "sdpa" if original == "sdpa" else "eager"  # which all models have, with all that they add to it
+        base = _base(model, original)
         ours[original] = f"fp8pack_{base}_{id(recording):x}"
         _register(ALL_ATTENTION_FUNCTIONS, ours[original], _attention(base, recording, names, paths), undo)
         _register(ALL_MASK_ATTENTION_FUNCTIONS, ours[original], ALL_MASK_ATTENTION_FUNCTIONS[base], undo)
@@ -78,6 +80,20 @@ def open_doors(model: Any, recording: Recording, names: Names, paths: dict[nn.Mo
         _register(ALL_EXPERTS_FUNCTIONS, name, _experts(recording, names, paths), undo)
         undo.callback(model.set_experts_implementation, experts_before)
         model.set_experts_implementation(dict.fromkeys(experts_before, name))
+
+
+def _base(model: Any, original: str | None) -> str:
+    """What computes attention behind our door; all models have eager, with all that they add to it."""
+    if original in ("sdpa", "eager", None):
+        return original or "eager"
+    if all(part._supports_sdpa for part in model.modules() if isinstance(part, PreTrainedModel)):
+        return "sdpa"
+    warnings.warn(
+        f"{type(model).__name__} has no sdpa to stand in for {original}: its attention is eager while observed",
+        UserWarning,
+        stacklevel=2,
+    )
+    return "eager"
 
 
 def _implementations(model: Any, attribute: str) -> dict[str, str]:

@@ -17,6 +17,7 @@ from fp8pack.checkpoint.source import Source, beside, open_checkpoint
 from fp8pack.checkpoint.staging import Staging, check_output_file
 from fp8pack.errors import InputError, RecipeError
 from fp8pack.gemm.device import find_device
+from fp8pack.machine import usable_memory
 from fp8pack.modelfacts.roles import judge
 from fp8pack.modelrun.loader import ModelLoader, read_tokenizer
 from fp8pack.modelrun.prompts import load_prompts, tokenize
@@ -186,10 +187,5 @@ def _choose_stack(
 
 
 def _free_memory(device: torch.device) -> int:
-    """The bytes that a process can still take, of the device's memory or by the kernel's estimate of this machine's."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return 0
+    """The bytes that this process can still take, of the device's memory or of this machine's."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else usable_memory()

@@ -1,16 +1,18 @@
 """Statistics while they grow: one recorder for each site."""
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fp8pack.numerics.native import load_observer
+from fp8pack.numerics.native import address_of, load_observer
 from fp8pack.planning.calibration import NUM_MAGNITUDES, Site, histogram_of
 
 _SPLIT_ELEMENTS = 1 << 18  # below, a second thread costs more than it saves
+_I32 = np.dtype(np.int32)
 _NONE = 1 << 16  # above every magnitude
 
 
@@ -27,9 +29,10 @@ class Rows:
     @classmethod
     def of(cls, prompts: NDArray[np.int32]) -> "Rows":
         """Return the rows of these prompts."""
+        address = address_of(prompts, _I32, prompts.size)
         last = int(prompts.max(initial=-1))
         is_uniform = bool(prompts.size and last == int(prompts.min()))
-        return cls(prompts, prompts.ctypes.data, last + 1, int(np.count_nonzero(prompts >= 0)), is_uniform)
+        return cls(prompts, address, last + 1, int(np.count_nonzero(prompts >= 0)), is_uniform)
 
     def repeat(self, times: int) -> "Rows":
         """Return the rows of a tensor with several for each of these, as one for each head."""
@@ -59,13 +62,16 @@ class Threads:
             return found >> 32, found & 0xFFFFFFFF
         bounds = [k * i // self._count for i in range(self._count + 1)]
         jobs = []
-        for histogram, begin, end in zip(self._scratch, bounds[1:], bounds[2:], strict=False):
-            histogram[:] = 0
-            amax = np.zeros(recorder.capacity, np.uint16)
-            own = (*places[:2], histogram.ctypes.data, amax.ctypes.data)
-            future = self._pool.submit(self._observe, values, rows.address, *own, n, k, amax.size, begin, end)
-            jobs.append((future, histogram, amax))
-        ranges = [self._observe(values, rows.address, *places, n, k, recorder.capacity, 0, bounds[1])]
+        try:
+            for histogram, begin, end in zip(self._scratch, bounds[1:], bounds[2:], strict=False):
+                histogram[:] = 0
+                amax = np.zeros(recorder.capacity, np.uint16)
+                own = (_place(histogram), _place(amax))
+                columns = (values, rows.address, *places[:2], *own, n, k, amax.size, begin, end)
+                jobs.append((self._pool.submit(self._observe, *columns), histogram, amax))
+            ranges = [self._observe(values, rows.address, *places, n, k, recorder.capacity, 0, bounds[1])]
+        finally:
+            wait([future for future, _, _ in jobs])  # also after Ctrl-C: they hold addresses of what would go
         for future, histogram, amax in jobs:
             ranges.append(future.result())
             recorder.add_counts(histogram, amax)
@@ -115,6 +121,8 @@ class Recorder:
         """Add values [T, K], contiguous BF16 bits at an address, of rows that belong to these prompts."""
         if shape[1] != self._channels[0].size:
             raise ValueError(f"{self.points[0]} had {self._channels[0].size} channels, now {shape[1]}")
+        if shape[0] > rows.prompts.size:
+            raise ValueError(f"{self.points[0]} has {shape[0]} rows, of {rows.prompts.size} is known whose they are")
         self._reserve(rows.num_prompts)
         least, most = threads.observe(values, rows, shape, self)
         self._least, self._most = min(self._least, least), max(self._most, most)
@@ -174,4 +182,8 @@ class Recorder:
     def _find_addresses(self) -> tuple[int, int, int, int]:
         """Where the arrays lie, for the kernel: asking NumPy anew for each tensor costs as much as a small tensor."""
         amax, squares = self._channels
-        return amax.ctypes.data, squares.ctypes.data, self._histogram.ctypes.data, self._prompt_amax.ctypes.data
+        return _place(amax), _place(squares), _place(self._histogram), _place(self._prompt_amax)
+
+
+def _place(array: NDArray[Any]) -> int:
+    return address_of(array, array.dtype, array.size, written=True)

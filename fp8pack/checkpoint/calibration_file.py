@@ -9,7 +9,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fp8pack.checkpoint.header import build_header, read_header
-from fp8pack.checkpoint.shard_writer import ShardWriter, sync_directory
+from fp8pack.checkpoint.shard_writer import ShardWriter, sync_directory, writing
 from fp8pack.checkpoint.source import ShardReader, open_regular
 from fp8pack.errors import InputError, SpaceError
 from fp8pack.modelfacts.spec import Stored, TensorSpec
@@ -84,9 +84,11 @@ def write_calibration(path: Path, calibration: Calibration) -> None:
             for (_, array), begin in zip(arrays, begins, strict=True):
                 writer.write(memoryview(array.tobytes()), len(header) + begin)
             writer.sync()
-        temporary.replace(path)
+        with writing(path):
+            temporary.replace(path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
     sync_directory(path.parent)
 
 

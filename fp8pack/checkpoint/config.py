@@ -2,10 +2,12 @@
 
 import json
 import re
+from collections.abc import Mapping
 from typing import Any
 
 KEY = "quantization_config"
 _OLD_KEYS = (KEY, "compression_config")
+_DTYPES = {"bfloat16": "BF16", "float16": "F16", "half": "F16", "float32": "F32", "float": "F32"}
 
 
 def set_quantization_config(text: bytes, quantization: dict[str, Any] | None) -> bytes:
@@ -32,6 +34,16 @@ def set_quantization_config(text: bytes, quantization: dict[str, Any] | None) ->
         return inner + (comma and b", ") + f'"{KEY}": {added}}}'.encode() + tail
     added = added.replace("\n", f"\n{step}")
     return inner + comma + f'\n{step}"{KEY}": {added}\n}}'.encode() + tail
+
+
+def declared_dtype(config: Mapping[str, Any]) -> str:
+    """Return the dtype of floats (BF16, F16, F32) that a parsed config.json declares, BF16 where it does not."""
+    sections = [config, *(config.get(key) for key in ("text_config", "llm_config", "language_config"))]
+    for section in sections:
+        declared = (section.get("dtype") or section.get("torch_dtype")) if isinstance(section, Mapping) else None
+        if isinstance(declared, str) and declared.removeprefix("torch.") in _DTYPES:
+            return _DTYPES[declared.removeprefix("torch.")]
+    return "BF16"
 
 
 def set_dtype(text: bytes, dtype: str) -> bytes:

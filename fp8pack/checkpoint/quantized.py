@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from math import prod
 
 from fp8pack.checkpoint.announcement import Announcement, read_announcement
+from fp8pack.checkpoint.config import declared_dtype
 from fp8pack.checkpoint.manifest_schema import PackedEntry
 from fp8pack.checkpoint.source import Source
 from fp8pack.errors import InputError
@@ -93,7 +94,8 @@ class _Reader:
         self._specs = {spec.name: spec for spec in source.specs}
         self._announced = announced
         self._transposed = source.facts.model_type in TRANSPOSED
-        self._recorded = _recorded_granularities(source)
+        self._recorded = _recorded(source)
+        self._dtype = declared_dtype(source.config or {})
         self._has_input_scales = any(name.endswith(_INPUT_SCALES) for name in self._specs)
 
     def weights(self) -> Iterator[_Weight]:
@@ -110,14 +112,16 @@ class _Reader:
                 raise InputError(f"{payload.file}: {payload.name!r} is {payload.dtype} and has no scale")
             format, name = _FORMATS[payload.dtype], _own_name(payload.name)
             spec = payload if name == payload.name else replace(payload, name=name)
+            recorded = self._recorded.get(name)
+            dtype = recorded.source_dtype if recorded else self._dtype
             if scale is None:
-                yield _Weight(payload, spec, Quantized(format, TENSOR, None))
+                yield _Weight(payload, spec, Quantized(format, TENSOR, None, source_dtype=dtype))
                 continue
             module = name.removesuffix(".weight")
             tiled = module in self._announced.tiled and scale.dtype in ("U8", "F8_E8M0")
             granularity = self._granularity(spec, scale, tiled)
             input_scale = self._find(module, name, _INPUT_SCALES) if self._has_input_scales else None
-            yield _Weight(payload, spec, Quantized(format, granularity, scale, tiled, input_scale))
+            yield _Weight(payload, spec, Quantized(format, granularity, scale, tiled, input_scale, dtype))
 
     def _find_scale(self, payload: TensorSpec) -> TensorSpec | None:
         name = payload.name
@@ -138,8 +142,10 @@ class _Reader:
         return None
 
     def _granularity(self, spec: TensorSpec, scale: TensorSpec, tiled: bool) -> Granularity:
-        shape, found = spec.shape, self._recorded.get(spec.name)
-        if found is not None:
+        shape, recorded = spec.shape, self._recorded.get(spec.name)
+        found: Granularity | None = None
+        if recorded is not None:
+            found = parse_granularity(recorded.granularity)
             stored = padded(found.scale_shape(shape)) if tiled else found.scale_shape(shape)
             found = found if prod(stored) == prod(scale.shape) else None
         elif tiled:
@@ -197,11 +203,10 @@ class _Reader:
         return inner if inner is not None and n % (inner.rows or n) == 0 else None
 
 
-def _recorded_granularities(source: Source) -> dict[str, Granularity]:
+def _recorded(source: Source) -> dict[str, PackedEntry]:
     """What fp8pack itself recorded of packed weights; empty for what others wrote."""
     entries = source.manifest.tensors if source.manifest else {}
-    packed = {name: entry for name, entry in entries.items() if isinstance(entry, PackedEntry)}
-    return {name: parse_granularity(entry.granularity) for name, entry in packed.items()}
+    return {name: entry for name, entry in entries.items() if isinstance(entry, PackedEntry)}
 
 
 def _activations(announced: Announcement, quantized: Mapping[str, Quantized]) -> str:

@@ -13,7 +13,7 @@ from fp8pack.errors import SpaceError, VerificationError
 from fp8pack.planning.layout import ShardPlan
 from fp8pack.units import format_size
 
-_NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO)
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class ShardWriter:
@@ -73,9 +73,7 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in _NOT_WRITABLE:
-            raise
-        reason = "no space left" if error.errno in (errno.ENOSPC, errno.EDQUOT) else str(error.strerror).lower()
+        reason = "no space left" if error.errno in _FULL else str(error.strerror or error).lower()
         raise SpaceError(
             f"{path} cannot be written: {reason}; finished work is kept, the same command continues"
         ) from None
@@ -83,7 +81,8 @@ def writing(path: Path) -> Iterator[None]:
 
 def free_space(directory: Path) -> int:
     """Return the free bytes of the file system of a directory."""
-    free = os.statvfs(directory)
+    with writing(directory):
+        free = os.statvfs(directory)
     return free.f_bavail * free.f_frsize
 
 
@@ -130,8 +129,9 @@ def sync_file(path: Path) -> None:
 
 def sync_directory(path: Path) -> None:
     """Bring a directory's own entries to the disk."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    with writing(path):
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from fp8pack.checkpoint.header import Header, read_header
 from fp8pack.checkpoint.manifest_schema import Manifest, find_manifest, read_manifest
 from fp8pack.errors import InputError
+from fp8pack.machine import check_system
 from fp8pack.modelfacts.model import ModelFacts, read_facts
 from fp8pack.modelfacts.spec import TensorSpec
 
@@ -135,6 +136,7 @@ def open_source(path: Path) -> Source:
 
 def open_checkpoint(path: Path) -> Source:
     """Look at any safetensors checkpoint, packed or not; raises as `open_source` does."""
+    check_system()
     if not path.exists():
         path = _find_in_hub_cache(path)
     config: dict[str, Any] | None = None

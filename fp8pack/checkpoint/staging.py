@@ -14,9 +14,11 @@ import shutil
 import socket
 import time
 from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
+from fp8pack.checkpoint.heartbeat import Heartbeat
 from fp8pack.checkpoint.manifest import MANIFEST_NAME
 from fp8pack.checkpoint.shard_writer import sync_directory, writing
 from fp8pack.errors import OutputError, SpaceError
@@ -38,6 +40,7 @@ class Staging:
         self._trash = output.parent / f".{output.name}.fp8pack-trash"
         self._lock_path = self.folder / "lock"
         self._fd = -1
+        self._heart: Heartbeat | None = None
 
     @property
     def leftovers(self) -> bool:
@@ -49,12 +52,13 @@ class Staging:
             self._fd = self._take_lock()
             try:
                 self._own_lock()
+                self._heart = Heartbeat(self._fd, self._lock_path)
                 self._finish_swap()
                 if not self.content.exists():
                     self.journal.unlink(missing_ok=True)  # a commit was cut off after its rename
                     self.content.mkdir()
             except BaseException:
-                os.close(self._fd)
+                self._release()
                 raise
         return self
 
@@ -62,11 +66,12 @@ class Staging:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Release the lock; finished work stays for the next run, a staging directory without any goes."""
-        if self.folder.exists():
-            os.ftruncate(self._fd, 0)
-            if not self.journal.exists() or self.journal.read_bytes().count(b"\n") <= 1:
-                self.discard()
-        os.close(self._fd)
+        with suppress(OSError):  # what is left behind, the next run tidies up
+            if self.folder.exists():
+                os.ftruncate(self._fd, 0)
+                if not self.journal.exists() or self.journal.read_bytes().count(b"\n") <= 1:
+                    self.discard()
+        self._release()
 
     def check_free(self) -> None:
         """Raise OutputError if another process is writing the output; nothing is made or taken."""
@@ -84,10 +89,6 @@ class Staging:
     def _in_use(self) -> OutputError:
         return OutputError(f"{self.output} is being written by another fp8pack", "wait for it, or choose another -o")
 
-    def beat(self) -> None:
-        """Show other hosts that this process is alive."""
-        os.utime(self._fd)
-
     def clear_content(self) -> None:
         """Throw the unfinished work away."""
         with writing(self.folder):
@@ -96,9 +97,10 @@ class Staging:
 
     def keep_only(self, names: Collection[str]) -> None:
         """Remove from the staged output what an earlier run left there and this one does not want."""
-        for path in self.content.iterdir():
-            if path.name not in names:
-                _remove(path)
+        with writing(self.content):
+            for path in self.content.iterdir():
+                if path.name not in names:
+                    _remove(path)
 
     def discard(self) -> None:
         """Remove the staging directory; by a rename first, so that a newcomer finds all of it or nothing."""
@@ -111,6 +113,7 @@ class Staging:
         An old output is renamed away just before: for that moment there is none, and a run that is cut off there is
         finished by the next.
         """
+        self._check_heart()
         with writing(self.output):
             for folder in (path for path in self.content.rglob("*") if path.is_dir()):
                 sync_directory(folder)
@@ -121,11 +124,12 @@ class Staging:
                 raise OutputError(f"{self.output} appeared while it was being made: move it away and run again")
             self.content.rename(self.output)
             sync_directory(self.output.parent)
-        _remove(self._old)
-        self.discard()
+            _remove(self._old)
+            self.discard()
 
     def commit_file(self, *, overwrite: bool) -> None:
         """Make the staged single file the output: its manifest first, then the file, whose rename is the commit."""
+        self._check_heart()
         if self.output.exists() and not overwrite:
             raise OutputError(f"{self.output} appeared while it was being made: move it away and run again")
         names = sorted((path.name for path in self.content.iterdir()), key=lambda name: name == self.output.name)
@@ -134,12 +138,22 @@ class Staging:
             for name in names:
                 (self.content / name).replace(self.output.parent / name)
             sync_directory(self.output.parent)
-        self.discard()
+            self.discard()
+
+    def _check_heart(self) -> None:
+        """Raise SpaceError if other hosts may believe that this process is dead."""
+        if self._heart is not None:
+            self._heart.check()
+
+    def _release(self) -> None:
+        if self._heart is not None:
+            self._heart.stop()
+        os.close(self._fd)
 
     def _take_lock(self) -> int:
         """Open and lock the lock file; again, when the process that held it removes the directory meanwhile."""
         while True:
-            self.folder.mkdir(exist_ok=True)
+            self._make_folder()
             try:
                 fd = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             except FileNotFoundError:
@@ -154,6 +168,14 @@ class Staging:
             except FileNotFoundError:
                 pass
             os.close(fd)
+
+    def _make_folder(self) -> None:
+        try:
+            self.folder.mkdir(exist_ok=True)
+        except OSError as error:
+            raise SpaceError(
+                f"{self.output} cannot be made there: {str(error.strerror).lower()}; choose another -o"
+            ) from None
 
     def _own_lock(self) -> None:
         """The kernel releases a lock of this host with its process; one of another host tells by its age."""
@@ -186,6 +208,14 @@ def check_output(output: Path, source: Path | None, *, overwrite: bool) -> None:
             although it is no checkpoint.
         SpaceError: its directory does not exist or is not writable.
     """
+    try:
+        _check_place(output, source, overwrite=overwrite)
+    except (OSError, RuntimeError) as error:  # a link to itself is a RuntimeError before Python 3.13
+        reason = str(error.strerror).lower() if isinstance(error, OSError) else "a link on the way leads to itself"
+        raise SpaceError(f"{output} cannot be looked at: {reason}; choose another -o") from None
+
+
+def _check_place(output: Path, source: Path | None, *, overwrite: bool) -> None:
     if len(os.fsencode(output.name)) + len("..fp8pack-partial") > _MAX_NAME_NBYTES:
         raise OutputError(f"the name {output.name[:40]}… is too long for a file system: choose another -o")
     if output.is_symlink():

@@ -16,10 +16,11 @@ from fp8pack.cli.diff import diff
 from fp8pack.cli.env import env
 from fp8pack.cli.inspect import inspect
 from fp8pack.cli.merge import merge
-from fp8pack.cli.output import Signalled, say
+from fp8pack.cli.output import Signalled, drop_stdout, open_streams, say
 from fp8pack.cli.pack import pack
 from fp8pack.cli.unpack import unpack
 from fp8pack.errors import Fp8PackError
+from fp8pack.machine import check_system
 
 app = typer.Typer(
     name="fp8pack",
@@ -55,15 +56,23 @@ def _root(
 
 def main() -> NoReturn:
     """Run the command line; an expected failure is one line on stderr and the exit code of its kind."""
+    open_streams()
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, _interrupt)
     try:
+        check_system()
         app()
     except Fp8PackError as error:
         if os.environ.get("FP8PACK_DEBUG") == "1":
             traceback.print_exc()
         say(f"fp8pack: {error}{_hint(error)}")
         sys.exit(error.exit_code)
+    except OSError as error:  # of a disk or a stream that fails where nobody expects it
+        if os.environ.get("FP8PACK_DEBUG") == "1":
+            traceback.print_exc()
+        drop_stdout()
+        say(f"fp8pack: {error.filename or 'input or output'}: {str(error.strerror or error).lower()}")
+        sys.exit(1)
     except Signalled as signalled:
         if signalled.signum != signal.SIGPIPE:
             say("fp8pack: interrupted; finished work is kept, the same command continues")

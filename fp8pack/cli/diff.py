@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from fp8pack.cli import options
-from fp8pack.cli.output import emit_document
+from fp8pack.cli.output import emit_document, printing
 
 
 def diff(
@@ -25,5 +25,9 @@ def diff(
 
     bounds = parse_bounds(fail_if or ())
     found = compare(a, b)
-    emit_document(found) if as_json else print_diff(found)
+    if as_json:
+        emit_document(found)
+    else:
+        with printing():
+            print_diff(found)
     check_bounds(found, bounds)

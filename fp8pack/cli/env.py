@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from fp8pack.cli import options
-from fp8pack.cli.output import emit
+from fp8pack.cli.output import emit, printing
 
 _INCLUDE = Path(__file__).parents[1] / "_data" / "include"
 
@@ -30,4 +30,5 @@ def env(
     if as_json:
         emit(json.dumps(found.to_dict(), indent=2, ensure_ascii=False))
     else:
-        print_environment(found)
+        with printing():
+            print_environment(found)

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from fp8pack.cli import options
-from fp8pack.cli.output import emit_document
+from fp8pack.cli.output import emit_document, printing
 from fp8pack.engines.known import NAMES, parse_targets
 
 
@@ -44,9 +44,17 @@ def inspect(
     asked = parse_targets(parse_texts("targets", targets or (), commas=True))
     if against is None and checkpoint.is_file() and is_calibration(checkpoint):
         summary = inspect_calibration(checkpoint)
-        emit_document(summary) if as_json else print_calibration(summary)
+        if as_json:
+            emit_document(summary)
+        else:
+            with printing():
+                print_calibration(summary)
         return
     found = look(checkpoint, against, targets=asked, tp=tp, gpu=gpu)
-    emit_document(found) if as_json else print_inspection(found, asked)
+    if as_json:
+        emit_document(found)
+    else:
+        with printing():
+            print_inspection(found, asked)
     check_bounds(found, bounds)
     check_targets(found, asked)

@@ -1,13 +1,18 @@
 """What goes to stdout, what goes to stderr, and what ends the process from outside."""
 
+import errno
 import json
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from io import TextIOWrapper
 
 import typer
 
 from fp8pack.documents import Document
+from fp8pack.errors import Fp8PackError
 from fp8pack.report.text import printable
 
 
@@ -19,14 +24,66 @@ class Signalled(BaseException):
         self.signum = signum
 
 
-def emit(text: str) -> None:
-    """Print data on stdout; if its reader went away, end as SIGPIPE would end the process."""
+class _Messages(TextIOWrapper):
+    """Stderr that may be full: what it does not take is lost, and the work goes on."""
+
+    def write(self, text: str) -> int:
+        """Write if possible."""
+        with suppress(OSError):
+            return super().write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush if possible."""
+        with suppress(OSError):
+            super().flush()
+
+
+def open_streams() -> None:
+    """Make stdin, stdout and stderr safe to use where one of them is closed: no file of ours may take its place.
+
+    Writing to a closed stdout still fails, so that it is noticed; what goes to stderr is lost.
+    """
+    for fd, flags in enumerate((os.O_RDONLY, os.O_RDONLY, os.O_WRONLY)):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, flags)  # the lowest number that is free: this one
+    if sys.stdout is None:
+        sys.stdout = os.fdopen(1, "w", encoding="utf-8", closefd=False)
+    if sys.stderr is sys.__stderr__:  # nobody else reads it
+        messages = os.fdopen(2, "wb", closefd=False)
+        sys.stderr = _Messages(messages, encoding="utf-8", errors="backslashreplace", line_buffering=True)
+
+
+def drop_stdout() -> None:
+    """Let go what stdout did not take, or Python would try again at its end and fail."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os.close(null)
+
+
+@contextmanager
+def printing() -> Iterator[None]:
+    """Print data on stdout; if its reader went away, end as SIGPIPE would end the process.
+
+    Raises:
+        Fp8PackError: stdout is closed or full.
+    """
     try:
-        typer.echo(text)
+        yield
         sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise Signalled(signal.SIGPIPE) from None
+    except OSError as error:
+        drop_stdout()
+        if error.errno == errno.EPIPE:
+            raise Signalled(signal.SIGPIPE) from None
+        raise Fp8PackError(f"stdout cannot be written: {str(error.strerror).lower()}") from None
+
+
+def emit(text: str) -> None:
+    """Print a text as data; raises as `printing` does."""
+    with printing():
+        typer.echo(text)
 
 
 def emit_document(document: Document) -> None:

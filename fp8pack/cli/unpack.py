@@ -12,13 +12,13 @@ def unpack(
     checkpoint: options.Checkpoint,
     output: options.Output = None,
     dtype: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="NAME",
-            help="bfloat16, float16 or float32",
+            help="bfloat16, float16 or float32 [default: as before packing]",
             autocompletion=options.completing(("bfloat16", "float16", "float32")),
         ),
-    ] = "bfloat16",
+    ] = None,
     copy: options.Copy = None,
     max_shard_size: options.MaxShardSize = None,
     workers: options.Workers = None,

@@ -1,7 +1,6 @@
 """The reference backend: operands are dequantized and multiplied in BF16. It runs anywhere."""
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -9,6 +8,7 @@ from torch import Tensor
 from fp8pack.gemm.activations import float_scale_of, quantize_activation
 from fp8pack.gemm.operand import Operand
 from fp8pack.gemm.scheme import GemmScheme
+from fp8pack.machine import usable_memory
 from fp8pack.numerics import torch_codec
 from fp8pack.numerics.granularity import CHANNEL, TENSOR, Granularity
 
@@ -24,7 +24,7 @@ class ReferenceBackend:
     def prepare(self, payload: Tensor, scale: Tensor, scheme: GemmScheme) -> Operand:
         """Return a weight with its scales as they are, and on a CPU its values in BF16."""
         operand = Operand(payload, scale, (payload.shape[0], payload.shape[1]), scheme, self)
-        if payload.device.type == "cpu" and 0 < 2 * payload.numel() < _available_nbytes() // _RESERVE:
+        if payload.device.type == "cpu" and 0 < 2 * payload.numel() < usable_memory() // _RESERVE:
             return replace(operand, values=_values(operand, torch.bfloat16))
         return operand
 
@@ -69,12 +69,3 @@ def _rounded(x: Tensor, weight: Operand, dtype: torch.dtype) -> tuple[Tensor, Te
         return payload.to(dtype), scale.reshape(-1, 1)
     values = torch_codec.dequantize(payload, scale, activation.region((x.shape[0], x.shape[1])))
     return values.to(dtype), None
-
-
-def _available_nbytes() -> int:
-    """Memory that can be had without swapping; 0 where the system does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")), 0)

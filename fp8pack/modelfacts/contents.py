@@ -18,6 +18,7 @@ class Quantized:
     granularity: the region that shares a scale, of a tensor whose dimensions but the last are taken as rows.
     scale: F32, BF16 or F16, or exponents (U8, F8_E8M0) of powers of two; None where the bytes are the values.
     tiled: the scales lie in the order of numerics/swizzle.py. input_scale: of what enters the weight, if static.
+    source_dtype: of the floats that it was packed from; BF16 where nothing says it.
     """
 
     format: Float8Format
@@ -25,6 +26,7 @@ class Quantized:
     scale: TensorSpec | None
     tiled: bool = False
     input_scale: TensorSpec | None = None
+    source_dtype: str = "BF16"
 
     @property
     def has_exponents(self) -> bool:
@@ -73,3 +75,9 @@ class Contents:
             bool(self.kv_scales),
             self.spelling,
         )
+
+    @property
+    def source_dtype(self) -> str:
+        """The dtype that most of its FP8 weights were packed from."""
+        dtypes = Counter(quantized.source_dtype for quantized in self.quantized.values())
+        return dtypes.most_common(1)[0][0] if dtypes else "BF16"

@@ -2,12 +2,14 @@
 
 Importing Numba and reviving its own cache takes a quarter of a second of every run; so the object file is kept by
 fp8pack, in $FP8PACK_CACHE_DIR or $XDG_CACHE_HOME/fp8pack or ~/.cache/fp8pack, under a name that changes with the
-kernels, the compiler and the processor. Where that directory is not writable, each run compiles anew.
+kernels, the compiler and the processor. Where that directory is not writable, or the user has no home, each run
+compiles anew.
 """
 
 import ctypes
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from threading import Lock
@@ -21,6 +23,7 @@ from numpy.typing import NDArray
 
 from fp8pack.numerics.formats import Float8Format
 from fp8pack.numerics.scaling import ScaleRounding
+from fp8pack.units import ceil_div
 
 Array = NDArray[Any]
 Bits = Literal["uint16", "uint32"]
@@ -31,6 +34,8 @@ _BITS: Final[dict[str, Bits]] = {"BF16": "uint16", "F16": "uint16", "F32": "uint
 _SIGN_MASK: Final = {"BF16": 0x7FFF, "F16": 0x7FFF, "F32": 0x7FFFFFFF}
 _INFINITY: Final = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F800000}
 _ROUNDING: Final = {ScaleRounding.NONE: 0, ScaleRounding.UP: 1, ScaleRounding.FLOOR: 2}
+_U8, _U16, _U32, _F32 = np.dtype(np.uint8), np.dtype(np.uint16), np.dtype(np.uint32), np.dtype(np.float32)
+_DTYPES: Final[dict[Bits, np.dtype[Any]]] = {"uint16": _U16, "uint32": _U32}
 _DIGEST_NBYTES = 32
 _WEIGHT_KERNELS = ("quantize", "amax", "dequantize", "largest_codes")
 
@@ -65,14 +70,18 @@ def quantize_rows(  # noqa: PLR0913
     the FP8 grid, half to even. The low bits of the sum, plus the exponent moved to its FP8 place, plus a constant,
     are the code; the constant is even and small, so it rides in the low bits of the addend.
     """
-    n, k = weight.shape
+    (n, k), bits, (rows, cols) = weight.shape, _BITS[dtype], region
     shift = 23 - format.mantissa_bits
     smallest = (128 - format.bias) << 23  # float32 bits of the smallest normal FP8 number
     constant = -((128 - format.bias) << format.mantissa_bits) & 0xFF
     scratch = np.empty((3, k), np.uint32)
+    first = address_of(scratch, _U32, 3 * k, written=True)
     return float(
-        _kernels(_BITS[dtype]).call["quantize"](
-            *_pointers(weight, payload, scales, scratch[0], scratch[1], scratch[2]),
+        _kernels(bits).call["quantize"](
+            address_of(weight, _DTYPES[bits], n * k),
+            address_of(payload, _U8, n * k, written=True),
+            address_of(scales, _F32, ceil_div(n, rows) * ceil_div(k, cols), written=rounding is not None),
+            *(first, first + 4 * k, first + 8 * k),
             *(n, k, *region, _KIND[dtype], _SIGN_MASK[dtype], _INFINITY[dtype]),
             *(format.max, format.emax, smallest, (shift << 23) | constant, shift),
             *(0 if rounding is None else _ROUNDING[rounding], int(rounding is None)),
@@ -83,9 +92,11 @@ def quantize_rows(  # noqa: PLR0913
 def amax_rows(weight: Array, *, dtype: str) -> float:
     """Return the largest magnitude of weight [N, K] (raw bits of `dtype`); NaN if it holds a NaN or infinity."""
     n, k = weight.shape
+    bits = _BITS[dtype]
     scratch = np.empty(k, weight.dtype)
+    places = (address_of(weight, _DTYPES[bits], n * k), address_of(scratch, _DTYPES[bits], k, written=True))
     limits = (_KIND[dtype], _SIGN_MASK[dtype], _INFINITY[dtype])
-    return float(_kernels(_BITS[dtype]).call["amax"](*_pointers(weight, scratch), n, k, *limits))
+    return float(_kernels(bits).call["amax"](*places, n, k, *limits))
 
 
 def dequantize_rows(
@@ -108,9 +119,13 @@ def dequantize_rows(
     bits: Bits = "uint16" if weight.dtype.itemsize == 2 else "uint32"
     largest = format.nan_codes[0] - 1
     scratch = np.empty(k, np.float32)
+    _check_grid(scales.shape, payload.shape, region, offset)
     return float(
         _kernels(bits).call["dequantize"](
-            *_pointers(payload, scales, weight, scratch),
+            address_of(payload, _U8, n * k),
+            address_of(scales, _F32, scales.size),
+            address_of(weight, _DTYPES[bits], n * k, written=True),
+            address_of(scratch, _F32, k, written=True),
             *(n, k, *scales.shape, *region, *offset, _KIND["BF16" if bits == "uint16" else "F32"]),
             *(23 - format.mantissa_bits, 2.0 ** (127 - format.bias), largest),
         )
@@ -126,7 +141,9 @@ def largest_codes(
         in `dequantize_rows`.
     """
     largest = np.zeros(grid, np.uint8)
-    _kernels("uint16").call["largest_codes"](*_pointers(payload, largest), *payload.shape, *grid, *region, *offset)
+    _check_grid(grid, payload.shape, region, offset)
+    places = (address_of(payload, _U8, payload.size), address_of(largest, _U8, largest.size, written=True))
+    _kernels("uint16").call["largest_codes"](*places, *payload.shape, *grid, *region, *offset)
     return largest
 
 
@@ -175,25 +192,56 @@ def _load(module: Module) -> _Kernels:
     source = Path(__file__).with_name("kernels.py").read_bytes()
     key = blake3(source)
     key.update(repr((module, cpu, features, llvmlite.__version__)).encode())
-    path = _cache_dir() / f"kernels-{key.hexdigest(16)}.o"
-    machine_code = _read_cached(path)
+    folder = _cache_dir()
+    path = folder / f"kernels-{key.hexdigest(16)}.o" if folder else None
+    machine_code = _read_cached(path) if path else None
     if machine_code is None:
         from fp8pack.numerics.kernels import compile_kernels, compile_observer  # imports Numba, for compiling only
 
         ir = compile_observer() if module == "observe" else compile_kernels(module)
         machine_code = machine.emit_object(llvm.parse_assembly(ir))
-        _write_cached(path, machine_code)
+        if path:
+            _write_cached(path, machine_code)
     return _Kernels(machine_code, machine, ("observe",) if module == "observe" else _WEIGHT_KERNELS)
 
 
-def _pointers(*arrays: Array) -> tuple[int, ...]:
-    return tuple(array.ctypes.data for array in arrays)
+def address_of(array: Array, dtype: np.dtype[Any], size: int, *, written: bool = False) -> int:
+    """Return where the elements of an array lie, for a kernel; the caller keeps the array while the kernel runs.
+
+    Raises:
+        ValueError: it has another dtype or size, gaps between its elements, or is read-only although it is written.
+    """
+    flags = array.flags
+    is_writable = flags.writeable
+    if array.dtype != dtype or array.size != size or not flags.c_contiguous or (written and not is_writable):
+        state = ("contiguous" if flags.c_contiguous else "with gaps", "" if is_writable else ", read-only")
+        raise ValueError(
+            f"a kernel takes {size} {dtype} without gaps{', writable' if written else ''}; "
+            f"this is {array.dtype} {list(array.shape)}, {state[0]}{state[1]}"
+        )
+    if is_writable and size:
+        buffer: Any = array
+        return ctypes.addressof(ctypes.c_char.from_buffer(buffer))  # a third of the time of array.ctypes.data
+    return int(array.ctypes.data)
 
 
-def _cache_dir() -> Path:
+def _check_grid(
+    grid: tuple[int, ...], shape: tuple[int, ...], region: tuple[int, int], offset: tuple[int, int]
+) -> None:
+    """Raise ValueError unless a grid has a cell for every region that rows and columns lie in."""
+    (n, k), (rows, cols), (top, left) = shape, region, offset
+    if len(grid) != 2 or grid[0] * rows < n + top or grid[1] * cols < k + left:
+        raise ValueError(f"{list(grid)} regions of {rows} x {cols} do not hold {n} x {k} from {top}, {left} on")
+
+
+def _cache_dir() -> Path | None:
+    """Where machine code is kept; None for a user without a home, as a container's may be."""
     if configured := os.environ.get("FP8PACK_CACHE_DIR"):
         return Path(configured)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fp8pack"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fp8pack"
+    except RuntimeError:
+        return None
 
 
 def _read_cached(path: Path) -> bytes | None:
@@ -216,4 +264,5 @@ def _write_cached(path: Path, machine_code: bytes) -> None:
         temporary.chmod(0o644)
         temporary.replace(path)
     except OSError:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()

@@ -182,7 +182,7 @@ def _packed_entry(tensor: TensorPlan, packing: Packing, results: list[BandResult
         "layout": "row-major [N, K]",
         **({"tensor": tensor.data.name} if tensor.data.name != spec.name else {}),
         "shape": list(spec.shape),
-        "source_dtype": "BF16" if tensor.quantized else spec.dtype,
+        "source_dtype": tensor.quantized.source_dtype if tensor.quantized else spec.dtype,
         "scale_inv": {
             "tensor": scale.name,
             "dtype": scale.dtype,

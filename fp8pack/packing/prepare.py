@@ -108,19 +108,21 @@ def prepare_convert(checkpoint: Path, request: Request, options: WriteOptions) -
     return _place(source, plan, announcement, _Job("convert", suffix, suffix), options)
 
 
-def prepare_unpack(checkpoint: Path, dtype: str, options: WriteOptions) -> Prepared:
+def prepare_unpack(checkpoint: Path, dtype: str | None, options: WriteOptions) -> Prepared:
     """Look at an FP8 checkpoint and decide how to turn it into floats.
 
-    dtype: bfloat16, float16 or float32.
+    dtype: bfloat16, float16 or float32; None is that of most weights before they were packed.
 
     Raises:
         InputError: the checkpoint is refused, or holds nothing that is FP8.
         OutputError, SpaceError: the output cannot stand where it is asked for.
     """
-    dtype = parse_choice("dtype", _DTYPE_ALIASES.get(str(dtype).lower(), dtype), tuple(UNPACKED_DTYPES))
+    if dtype is not None:
+        dtype = parse_choice("dtype", _DTYPE_ALIASES.get(str(dtype).lower(), dtype), tuple(UNPACKED_DTYPES))
     source, contents = _open_quantized(checkpoint)
     if not contents.quantized:
         raise InputError(f"{source.path} holds no FP8 weight: there is nothing to unpack")
+    dtype = dtype or next(name for name, stored in UNPACKED_DTYPES.items() if stored == contents.source_dtype)
     plan = make_unpack_plan(contents, UNPACKED_DTYPES[dtype], max_shard_nbytes=_shard_limit(source, options))
     job = _Job("unpack", UNPACKED_DTYPES[dtype], UNPACKED_DTYPES[dtype].lower(), dtype)
     return _place(source, plan, _Announcement(), job, options)

@@ -1,6 +1,5 @@
 """Threads that work bands until none is left, something fails, or somebody asks them to stop."""
 
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
@@ -31,11 +30,6 @@ class Stop:
         if self.deadline is not None and time.monotonic() >= self.deadline:
             self.event.set()
         return self.event.is_set()
-
-
-def available_cores() -> int:
-    """Return the processors that this process may use."""
-    return len(os.sched_getaffinity(0))
 
 
 class _Queue(Generic[T]):

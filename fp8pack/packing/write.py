@@ -8,9 +8,10 @@ from contextlib import closing
 from typing import Any
 
 from fp8pack.checkpoint.journal import Journal, read_head
-from fp8pack.checkpoint.shard_writer import check_space
+from fp8pack.checkpoint.shard_writer import check_space, writing
 from fp8pack.checkpoint.staging import Staging
 from fp8pack.errors import DeadlineError, OutputError
+from fp8pack.machine import usable_cores
 from fp8pack.numerics.metrics import sqnr_db
 from fp8pack.packing.bands import Band
 from fp8pack.packing.codecs import make_codec
@@ -18,7 +19,7 @@ from fp8pack.packing.execute import Execution, plan_work
 from fp8pack.packing.metadata import describes, energies_of, manifest_path, write_metadata
 from fp8pack.packing.prepare import Prepared
 from fp8pack.packing.result import PackResult, Sqnr, Written, make_result
-from fp8pack.packing.workers import Stop, available_cores
+from fp8pack.packing.workers import Stop
 from fp8pack.units import format_size
 
 _BASE_MEMORY = 100 << 20  # interpreter and libraries
@@ -66,7 +67,8 @@ def carry_out(prepared: Prepared, on_progress: OnProgress = lambda done, total: 
     with staging:
         half_committed = _is_half_committed(prepared, staging)
         if not options.overwrite and not half_committed and (root := _finished_root(prepared)):
-            staging.journal.unlink(missing_ok=True)  # left by a run that was cut off after its commit
+            with writing(staging.journal):
+                staging.journal.unlink(missing_ok=True)  # left by a run that was cut off after its commit
             return Written(root, True, time.monotonic() - started)
         if prepared.output.exists() and not options.overwrite and not half_committed:
             raise _exists(prepared)
@@ -76,7 +78,6 @@ def carry_out(prepared: Prepared, on_progress: OnProgress = lambda done, total: 
             check_space(staging.folder, execution.remaining_nbytes() + _side_nbytes(prepared))
 
             def tick() -> None:
-                staging.beat()
                 on_progress(execution.counters.done_nbytes, execution.counters.total_nbytes)
 
             execution.run(codec, workers=_num_workers(prepared), stop=stop, tick=tick)
@@ -144,7 +145,7 @@ def _num_workers(prepared: Prepared) -> int:
     """As many threads as there are cores, but no more than the memory budget holds bands for."""
     band = max((Band(tensor, 0).nbytes for tensor in prepared.plan.tensors if tensor.num_bands), default=1)
     budget = max(prepared.options.max_memory - _BASE_MEMORY, 0)
-    return max(1, min(prepared.options.workers or available_cores(), budget // (band + band // 2)))
+    return max(1, min(prepared.options.workers or usable_cores(), budget // (band + band // 2)))
 
 
 def _result(prepared: Prepared, root: str, seconds: float, execution: Execution, staging: Staging) -> Written:

@@ -125,7 +125,7 @@ class _Planner:
         if not decision.packed and quantized is None:
             return _copy(spec, decision.role, decision.reason)
         if not decision.packed and quantized is not None:
-            return _unpack(spec, decision.role, decision.reason, quantized, "BF16")
+            return _unpack(spec, decision.role, decision.reason, quantized, quantized.source_dtype)
         granularity = granularity_of(decision, self.recipe)
         format = (decision.rule.format if decision.rule else None) or self.recipe.format
         rounding = self.recipe.scale_rounding

@@ -13,11 +13,12 @@ from fp8pack.checkpoint.quantized import read_contents
 from fp8pack.checkpoint.source import Source, open_checkpoint
 from fp8pack.checkpoint.values import ValueReader, strips
 from fp8pack.inputs import Texts, parse_path
+from fp8pack.machine import usable_cores
 from fp8pack.modelfacts.contents import Contents
 from fp8pack.modelfacts.experts import split_experts
 from fp8pack.modelfacts.spec import DTYPE_BITS, FLOAT_DTYPES, TensorSpec
 from fp8pack.numerics.metrics import LOST_DB, energies, sqnr_db
-from fp8pack.packing.workers import Stop, available_cores, run_threads
+from fp8pack.packing.workers import Stop, run_threads
 from fp8pack.reading.bounds import check_bounds, parse_bounds
 from fp8pack.reading.comparison import Comparison, ComparisonTotals, TensorComparison
 
@@ -52,7 +53,7 @@ def compare(a: str | Path, b: str | Path) -> Comparison:
     def work(name: str) -> None:
         found[name] = _compare(name, *sides)
 
-    run_threads([names], lambda: nullcontext(work), count=available_cores(), stop=Stop(), tick=lambda: None)
+    run_threads([names], lambda: nullcontext(work), count=usable_cores(), stop=Stop(), tick=lambda: None)
     tensors = tuple(found[name] for name in names)
     different = [tensor for tensor in tensors if not tensor.equal]
     sqnr = {tensor.name: tensor.sqnr for tensor in different if tensor.sqnr is not None}

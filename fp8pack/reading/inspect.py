@@ -17,12 +17,13 @@ from fp8pack.engines.known import parse_targets
 from fp8pack.engines.scale_layouts import scale_problem
 from fp8pack.errors import InputError
 from fp8pack.inputs import Texts, parse_count, parse_path, parse_texts
+from fp8pack.machine import usable_cores
 from fp8pack.modelfacts.contents import Contents, Quantized
 from fp8pack.modelfacts.experts import split_experts
 from fp8pack.modelfacts.roles import judge
 from fp8pack.modelfacts.spec import FLOAT_DTYPES, Stored, TensorSpec
 from fp8pack.numerics.metrics import energies, sqnr_db
-from fp8pack.packing.workers import Stop, available_cores, run_threads
+from fp8pack.packing.workers import Stop, run_threads
 from fp8pack.planning.calibration_summary import CalibrationSummary, summarize
 from fp8pack.planning.recipe import MAX_TP
 from fp8pack.reading.bounds import check_bounds, parse_bounds
@@ -169,7 +170,7 @@ def _measure(opened: Source, contents: Contents, against: Path) -> dict[str, flo
         found[spec.name] = sqnr_db(signal, noise)
 
     packed = [spec for spec in contents.tensors if spec.name in contents.quantized]
-    run_threads([packed], lambda: nullcontext(work), count=available_cores(), stop=Stop(), tick=lambda: None)
+    run_threads([packed], lambda: nullcontext(work), count=usable_cores(), stop=Stop(), tick=lambda: None)
     return found
 
 

@@ -1,14 +1,13 @@
 """What `calibrate`, `merge` and `inspect` print of a calibration."""
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from fp8pack.planning.calibration_summary import CalibrationSummary, SiteSummary
+from fp8pack.report.table import make_console
 from fp8pack.report.text import listed, natural, printable
 from fp8pack.units import format_seconds, format_size
 
-_WIDTH = 160  # of a table that goes to a file or a pipe
 _MAX_NAMES = 4
 
 
@@ -33,10 +32,7 @@ def summary_lines(summary: CalibrationSummary) -> list[str]:
 
 def print_calibration(summary: CalibrationSummary) -> None:
     """Print a line for each site, and the summary, to stdout."""
-    console = Console(highlight=False, soft_wrap=False)
-    if not console.is_terminal:
-        longest = max((len(point) for site in summary.sites for point in site.points), default=0)
-        console = Console(highlight=False, width=max(_WIDTH, longest + 100))
+    console = make_console([point for site in summary.sites for point in site.points])
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("site", overflow="fold")
     for header in ("tokens", "channels", "amax", "99.9 %", "rms", "width"):

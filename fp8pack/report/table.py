@@ -38,12 +38,20 @@ def print_inspection(found: Inspection, asked: Sequence[str] = ()) -> None:
         print_line(console, line)
 
 
+class _Console(Console):
+    """Leaves a pipe whose reader went away to who prints."""
+
+    def on_broken_pipe(self) -> None:
+        """Raise the error that rich is about to turn into an exit."""
+        raise  # noqa: PLE0704  (it is called where the error is handled)
+
+
 def make_console(names: list[str]) -> Console:
     """Return a console for stdout, wide enough for these names and what stands beside them, unless it is a terminal."""
-    console = Console(highlight=False, soft_wrap=False)
+    console = _Console(highlight=False, soft_wrap=False)
     if console.is_terminal:
         return console
-    return Console(highlight=False, width=max(_WIDTH, max(map(len, names), default=0) + 100))
+    return _Console(highlight=False, width=max(_WIDTH, max(map(len, names), default=0) + 100))
 
 
 def print_line(console: Console, line: str) -> None:

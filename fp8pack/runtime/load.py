@@ -6,7 +6,6 @@ by engines lies side by side in the file, so a fused weight is a view, too.
 """
 
 import gc
-import os
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,6 +19,7 @@ from fp8pack.checkpoint.quantized import read_contents
 from fp8pack.checkpoint.source import Source, open_checkpoint
 from fp8pack.errors import InputError, RecipeError
 from fp8pack.gemm.device import describe, find_device
+from fp8pack.machine import usable_cores
 from fp8pack.modelfacts.contents import Contents
 from fp8pack.modelfacts.patterns import Matcher, Pattern
 from fp8pack.modelfacts.spec import TensorSpec
@@ -83,7 +83,7 @@ def load_source(
         parts = _parts(contents, Rank(*tp)) if tp else {}
         expected = _expected(source, contents) if verify else {}
     target = _checked(find_device(device), verify, workers)
-    count = workers or min(_MAX_WORKERS, len(os.sched_getaffinity(0)))
+    count = workers or min(_MAX_WORKERS, usable_cores())
     memory: Memory
     match target.type:
         case "meta":

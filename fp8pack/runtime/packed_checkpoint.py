@@ -7,7 +7,6 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from fp8pack.checkpoint.manifest_schema import PackedEntry
 from fp8pack.checkpoint.source import Source
 from fp8pack.errors import InputError
 from fp8pack.gemm.device import describe
@@ -121,7 +120,7 @@ class PackedCheckpoint(Mapping[str, PackedTensor | Tensor]):
             quantized.format.name,
             quantized.granularity.name,
             quantized.granularity.region(spec.matrix),
-            self._source_dtype(spec.name),
+            TORCH_DTYPES[quantized.source_dtype],
             self._memory.tensor(quantized.input_scale) if quantized.input_scale else None,
             quantized.tiled,
             self.activations == "none",
@@ -134,10 +133,6 @@ class PackedCheckpoint(Mapping[str, PackedTensor | Tensor]):
         if describe(qdata.device).is_fnuz and quantized.format == E4M3:
             whole = replace(whole, qdata=qdata.view(torch.float8_e4m3fnuz), stored_scale=double(whole.stored_scale))
         return whole
-
-    def _source_dtype(self, name: str) -> torch.dtype:
-        entry = self.manifest.tensors.get(name) if self.manifest else None
-        return TORCH_DTYPES[entry.source_dtype] if isinstance(entry, PackedEntry) else torch.bfloat16
 
 
 def _part_of_scales(weight: PackedTensor, shape: tuple[int, int], part: Part) -> Tensor:

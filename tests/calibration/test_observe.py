@@ -1,7 +1,8 @@
 """`fp8pack.observe`: any module, any loop; nothing of the model changes, and everything is put back."""
 
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -373,6 +374,49 @@ def test_everything_is_put_back_also_after_an_error(family: str, attention: str)
     with pytest.raises(IndexError), fp8pack.observe(model):
         model(torch.tensor([[5, 60000]]))
     assert state_of(model) == before
+
+
+def register_another_attention(undo: ExitStack) -> None:
+    """Have an attention `kernel` as the kernels of the Hub are, computed eagerly."""
+
+    def kernel(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return vars(sys.modules[type(module).__module__])["eager_attention_forward"](module, *args, **kwargs)
+
+    for registry, function in (
+        (ALL_ATTENTION_FUNCTIONS, kernel),
+        (ALL_MASK_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS["eager"]),
+    ):
+        registry.register("kernel", function)
+        undo.callback(type(registry)._global_mapping.pop, "kernel")
+
+
+@torch.no_grad()
+def test_a_kernel_that_cannot_be_observed_is_replaced_by_sdpa() -> None:
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with ExitStack() as undo:
+        register_another_attention(undo)
+        model = make_model("qwen3", attn_implementation="sdpa")
+        expected = model(ids).logits
+        model.set_attn_implementation("kernel")
+        with fp8pack.observe(model) as observation:
+            assert "_sdpa_" in model.config._attn_implementation
+            assert torch.equal(model(ids).logits, expected)
+        assert model.config._attn_implementation == "kernel"
+    assert "model.layers.0.self_attn.k" in observation.calibration().by_point
+
+
+@torch.no_grad()
+def test_where_sdpa_cannot_stand_in_it_is_eager_and_that_is_said_once() -> None:
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with ExitStack() as undo:
+        register_another_attention(undo)
+        model = make_model("gemma2")
+        model.set_attn_implementation("kernel")
+        expected = model(ids).logits
+        with pytest.warns(UserWarning, match="no sdpa to stand in for kernel") as said, fp8pack.observe(model):
+            for _ in range(2):
+                assert torch.equal(model(ids).logits, expected)
+    assert len(said) == 1
 
 
 @pytest.mark.parametrize("setter", ["set_attn_implementation", "set_experts_implementation"])

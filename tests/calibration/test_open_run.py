@@ -1,5 +1,6 @@
 """What is decided, and said, before the first token is run."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from fp8pack.calibration.observers import observable
 from fp8pack.calibration.options import CalibrateOptions
 from fp8pack.checkpoint.calibration_file import read_calibration
 from fp8pack.errors import DeadlineError, InputError, OutputError, RecipeError
+from fp8pack.machine import usable_memory
 
 
 def options(folder: Path, **asked: Any) -> CalibrateOptions:
@@ -58,6 +60,20 @@ def test_auto_continues_as_it_began(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(preparing, "_free_memory", lambda device: 0)
     assert verbs.calibrate(DEMO, options(tmp_path)).streamed is False
     assert verbs.calibrate(DEMO, options(tmp_path, output=tmp_path / "d.safetensors")).streamed is True
+
+
+def test_auto_streams_where_the_limit_of_a_container_is_less_than_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The machine has room; the control group has not."""
+    (tmp_path / "self").mkdir()
+    (tmp_path / "self" / "cgroup").write_text("0::/\n")
+    (tmp_path / "meminfo").write_text(f"MemAvailable: {10**9} kB\n")
+    monkeypatch.setattr(preparing, "usable_memory", partial(usable_memory, tmp_path, tmp_path))
+    assert fp8pack.calibrate(DEMO, options(tmp_path))["streamed"] is False
+    (tmp_path / "memory.max").write_text("1000000\n")
+    (tmp_path / "memory.current").write_text("500000\n")
+    assert fp8pack.calibrate(DEMO, options(tmp_path, output=tmp_path / "d.safetensors"))["streamed"] is True
 
 
 class Unseen(torch.nn.Module):

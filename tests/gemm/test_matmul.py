@@ -119,7 +119,7 @@ def test_without_memory_the_weight_is_not_kept(monkeypatch: pytest.MonkeyPatch) 
     payload, scale = weight_of(scheme, 130, 140)
     x = torch.randn(4, 140).bfloat16()
     kept = ReferenceBackend().prepare(payload, scale, scheme)
-    monkeypatch.setattr("fp8pack.gemm.reference_backend._available_nbytes", lambda: 0)
+    monkeypatch.setattr("fp8pack.gemm.reference_backend.usable_memory", lambda: 0)
     lean = ReferenceBackend().prepare(payload, scale, scheme)
     assert kept.values is not None
     assert lean.values is None

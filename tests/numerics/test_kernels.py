@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from fp8pack.numerics.formats import FORMATS, Float8Format, value_table
+from fp8pack.numerics.formats import E4M3, FORMATS, Float8Format, value_table
 from fp8pack.numerics.granularity import parse_granularity
 from fp8pack.numerics.metrics import error_energy
-from fp8pack.numerics.native import amax_rows, quantize_rows
+from fp8pack.numerics.native import amax_rows, dequantize_rows, largest_codes, quantize_rows
 from fp8pack.numerics.scaling import ScaleRounding, decode_e8m0, encode_e8m0, scale_of
 
 NUMPY_DTYPE: dict[str, Any] = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32}
@@ -157,3 +157,47 @@ def test_e8m0_bytes_are_exponents() -> None:
     np.testing.assert_array_equal(decode_e8m0(exponents), expected)
     np.testing.assert_array_equal(encode_e8m0(expected[1:]), exponents[1:])
     assert np.isnan(decode_e8m0(np.array([255], np.uint8)))[0]
+
+
+def read_only(array: NDArray[Any]) -> NDArray[Any]:
+    array.flags.writeable = False
+    return array
+
+
+WEIGHT, PAYLOAD, SCALES = np.zeros((6, 8), np.uint16), np.zeros((6, 8), np.uint8), np.ones((3, 2), np.float32)
+WRONG: dict[str, tuple[Any, Any, Any]] = {
+    "gaps in the weight": (np.zeros((6, 16), np.uint16)[:, ::2], PAYLOAD, SCALES),
+    "a transposed payload": (WEIGHT, np.zeros((8, 6), np.uint8).T, SCALES),
+    "a weight of another width": (WEIGHT.astype(np.uint32), PAYLOAD, SCALES),
+    "a weight of another byte order": (WEIGHT.astype(">u2"), PAYLOAD, SCALES),
+    "a payload of signed bytes": (WEIGHT, PAYLOAD.astype(np.int8), SCALES),
+    "scales of doubles": (WEIGHT, PAYLOAD, SCALES.astype(np.float64)),
+    "a small payload": (WEIGHT, PAYLOAD[:5], SCALES),
+    "too few scales": (WEIGHT, PAYLOAD, SCALES[:2].copy()),
+    "a payload that is read-only": (WEIGHT, read_only(PAYLOAD.copy()), SCALES),
+    "scales that are read-only": (WEIGHT, PAYLOAD, read_only(SCALES.copy())),
+}
+
+
+@pytest.mark.parametrize("arrays", WRONG.values(), ids=WRONG.keys())
+def test_no_kernel_is_given_what_it_would_read_or_write_beyond(arrays: tuple[Any, Any, Any]) -> None:
+    """C knows neither strides nor dtypes."""
+    with pytest.raises(ValueError, match="a kernel takes"):
+        quantize_rows(*arrays, dtype="BF16", region=(2, 4), format=E4M3, rounding=ScaleRounding.NONE)
+
+
+def test_the_other_kernels_refuse_the_same() -> None:
+    with pytest.raises(ValueError, match="with gaps"):
+        amax_rows(np.zeros((6, 16), np.uint16)[:, ::2], dtype="BF16")
+    with pytest.raises(ValueError, match=r"writable; .* read-only"):
+        dequantize_rows(PAYLOAD, SCALES, read_only(WEIGHT.copy()), region=(2, 4), format=E4M3)
+    with pytest.raises(ValueError, match="do not hold 6 x 8 from 1, 0 on"):
+        dequantize_rows(PAYLOAD, SCALES, WEIGHT.copy(), region=(2, 4), format=E4M3, offset=(1, 0))
+    with pytest.raises(ValueError, match="do not hold"):
+        largest_codes(PAYLOAD, (3, 1), region=(2, 4))
+
+
+def test_what_is_only_read_may_be_read_only() -> None:
+    arrays = (read_only(WEIGHT.copy()), PAYLOAD.copy(), read_only(SCALES.copy()))
+    assert quantize_rows(*arrays, dtype="BF16", region=(2, 4), format=E4M3, rounding=None) == 0
+    assert dequantize_rows(read_only(PAYLOAD.copy()), arrays[2], WEIGHT.copy(), region=(2, 4), format=E4M3) == 0

@@ -1,6 +1,7 @@
 """The kernel that records activations, against NumPy; how threads share its work; what follows from a site."""
 
 import math
+import threading
 from fractions import Fraction
 from typing import Any
 
@@ -277,3 +278,34 @@ def test_converged_is_one_percent_over_the_window() -> None:
     assert has_converged([np.array([one] * 5 + [one + 1], np.uint16)], 3)  # 0.8 %
     assert not has_converged([flat], 6)
     assert not has_converged([np.array([0, 0, 0, one], np.uint16)], 2)
+
+
+def test_an_interrupt_waits_for_the_threads_that_hold_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call that is broken off may free its arrays: nobody may write to them later."""
+    threads, recorder, values = Threads(3), Recorder("a", 1 << 9), finite_bits((1 << 10, 1 << 9), 0)
+    genuine, running, has_begun = threads._observe, threading.Semaphore(0), threading.Event()
+
+    def observe(*arguments: int) -> int:
+        if threading.current_thread() is threading.main_thread():
+            assert has_begun.wait(60)
+            threading.Timer(0.05, lambda: [running.release() for _ in range(2)]).start()
+            raise KeyboardInterrupt
+        has_begun.set()
+        running.acquire()
+        found = genuine(*arguments)
+        ended.append(found)
+        return found
+
+    ended: list[int] = []
+    monkeypatch.setattr(threads, "_observe", observe)
+    with pytest.raises(KeyboardInterrupt):
+        recorder.add(*placed(values), Rows.of(np.zeros(len(values), np.int32)), threads)
+    assert len(ended) == 2
+    threads.close()
+
+
+def test_rows_that_belong_to_nobody_are_refused() -> None:
+    with pytest.raises(ValueError, match="has 5 rows, of 4 is known whose they are"):
+        Recorder("a", 7).add(*placed(finite_bits((5, 7), 0)), Rows.of(np.zeros(4, np.int32)), Threads(1))
+    with pytest.raises(ValueError, match="a kernel takes"):
+        Rows.of(np.zeros(8, np.int32)[::2])

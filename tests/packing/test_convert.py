@@ -1,5 +1,6 @@
 """From one FP8 convention to another: bytes that are carried stay, everything else is dequantized and packed anew."""
 
+import json
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
@@ -46,7 +47,7 @@ from fp8pack.numerics.scaling import ScaleRounding
 from fp8pack.packing import codecs
 from fp8pack.packing.options import WriteOptions
 from fp8pack.planning import make_plan
-from fp8pack.planning.recipe import Rule, RuleAction
+from fp8pack.planning.recipe import Request, Rule, RuleAction
 
 
 def values_of(
@@ -500,3 +501,47 @@ def test_rules_mix_granularities_where_the_convention_holds_them(tmp_path: Path)
     assert found[f"{ATTENTION}.o_proj.weight_scale_inv"].shape == (2, 2)
     with pytest.raises(RecipeError, match="fp8pack"):
         verbs.convert(source, asked("block:128x128", "fp8", rules=(rule,)), WriteOptions(tmp_path / "no"))
+
+
+# The dtype that weights had before.
+
+
+@pytest.mark.parametrize(("dtype", "name"), [(np.float16, "float16"), (np.float32, "float32"), (BF16, "bfloat16")])
+def test_the_dtype_before_packing_outlives_conversions(dtype: Any, name: str, tmp_path: Path) -> None:
+    """Whether the bytes are carried or made anew; config.json of the source says another."""
+    weights = {weight: random_weight(LINEARS[weight.removesuffix(".weight")], 3, dtype) for weight in WEIGHTS}
+    source = write_model(tmp_path / "model", weights, config_of())
+    fp8pack.pack(source, tmp_path / "block", scheme="FP8_BLOCK")
+    fp8pack.convert(tmp_path / "block", tmp_path / "dynamic", scheme="FP8_DYNAMIC")
+    kept = Request(quant_method="fp8pack", rules=(Rule(Pattern(WEIGHTS[0]), RuleAction.KEEP),))
+    verbs.convert(tmp_path / "dynamic", kept, WriteOptions(tmp_path / "carried"))
+    for folder in ("dynamic", "carried"):
+        packed = fp8pack.load_packed(tmp_path / folder)
+        assert packed[WEIGHTS[1]].dequantize().dtype == getattr(torch, name)
+    assert read_tensors(tmp_path / "carried")[WEIGHTS[0]].dtype == dtype
+    fp8pack.unpack(tmp_path / "carried", tmp_path / "floats")
+    assert {tensor.dtype for tensor in read_tensors(tmp_path / "floats").values()} == {np.dtype(dtype)}
+    assert json.loads((tmp_path / "floats" / "config.json").read_text())["dtype"] == name
+
+
+@pytest.mark.parametrize(
+    ("declared", "dtype"),
+    [
+        ({"dtype": "float16"}, "F16"),
+        ({"dtype": None, "torch_dtype": "torch.float32"}, "F32"),
+        ({"dtype": None, "text_config": {"torch_dtype": "float16"}}, "F16"),
+        ({"dtype": "float8_e4m3fn"}, "BF16"),
+        ({"dtype": 7}, "BF16"),
+        ({"dtype": None}, "BF16"),
+    ],
+)
+def test_of_a_foreign_checkpoint_it_is_what_its_configuration_declares(
+    declared: dict[str, Any], dtype: str, tmp_path: Path
+) -> None:
+    fp8pack.pack(write_model(tmp_path / "model", float_weights(), config_of()), tmp_path / "p")
+    (tmp_path / "p" / "fp8pack.json").unlink()
+    config = json.loads((tmp_path / "p" / "config.json").read_text()) | declared
+    (tmp_path / "p" / "config.json").write_text(json.dumps(config))
+    contents = read_contents(open_checkpoint(tmp_path / "p"))
+    assert {entry.source_dtype for entry in contents.quantized.values()} == {dtype}
+    assert contents.source_dtype == dtype
