@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -430,6 +431,7 @@ def reach(process: subprocess.Popen[str], journal: Path, lines: int) -> None:
                 return
         except FileNotFoundError:
             pass
+        time.sleep(0.001)
     raise AssertionError(f"it ended before: {process.communicate()}")
 
 
