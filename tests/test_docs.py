@@ -28,6 +28,7 @@ def blocks(page: str) -> list[str]:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", ["index.md", "howto.md", "coming-from.md"])
 def test_the_commands_run_in_order(page: str, tmp_path: Path) -> None:
     _write_model(tmp_path / "model")

@@ -5,9 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from checkpoints import DEMO
 
 import fp8pack
+
+pytestmark = pytest.mark.slow
 
 
 def test_static_w8a8_of_the_demo_model_keeps_its_perplexity(tmp_path: Path) -> None:

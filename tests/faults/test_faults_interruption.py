@@ -23,6 +23,8 @@ from fp8pack.packing.prepare import WriteOptions, prepare_pack
 from fp8pack.packing.write import carry_out
 from fp8pack.planning.recipe import Request
 
+pytestmark = pytest.mark.slow
+
 BANDS = 128  # the journal has a line for each, and some more
 KILLS = random.Random(20).sample(range(2, BANDS), 8)
 SLOWER = "os.fdatasync = lambda fd: time.sleep(0.02)\n"  # than any machine under load: a deadline comes in the middle
