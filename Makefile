@@ -3,11 +3,12 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 SHELL = /bin/bash
 SOURCES = fp8pack tests benchmarks examples
+PARALLEL = -n auto --dist worksteal
 NVIDIA_ROOT ?= $(wildcard build/cuda/lib/python3*/site-packages/nvidia/cu13)
 NVIDIA_PACKAGES = nvidia-cublas nvidia-cuda-runtime nvidia-cuda-crt nvidia-cuda-cccl
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check lint format types golden docs bench bench-calibrate bench-load bench-gpu cpp test-gpu clean
+.PHONY: help install demo test test-fast check lint format types golden docs bench bench-calibrate bench-load bench-gpu cpp test-gpu clean
 
 help: ## print every target
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-16s %s\n", $$1, $$2}'
@@ -27,8 +28,11 @@ demo: install ## calibrate and pack the demo model, inspect the result, and comp
 	$(BIN)/fp8pack inspect demo-output --against examples/demo-qwen3 --fail-if 'sqnr_min<28'
 	$(BIN)/python examples/compare_demo.py demo-output
 
-test: install ## run the tests
-	$(BIN)/python -m pytest -q -m 'not gpu'
+test: install ## run every test that needs no GPU, on all cores
+	$(BIN)/python -m pytest -q -m 'not gpu' $(PARALLEL) --durations=10
+
+test-fast: install ## run the tests but those marked slow: for between edits
+	FP8PACK_CACHE_DIR='$(CURDIR)/build/kernels' $(BIN)/python -m pytest -q -m 'not gpu and not slow' $(PARALLEL)
 
 check: lint types test ## all that CI runs
 

@@ -22,6 +22,8 @@ from fp8pack.checkpoint.calibration_file import read_calibration
 from fp8pack.checkpoint.staging import Staging
 from fp8pack.errors import Fp8PackError, OutputError
 
+pytestmark = pytest.mark.slow
+
 MODES = ("off", "on")  # --stream-layers
 KILLS = [("off", lines) for lines in random.Random(7).sample(range(2, PROMPTS), 2)] + [("on", 2), ("on", 4)]
 

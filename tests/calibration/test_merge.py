@@ -291,6 +291,7 @@ def write_prompts(path: Path, texts: list[str]) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream_layers", ["off", "on"])
 def test_two_halves_of_the_prompts_merge_to_what_one_run_over_all_of_them_gives(
     stream_layers: str, tmp_path: Path

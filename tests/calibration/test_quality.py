@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import verbs
 from checkpoints import DEMO
 
@@ -12,6 +13,8 @@ import fp8pack
 from fp8pack.calibration.options import CalibrateOptions
 from fp8pack.packing.options import WriteOptions
 from fp8pack.planning.recipe import Request
+
+pytestmark = pytest.mark.slow
 
 
 def test_static_w8a8_of_the_demo_model_keeps_its_perplexity(tmp_path: Path) -> None:

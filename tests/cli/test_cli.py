@@ -89,6 +89,7 @@ def test_a_dry_run_lists_every_tensor_with_its_reason_and_writes_nothing(
     assert set(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
@@ -137,6 +138,7 @@ def test_values_may_be_written_with_dashes_or_underscores(make_checkpoint: MakeC
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_inspect_fails_with_8_when_a_bound_is_broken(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     source = make_checkpoint()
     fp8pack("pack", source, "-o", tmp_path / "out")
@@ -148,6 +150,7 @@ def test_inspect_fails_with_8_when_a_bound_is_broken(make_checkpoint: MakeCheckp
     assert bad.stderr.startswith("fp8pack: sqnr_min is 31.")
 
 
+@pytest.mark.slow
 def test_inspect_shows_every_tensor_packed_or_not(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     source = make_checkpoint()
     fp8pack("pack", source, "-o", tmp_path / "out", "-q")
@@ -189,6 +192,7 @@ def test_the_options_are_these_and_a_new_one_needs_a_reason() -> None:
         assert options_in(runner.invoke(app, [command, "--help"]).stdout) == options, command
 
 
+@pytest.mark.slow
 def test_env_says_what_multiplies_here() -> None:
     from fp8pack.runtime.environment import environment
 

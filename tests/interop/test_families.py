@@ -78,6 +78,7 @@ def quiet() -> Iterator[None]:
         yield
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["FP8_BLOCK", "FP8_DYNAMIC"])
 @pytest.mark.parametrize(
     "family", ["llama", "gemma2", "phi3", "gpt_neox", "bert", "mixtral", "qwen2_moe", "deepseek_v3", "llava"]

@@ -260,6 +260,7 @@ print(json.dumps(peaks))
 """
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_transposed_experts(tmp_path: Path) -> None:
     """Two tensors of 64 MiB and one of 32 MiB; a few bands are held at a time."""
     small = write_model(tmp_path / "small", fuse(single_experts(), "interleaved") | rest(), config_of("interleaved"))

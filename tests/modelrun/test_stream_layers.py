@@ -41,6 +41,7 @@ def run(folder: Path, output: Path, stream_layers: str, batch_size: int = 1, **o
 chosen_progress: list[Callable[[int, int], None]] = []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, 3])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_streamed_run_writes_the_bytes_of_a_resident_one(family: str, batch_size: int, tmp_path: Path) -> None:

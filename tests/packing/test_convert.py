@@ -95,6 +95,7 @@ def sorted_lists(value: Any) -> Any:
     return sorted(value) if isinstance(value, list) and all(isinstance(item, str) for item in value) else value
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("granularity", "activations", "rounding"), STORED, ids=str)
 def test_every_convention_comes_back_from_every_other_with_the_same_bytes(
     granularity: str, activations: str, rounding: str, tmp_path: Path
@@ -126,6 +127,7 @@ def test_every_convention_comes_back_from_every_other_with_the_same_bytes(
     assert changed == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("granularity", "activations", "rounding"), STORED, ids=str)
 def test_what_a_convention_says_of_activations_and_scales_is_read_back(
     granularity: str, activations: str, rounding: str, tmp_path: Path
@@ -228,6 +230,7 @@ def test_a_block_that_reaches_over_a_weights_edge_covers_its_rows_and_columns(tm
         assert facts.num_carried == len(shapes), granularity
 
 
+@pytest.mark.slow
 def test_bytes_are_carried_in_bands_strips_and_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shapes = {f"{LAYER}.mlp.down_proj": (200, 1000), f"{ATTENTION}.o_proj": (128, 256)}
     source = source_of(tmp_path / "source", "block:128x128", rounding="up", shapes=shapes)

@@ -141,6 +141,7 @@ def test_bands_cut_a_tensor_anywhere_but_change_only_its_digest(
     assert entry.band_rows == 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("granularity", ["tensor", "group:64", "block:128x128", "block:48x80", "mx"])
 def test_very_long_rows_are_cut_into_columns_and_no_byte_changes(
     make_checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, granularity: str

@@ -407,6 +407,7 @@ def interrupt(source: Path, asked: Request, options: WriteOptions, monkeypatch: 
             verbs.pack(source, asked, options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", [2, 3, 8, 20, 30])
 @pytest.mark.parametrize("method", ["modelopt", "compressed-tensors"])
 def test_an_interrupted_pack_ends_in_the_same_bytes(

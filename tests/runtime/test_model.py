@@ -83,6 +83,7 @@ def test_the_demo_model_generates_as_before(tmp_path: Path, scheme: str) -> None
 FAMILIES = ["qwen3", "qwen3_moe", "mixtral", "gpt_neox", "bert", "albert", "gemma3", "llava", "t5"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_transformers_loads_what_we_load(tmp_path: Path, family: str, caplog: pytest.LogCaptureFixture) -> None:
     path = packed_family(family, tmp_path)
@@ -211,6 +212,7 @@ def test_experts_that_the_class_does_not_put_together_are_refused(tmp_path: Path
             load(path)
 
 
+@pytest.mark.slow
 def test_many_experts_take_no_longer(tmp_path: Path) -> None:
     """Each name was a pattern of its own once, and each key was held against all of them: minutes for a thousand."""
     config = transformers.Qwen3MoeConfig(
