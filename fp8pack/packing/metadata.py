@@ -11,7 +11,8 @@ from blake3 import blake3
 from fp8pack.checkpoint.journal import BandResult
 from fp8pack.checkpoint.manifest import MANIFEST_NAME, NUMERICS_VERSION, SCHEMA_VERSION, digest_of_bands, write_manifest
 from fp8pack.checkpoint.shard_writer import ShardWriter, write_file
-from fp8pack.checkpoint.source import INDEX_NAME, SINGLE_NAME, ShardReader
+from fp8pack.checkpoint.side_files import SideFile
+from fp8pack.checkpoint.source import INDEX_NAME, SINGLE_NAME
 from fp8pack.modelfacts.contents import Quantized
 from fp8pack.modelfacts.spec import Stored
 from fp8pack.packing.execute import ShardWork
@@ -40,7 +41,7 @@ def write_metadata(prepared: Prepared, works: tuple[ShardWork, ...], folder: Pat
         if side.rule is None and side.name not in contents and (side.name != CARD_NAME or card is None):
             files[side.name] = {
                 "size": side.size,
-                "digest": _copy(source.directory / side.name, folder / side.name, side.size),
+                "digest": _copy(side, source.directory, folder / side.name),
             }
     name = (
         prepared.output.name.removesuffix(".safetensors") + ".fp8pack.json" if source.is_single_file else MANIFEST_NAME
@@ -70,7 +71,7 @@ def _card(prepared: Prepared, energies: dict[str, tuple[float, float]]) -> bytes
     found = next((side for side in prepared.side_files if side.name == CARD_NAME and side.rule is None), None)
     if source.is_single_file or (found and found.size > MAX_CARD_NBYTES):
         return None
-    base = (source.directory / CARD_NAME).read_bytes() if found else b""
+    base = _read(found, source.directory) if found else b""
     text = base.decode(errors="replace")
     if isinstance(plan, PackPlan):
         return model_card(prepared.verb, plan, source, energies, text)
@@ -89,7 +90,7 @@ def describes(prepared: Prepared, files: dict[str, Any]) -> bool:
     expected = {name: f"blake3:{blake3(content).hexdigest()}" for name, content in _contents(prepared).items()}
     for side in prepared.side_files:
         if side.rule is None:
-            expected[side.name] = _digest_file(prepared.source.directory / side.name, side.size)
+            expected[side.name] = _digest(side, prepared.source.directory)
     if not prepared.source.is_single_file:
         digests.pop(CARD_NAME, None)
         expected.pop(CARD_NAME, None)
@@ -205,22 +206,29 @@ def _index(plan: Plan) -> bytes:
     return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def _copy(source: Path, target: Path, size: int) -> str:
+def _read(side: SideFile, directory: Path) -> bytes:
+    data = bytearray(side.size)
+    with closing(side.open_in(directory)) as reader:
+        reader.readinto(memoryview(data), 0)
+    return bytes(data)
+
+
+def _copy(side: SideFile, directory: Path, target: Path) -> str:
     """Copy a file byte for byte; return its digest."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with closing(ShardWriter(target, create=True)) as writer:
-        writer.start(b"", size)
-        digest = _digest_file(source, size, writer.write)
+        writer.start(b"", side.size)
+        digest = _digest(side, directory, writer.write)
         writer.sync()
     return digest
 
 
-def _digest_file(path: Path, size: int, pass_on: Callable[[memoryview, int], None] | None = None) -> str:
+def _digest(side: SideFile, directory: Path, pass_on: Callable[[memoryview, int], None] | None = None) -> str:
     """The digest of a file, read piece by piece; each piece may be passed on with its offset."""
     hasher = blake3()
-    with closing(ShardReader(path)) as reader:
-        for offset in range(0, size, _COPY_NBYTES):
-            data = memoryview(bytearray(min(_COPY_NBYTES, size - offset)))
+    with closing(side.open_in(directory)) as reader:
+        for offset in range(0, side.size, _COPY_NBYTES):
+            data = memoryview(bytearray(min(_COPY_NBYTES, side.size - offset)))
             reader.readinto(data, offset)
             hasher.update(data)
             if pass_on is not None:

@@ -8,9 +8,10 @@ from contextlib import closing
 from typing import Any
 
 from fp8pack.checkpoint.journal import Journal
+from fp8pack.checkpoint.regular_files import read_regular
 from fp8pack.checkpoint.shard_writer import check_space, writing
 from fp8pack.checkpoint.staging import Staging
-from fp8pack.errors import DeadlineError, OutputError
+from fp8pack.errors import DeadlineError, InputError, OutputError
 from fp8pack.machine import usable_cores
 from fp8pack.numerics.metrics import sqnr_db
 from fp8pack.packing.bands import Band
@@ -72,14 +73,14 @@ def carry_out(prepared: Prepared, on_progress: OnProgress = lambda done, total: 
 def _finished_root(prepared: Prepared) -> str | None:
     """The root of the output, if it is finished and was made from this source by this recipe."""
     try:
-        document = json.loads(manifest_path(prepared).read_bytes())
+        document = json.loads(read_regular(manifest_path(prepared)))
         same_source = document["source"]["fingerprint"] == prepared.source.fingerprint
         recipes = [_decisive(document["recipe"]), _decisive({**prepared.plan.selection, **prepared.plan.recipe_data})]
         folder, files = manifest_path(prepared).parent, document["files"]
         whole = all((folder / name).stat().st_size == entry["size"] for name, entry in files.items())
         same = same_source and recipes[0] == recipes[1] and whole and describes(prepared, files)
         return str(document["root"]) if same else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (InputError, OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
