@@ -46,6 +46,11 @@ class SideFile:
     identity: tuple[int, int] = (0, 0)
     changed_ns: int = 0
 
+    @property
+    def version(self) -> tuple[int, int, int]:
+        """What tells this version of the file from another one: size, time of the last change, inode."""
+        return self.size, self.changed_ns, self.identity[1]
+
     def open_in(self, directory: Path) -> ShardReader:
         """Open the file that was looked at.
 

@@ -18,14 +18,15 @@ from fp8pack.packing.bands import Band
 from fp8pack.packing.codecs import make_codec
 from fp8pack.packing.execute import Execution
 from fp8pack.packing.facts import WriteResult
-from fp8pack.packing.metadata import describes, energies_of, manifest_path, write_metadata
+from fp8pack.packing.metadata import describes, energies_of, manifest_path, side_files_to_copy, write_metadata
 from fp8pack.packing.prepare import Prepared
+from fp8pack.packing.side_work import SideWork
 from fp8pack.packing.workers import Stop
 from fp8pack.units import format_size
 
 _BASE_MEMORY = 100 << 20  # interpreter and libraries
 
-OnProgress = Callable[[int, int], None]  # bytes gone through, bytes in all
+OnProgress = Callable[[int, int], None]  # bytes gone through, bytes in all, side files included
 
 
 def carry_out(prepared: Prepared, on_progress: OnProgress = lambda done, total: None) -> WriteResult:
@@ -50,10 +51,10 @@ def carry_out(prepared: Prepared, on_progress: OnProgress = lambda done, total: 
         if prepared.output.exists() and not options.overwrite and not half_committed:
             raise OutputError(f"{prepared.output} exists: choose another -o, or --overwrite replaces it")
         with closing(Journal(staging.journal)) as journal:
-            execution = Execution(prepared.plan, prepared.source, folder=staging.content, journal=journal)
+            sides = tuple(SideWork(side) for side in side_files_to_copy(prepared))
+            execution = Execution(prepared.plan, prepared.source, sides, folder=staging.content, journal=journal)
             _resume(prepared, execution, journal, staging)
-            side_nbytes = sum(side.size for side in prepared.side_files if side.rule is None)
-            check_space(staging.folder, execution.remaining_nbytes() + side_nbytes)
+            check_space(staging.folder, execution.remaining_nbytes())
 
             def tick() -> None:
                 on_progress(execution.counters.done_nbytes, execution.counters.total_nbytes)
@@ -63,8 +64,8 @@ def carry_out(prepared: Prepared, on_progress: OnProgress = lambda done, total: 
             if not execution.is_done:
                 done, total = format_size(execution.counters.done_nbytes), format_size(execution.counters.total_nbytes)
                 raise DeadlineError(f"the deadline is reached with {done} of {total} done; the same command continues")
-            staging.keep_only({work.plan.file for work in execution.works})
-            root = write_metadata(prepared, execution.works, staging.content)
+            staging.keep_only({work.plan.file for work in execution.works} | {work.side.name for work in sides})
+            root = write_metadata(prepared, execution.works, sides, staging.content)
         commit = staging.commit_file if prepared.source.is_single_file else staging.commit
         commit(overwrite=options.overwrite or half_committed)
     return _result(prepared, root, time.monotonic() - started, execution, staging)
