@@ -8,7 +8,7 @@ NVIDIA_ROOT ?= $(wildcard build/cuda/lib/python3*/site-packages/nvidia/cu13)
 NVIDIA_PACKAGES = nvidia-cublas nvidia-cuda-runtime nvidia-cuda-crt nvidia-cuda-cccl
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast check lint format types golden docs bench bench-calibrate bench-load bench-gpu cpp test-gpu clean
+.PHONY: help install demo test test-fast test-newest test-oldest lock check lint format types golden docs bench bench-calibrate bench-load bench-gpu cpp test-gpu clean
 
 help: ## print every target
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-16s %s\n", $$1, $$2}'
@@ -33,6 +33,32 @@ test: install ## run every test that needs no GPU, on all cores
 
 test-fast: install ## run the tests but those marked slow: for between edits
 	FP8PACK_CACHE_DIR='$(CURDIR)/build/kernels' $(BIN)/python -m pytest -q -m 'not gpu and not slow' $(PARALLEL)
+
+# What touches other people's libraries; everything else is the same with any of them.
+LIBRARIES = tests/api tests/calibration tests/cli tests/interop tests/modelrun tests/runtime
+
+build/%/installed: pyproject.toml $(wildcard constraints*.txt)
+	rm -rf build/$*
+	$(PYTHON) -m venv build/$*
+	build/$*/bin/pip install --quiet --upgrade 'pip>=25.1'
+	build/$*/bin/pip install --quiet $(PINS) --editable . --group dev
+	@touch $@
+
+test-newest: PINS = $(TORCH)
+test-newest: build/newest/installed ## run what touches other libraries with the newest of each; TORCH=torch==… pins that one
+	build/newest/bin/python -m pytest -q -m 'not gpu' $(PARALLEL) $(LIBRARIES) tests/gemm
+
+test-oldest: PINS = --constraint constraints-oldest.txt
+test-oldest: build/oldest/installed ## run what touches other libraries with the oldest that are supported
+	build/oldest/bin/python -m pytest -q -m 'not gpu' $(PARALLEL) $(LIBRARIES)
+
+lock: ## write constraints.txt anew: the newest of every package, but for torch
+	rm -rf build/lock
+	$(PYTHON) -m venv build/lock
+	build/lock/bin/pip install --quiet --upgrade 'pip>=25.1'
+	build/lock/bin/pip install --quiet --editable . --group dev 'torch==2.13.0'
+	{ echo '# Every package of development and CI, written by `make lock`; the package itself asks for ranges.'; \
+	  build/lock/bin/pip freeze --all --exclude-editable | grep -v '^pip==' | sed 's/+cpu$$//'; } > constraints.txt
 
 check: lint types test ## all that CI runs
 

@@ -6,6 +6,7 @@ tests/modelrun/test_transformers_internals.py has a test for each name, so that 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
+from inspect import signature
 from typing import Any, Literal
 
 import torch
@@ -82,7 +83,9 @@ def load_tensors(model: PreTrainedModel, tensors: Mapping[str, Any], device: tor
         weight_mapping=get_model_conversion_mapping(model),  # type: ignore[arg-type]
         device_map={"": str(device)},
     )
-    info, _ = convert_and_load_state_dict_in_model(model, dict(tensors), config)
+    takes_plan = "tp_plan" in signature(convert_and_load_state_dict_in_model).parameters  # until 5.15
+    plan = {"tp_plan": None} if takes_plan else {}
+    info, _ = convert_and_load_state_dict_in_model(model, dict(tensors), config, **plan)
     return info
 
 

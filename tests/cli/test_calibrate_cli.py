@@ -247,12 +247,12 @@ def usage(fp8pack: Fp8Pack, words: str, *arguments: str | Path) -> None:
 
 
 WRONG_USE: dict[str, tuple[str, ...]] = {
-    "--max-length": ("--max-length", "0"),
-    "max-length": ("--max-length", "-5"),
-    "--num-prompts": ("--num-prompts", "0"),
-    "--batch-size": ("--batch-size", "0"),
+    "max length '0'": ("--max-length", "0"),
+    "max length '-5'": ("--max-length", "-5"),
+    "num prompts '0'": ("--num-prompts", "0"),
+    "batch size '0'": ("--batch-size", "0"),
     "choose auto, cpu or cuda": ("--device", "tpu"),
-    "choose auto, on or off": ("--stream-layers", "maybe"),
+    "choose auto, on, off": ("--stream-layers", "maybe"),
     "must name a .safetensors file": ("-o", "/tmp/never.json"),
     "write 50m": ("--deadline", "soon"),
     "--frobnicate": ("--frobnicate",),

@@ -14,6 +14,7 @@ from fp8pack.cli.app import app
 PACK_OPTIONS = {
     *("--output", "--scheme", "--format", "--granularity", "--quant-method", "--scale-rounding", "--activations"),
     *("--calibration", "--kv-cache", "--percentile", "--margin", "--warmup"),
+    *("--keep-first-layers", "--keep-last-layers", "--targets"),
     *(
         "--recipe",
         "--ignore",
@@ -35,12 +36,12 @@ CALIBRATE_OPTIONS = {
     *("--json", "--quiet", "--help"),
 }
 MERGE_OPTIONS = {"--output", "--overwrite", "--json", "--quiet", "--help"}
-CONVERT_OPTIONS = PACK_OPTIONS - {"--recipe"}
+CONVERT_OPTIONS = PACK_OPTIONS - {"--recipe", "--keep-first-layers", "--keep-last-layers"}
 UNPACK_OPTIONS = {
     *("--output", "--dtype", "--copy", "--max-shard-size", "--workers", "--max-memory", "--resume", "--no-resume"),
     *("--deadline", "--overwrite", "--dry-run", "--json", "--quiet", "--verbose", "--help"),
 }
-INSPECT_OPTIONS = {"--against", "--fail-if", "--target", "--tp", "--gpu", "--json", "--help"}
+INSPECT_OPTIONS = {"--against", "--fail-if", "--target", "--targets", "--tp", "--gpu", "--json", "--help"}
 DIFF_OPTIONS = {"--fail-if", "--json", "--help"}
 ENV_OPTIONS = {"--include-dir", "--json", "--help"}
 
@@ -63,7 +64,7 @@ def test_pack_prints_the_output_path_and_nothing_else_on_stdout(
     assert done.stdout == f"{tmp_path / 'out'}\n"
     first, *rest = done.stderr.splitlines()
     assert first.startswith("model  Qwen3ForCausalLM  BF16  21 tensors")
-    assert [line.split()[0] for line in rest] == ["scheme", "packed", "result", "loads", "next"]
+    assert [line.split()[0] for line in rest] == ["scheme", "packed", "result", "SQNR", "loads", "next"]
 
 
 def test_json_is_one_document_with_the_same_facts_as_the_function(
