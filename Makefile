@@ -8,7 +8,7 @@ NVIDIA_ROOT ?= $(wildcard build/cuda/lib/python3*/site-packages/nvidia/cu13)
 NVIDIA_PACKAGES = nvidia-cublas nvidia-cuda-runtime nvidia-cuda-crt nvidia-cuda-cccl
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast test-newest test-oldest lock check lint format types golden docs bench bench-calibrate bench-load bench-gpu cpp test-gpu clean
+.PHONY: help install demo test test-fast test-newest test-oldest lock check lint format types golden docs dist site links bench bench-calibrate bench-load bench-gpu cpp test-gpu clean
 
 help: ## print every target
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-16s %s\n", $$1, $$2}'
@@ -78,6 +78,17 @@ golden: install ## write the golden roots anew; say why in the commit
 
 docs: install ## write the generated parts of docs/ anew
 	$(BIN)/python docs/generate.py
+
+dist: install ## build the source archive and the wheel, and check their metadata
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+
+site: install ## build the documentation site into build/site, strictly
+	$(BIN)/mkdocs build --strict --site-dir build/site
+
+links: install ## check that external links of the documentation answer
+	$(BIN)/python docs/check_links.py
 
 bench: install ## measure, and write a result file to docs/benchmarks/
 	$(BIN)/python benchmarks/bench.py --out docs/benchmarks/pack_$$(nproc)-core-$$(uname -m)_$$(date +%Y%m).md

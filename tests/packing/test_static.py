@@ -29,7 +29,7 @@ from fp8pack.packing.options import WriteOptions
 from fp8pack.planning import make_plan
 from fp8pack.planning.recipe import Request
 
-SCHEMA = Path(__file__).parents[2] / "docs" / "manifest.schema.json"
+SCHEMA = Path(__file__).parents[2] / "docs" / "schemas" / "manifest.schema.json"
 
 
 def amax_of(module: str) -> float:
