@@ -19,20 +19,35 @@ import re
 class Fp8PackError(Exception):
     """An expected failure: `str(error)` is one sentence that names the file and the tensor, `hint` is the way out.
 
-    A hint is written in the options of the command line. `hint` has them as keywords of the Python functions,
-    `command_hint` as they are typed in a shell; both are empty if there is no way out.
+    Both are written with the options of the command line. Here they are the keywords of the Python functions;
+    `command_line` has them as they are typed in a shell.
     """
 
     exit_code = 1
 
     def __init__(self, sentence: str, hint: str = "") -> None:
         super().__init__(sentence)
-        self.command_hint = hint
+        self._hint = hint
+
+    def __str__(self) -> str:
+        return as_names(str(self.args[0]))
 
     @property
     def hint(self) -> str:
-        """The way out, in keywords of the Python functions."""
-        return as_keywords(self.command_hint)
+        """The way out, in keywords of the Python functions; empty if there is none."""
+        return as_keywords(self._hint)
+
+    @property
+    def command_line(self) -> str:
+        """The sentence and the way out, in options of the command line."""
+        sentence = str(self.args[0])
+        if not self._hint:
+            return sentence
+        return f"{sentence} {self._hint}" if sentence.endswith("?") else f"{sentence}: {self._hint}"
+
+    def within(self, place: str) -> "Fp8PackError":
+        """Return the same error, whose sentence names a place first."""
+        return type(self)(f"{place}: {self.args[0]}", self._hint)
 
 
 class RecipeError(Fp8PackError):
@@ -82,7 +97,16 @@ class DeviceError(Fp8PackError):
 
 
 _OPTION = re.compile(r"(?<![\w-])--(?P<no>no-)?(?P<name>[a-z][a-z-]*)(?:[ =](?P<value>'[^']*'|[^\s,:;)`]+))?")
+_OPTION_NAME = re.compile(r"(?<![\w-])--(?P<no>no-)?(?P<name>[a-z][a-z-]*)")
 _SWITCHES = ("resume", "overwrite", "kv_cache", "all_experts", "until_converged", "trust_remote_code", "dry_run")
+
+
+def as_names(sentence: str) -> str:
+    """Return a sentence with options by their names in Python: `--scale-rounding` is `scale_rounding`."""
+    named = _OPTION_NAME.sub(
+        lambda match: match["name"].replace("-", "_") + ("=False" if match["no"] else ""), sentence
+    )
+    return re.sub(r"(?<![\w-])-o(?![\w-])", "output", named)
 
 
 def as_keywords(hint: str) -> str:
