@@ -108,6 +108,7 @@ FUSED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "asked", "loads"), FUSED, ids=str)
 def test_transformers_finds_every_weight_of_fused_experts_where_we_say_so(
     family: str, asked: dict[str, Any], loads: bool, tmp_path: Path

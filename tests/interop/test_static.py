@@ -190,6 +190,7 @@ def test_compressed_tensors_rounds_activations_as_we_do(calibration: Path, tmp_p
     assert torch.equal(theirs, round_activations(x, Static(scale.item())))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kv_cache", [False, True])
 @pytest.mark.parametrize("dequantize", [False, True])
 def test_transformers_loads_it_and_computes_nearly_what_bf16_computes(
