@@ -40,7 +40,7 @@ WRONG = {
 
 @pytest.mark.slow
 def test_mypy_takes_what_is_right_and_refuses_what_is_wrong(tmp_path: Path) -> None:
-    """Both files in one run, which reads the types of torch and transformers once."""
+    """Both files in one run; the types of torch and transformers are not at stake, and take a minute."""
     wrong = tmp_path / "wrong.py"
     wrong.write_text("\n".join(["import fp8pack", *WRONG]) + "\n")
     command = [

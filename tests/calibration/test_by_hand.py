@@ -297,7 +297,7 @@ def test_the_demo_model_over_the_prompts_that_come_with_it(tmp_path: Path) -> No
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(DEMO)
     # how a conversation becomes text is not at stake here
-    ids = [found for found, _ in tokenize(load_prompts(str(prompts), 24), tokenizer, 64)]
+    ids = [found for found, _ in tokenize(load_prompts([str(prompts)], 24), tokenizer, 64)]
     places = llama_like(4, "self_attn.q_norm", "self_attn.k_norm")
     hand = run_by_hand(load(DEMO), batches_of(ids, 1, 0), places, attentions(4), watched_sdpa)
     calibration = read_calibration(output)

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.slow
 
 BANDS = 128  # the journal has a line for each, and some more
 KILLS = random.Random(20).sample(range(2, BANDS), 8)
-SLOWER = "os.fdatasync = lambda fd: time.sleep(0.02)\n"  # than any machine under load: a deadline comes in the middle
+SLOWER = "os.fdatasync = lambda fd: time.sleep(0.05)\n"  # than any machine under load: a deadline comes in the middle
 
 
 # Killed.

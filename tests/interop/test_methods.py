@@ -177,5 +177,5 @@ def test_transformers_loads_experts_and_wrappers_where_we_say_so(
 ) -> None:
     options = LOADED.get(name, COMPRESSED["group"])
     facts = fp8pack.pack(request.getfixturevalue(kind), tmp_path / kind, **options)
-    verdict = next(engine for engine in facts.engines if engine["engine"] == "transformers")
-    assert is_loaded_whole(tmp_path / kind) == bool(verdict["tp"]), verdict["reason"]
+    verdict = next(engine for engine in facts.engines if engine.engine == "transformers")
+    assert is_loaded_whole(tmp_path / kind) == bool(verdict.tp), verdict.reason

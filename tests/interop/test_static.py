@@ -202,6 +202,7 @@ def reads_kv_scales(model: Any) -> bool:
     return "past_key_values" in signature(type(attention).forward).parameters
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kv_cache", [False, True])
 @pytest.mark.parametrize("dequantize", [False, True])
 def test_transformers_loads_it_and_computes_nearly_what_bf16_computes(

@@ -181,6 +181,7 @@ def test_bytes_are_carried_where_scales_become_finer(
         np.testing.assert_array_equal(loaded[name].dequantize(torch.float32).numpy(), values)
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(
     shape=st.tuples(st.sampled_from([1, 2, 7, 32, 64, 130]), st.sampled_from([1, 5, 32, 96, 128, 300])),
