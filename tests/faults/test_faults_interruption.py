@@ -399,7 +399,7 @@ def test_a_damaged_line_of_the_journal_is_no_traceback(place: int, line: bytes, 
     try:
         journal.read()
     except OutputError as error:
-        assert "--no-resume" in str(error)
+        assert "--no-resume" in error.command_line
     finally:
         journal.close()
 

@@ -122,7 +122,7 @@ def refused(tmp_path: Path) -> Callable[..., str]:
         options = WriteOptions(output=tmp_path / "out" if output is None else output, overwrite=overwrite)
         with pytest.raises(Fp8PackError) as caught:
             prepare_pack(model, request or Request(), options)
-        message = str(caught.value)
+        message = caught.value.command_line
         assert type(caught.value) is kind
         assert len(message.splitlines()) == 1
         assert len(message) < 2000

@@ -36,7 +36,7 @@ def read(tmp_path: Path) -> Callable[[bytes], Header]:
 def test_malformed_header_is_refused_in_one_line(build: Build, read: Callable[[bytes], Header]) -> None:
     with pytest.raises(InputError) as caught:
         read(build())
-    message = str(caught.value)
+    message = caught.value.command_line
     assert message.startswith("model.safetensors")
     assert len(message.splitlines()) == 1
     assert message.isprintable()

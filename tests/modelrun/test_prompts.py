@@ -55,7 +55,7 @@ def refusal(call: Callable[[], object], *words: str) -> str:
     """Return the sentence with which a call refuses its input."""
     with pytest.raises(Fp8PackError) as caught:
         call()
-    message = str(caught.value)
+    message = caught.value.command_line
     assert type(caught.value) is InputError
     assert len(message.splitlines()) == 1
     assert len(message) < 2000

@@ -220,9 +220,9 @@ def test_a_wrong_recipe_file_is_one_sentence(text: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format": "e5m2", "quant_method": "fp8"}, "fp8 does not hold e5m2 with .* use --quant-method fp8pack"),
-        ({"granularity": "group:64", "quant_method": "modelopt"}, "use --quant-method compressed-tensors or fp8pack"),
-        ({"scheme": "FP8_BLOCK", "quant_method": "mxfp8"}, "use --quant-method fp8 or compressed-tensors or modelopt"),
+        ({"format": "e5m2", "quant_method": "fp8"}, "fp8 does not hold e5m2 with .* use quant_method fp8pack"),
+        ({"granularity": "group:64", "quant_method": "modelopt"}, "use quant_method compressed-tensors or fp8pack"),
+        ({"scheme": "FP8_BLOCK", "quant_method": "mxfp8"}, "use quant_method fp8 or compressed-tensors or modelopt"),
     ],
 )
 def test_what_a_convention_cannot_express_is_refused(changes: dict[str, str], message: str) -> None:
