@@ -114,7 +114,7 @@ def test_converted_weights_keep_their_values(name: str, method: str, tmp_path: P
     if method not in methods:
         with pytest.raises(RecipeError) as caught:
             fp8pack.convert(FIXTURES[name], tmp_path / "out", quant_method=method)
-        offered = str(caught.value).partition("--quant-method ")[2].split(" or ")
+        offered = caught.value.command_line.partition("--quant-method ")[2].split(" or ")
         assert methods <= set(offered)
         return
     before, source = dequantized(FIXTURES[name]), read_contents(open_checkpoint(FIXTURES[name]))

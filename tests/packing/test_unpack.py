@@ -473,7 +473,9 @@ def test_a_deadline_ends_with_code_7_and_the_same_command_continues(
     assert process.returncode == 7, stderr
     assert "the same command continues" in stderr.splitlines()[-1]
     assert not (tmp_path / "out").exists()
-    assert check_finished(run(), tmp_path)["resumed_nbytes"] > 0
+    journal = tmp_path / ".out.fp8pack-partial" / "journal.jsonl"
+    kept = journal.exists() and b'"bands"' in journal.read_bytes()  # a slow machine may finish nothing by then
+    assert (check_finished(run(), tmp_path)["resumed_nbytes"] > 0) == kept
 
 
 @pytest.mark.slow
