@@ -52,11 +52,14 @@ test-oldest: PINS = --constraint constraints-oldest.txt
 test-oldest: build/oldest/installed ## run what touches other libraries with the oldest that are supported
 	build/oldest/bin/python -m pytest -q -m 'not gpu' $(PARALLEL) $(LIBRARIES)
 
-lock: ## write constraints.txt anew: the newest of every package, but for torch
+# torch for CUDA wants this very triton; torch for a CPU names none, so that a lock made with it would take the newest.
+LOCKED = torch==2.13.0 triton==3.7.1
+
+lock: ## write constraints.txt anew: the newest of every package, but for torch and its triton
 	rm -rf build/lock
 	$(PYTHON) -m venv build/lock
 	build/lock/bin/pip install --quiet --upgrade 'pip>=25.1'
-	build/lock/bin/pip install --quiet --editable . --group dev 'torch==2.13.0'
+	build/lock/bin/pip install --quiet --editable . --group dev $(LOCKED)
 	{ echo '# Every package of development and CI, written by `make lock`; the package itself asks for ranges.'; \
 	  build/lock/bin/pip freeze --all --exclude-editable | grep -v '^pip==' | sed 's/+cpu$$//'; } > constraints.txt
 
