@@ -37,5 +37,5 @@ def test_the_demo_model_packs_to_the_same_root_as_ever(name: str, tmp_path: Path
 def write_golden(folder: Path) -> None:
     """Pack the demo model under every scheme and record the roots."""
     outputs = enumerate(REQUESTS.items())
-    roots = {name: verbs.pack(DEMO, asked, WriteOptions(folder / str(i)))["root"] for i, (name, asked) in outputs}
+    roots = {name: verbs.pack(DEMO, asked, WriteOptions(folder / str(i))).root for i, (name, asked) in outputs}
     GOLDEN.write_text(json.dumps(roots, indent=2) + "\n")
