@@ -22,14 +22,18 @@ def pins(name: str) -> dict[str, Version]:
     return {canonicalize_name(name): Version(version) for name, _, version in (line.partition("==") for line in found)}
 
 
+CUDA = ("nvidia-", "cuda-")  # which torch for CUDA names with their versions
+
+
 def needed() -> set[str]:
-    """Every package that the declared ones need here, by their own account."""
+    """Every package that the declared ones need here, by their own account, CUDA's own left out."""
     found: set[str] = set()
     todo = list(WITH_TOOLS)
     while todo:
         requirement = todo.pop()
         name = canonicalize_name(requirement.name)
-        if name in found or (requirement.marker and not requirement.marker.evaluate({"extra": ""})):
+        applies = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+        if name in found or name.startswith(CUDA) or not applies:
             continue
         found.add(name)
         try:
