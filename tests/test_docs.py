@@ -15,7 +15,7 @@ from checkpoints import DEMO
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from fp8pack import errors
+from fp8pack import __version__, errors
 from fp8pack.cli.app import app
 
 ROOT = Path(__file__).parents[1]
@@ -60,10 +60,24 @@ def _write_model(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
-def test_links_lead_to_files() -> None:
-    for page in PAGES:
-        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
-            assert (page.parent / target).exists(), f"{page.name}: {target}"
+def test_links_lead_to_files_and_headings() -> None:
+    """As a forge shows them; those of the site are checked when it is built."""
+    folders = [ROOT / name for name in ("benchmarks", "calib_prompts", "docs", "examples", "tests")]
+    for page in [*ROOT.glob("*.md"), *(page for folder in folders for page in folder.rglob("*.md"))]:
+        for target, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)#?([^)\s]*)\)", _prose(page)):
+            found = page.parent / target if target else page
+            assert found.exists(), f"{page.name}: {target}"
+            assert not anchor or anchor in _headings(found), f"{page.name}: {target}#{anchor}"
+
+
+def _prose(page: Path) -> str:
+    return re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+
+
+def _headings(page: Path) -> set[str]:
+    """What a forge calls the headings of a page in links."""
+    headings = re.findall(r"^#+ (.+)$", _prose(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def test_every_command_has_help_and_is_documented() -> None:
@@ -109,15 +123,54 @@ def test_the_site_has_every_page() -> None:
     assert named == pages
 
 
+def _steps(workflow: Path) -> list[dict[str, str]]:
+    jobs = yaml.safe_load(workflow.read_text(encoding="utf-8"))["jobs"]
+    return [step for job in jobs.values() for step in job["steps"]]
+
+
 def test_workflows_are_yaml_and_call_targets_that_there_are() -> None:
     targets = set(re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert all(yaml.safe_load(path.read_text(encoding="utf-8")) for path in (ROOT / ".github").rglob("*.yml"))
+    called: set[str] = set()
+    for path in sorted((ROOT / ".github" / "workflows").glob("*.yml")):
+        for command in re.findall(
+            r"^make (.+)$", "\n".join(step.get("run", "") for step in _steps(path)), re.MULTILINE
+        ):
+            called |= set(command.split()) if "${{" not in command else set()
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))["jobs"]
+    called |= set(jobs["libraries"]["strategy"]["matrix"]["target"])
+    assert {"check", "dist", "site", "test-newest", "test-oldest"} <= called <= targets
+
+
+def test_ci_runs_the_pythons_that_are_declared() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    for path in sorted((ROOT / ".github").rglob("*.yml")):
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-        assert document
-        for target in re.findall(r"run: make ([a-z-]+)$", path.read_text(encoding="utf-8"), re.MULTILINE):
-            assert target in targets, f"{path.name}: {target}"
     jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))["jobs"]
     versions = [name.rpartition(" ")[2] for name in project["classifiers"] if re.search(r":: 3\.\d+$", name)]
     assert jobs["check"]["strategy"]["matrix"]["python"] == versions
-    assert set(jobs["libraries"]["strategy"]["matrix"]["target"]) <= targets
+
+
+@pytest.mark.parametrize(("tag", "code"), [("v0.2.0", 0), ("v0.2", 1), ("v0.1.0", 1)])
+def test_a_release_has_the_notes_of_its_own_version(tag: str, code: int, tmp_path: Path) -> None:
+    text = "## Unreleased\n\nnot yet\n\n## 0.2.0 - 2027-01-31\n\n### Added\n\n- this\n\n## 0.1.0 - 2026-12-01\n"
+    (tmp_path / "CHANGELOG.md").write_text(text)
+    (step,) = [step for step in _steps(ROOT / ".github/workflows/release.yml") if step.get("name") == "notes"]
+    environment = os.environ | {"GITHUB_REF_NAME": tag}
+    done = subprocess.run(["bash", "-e", "-c", step["run"]], cwd=tmp_path, env=environment, check=False)
+    assert done.returncode == code
+    assert code or (tmp_path / "release" / "notes.md").read_text().split("\n") == [
+        "",
+        "### Added",
+        "",
+        "- this",
+        "",
+        "",
+    ]
+
+
+@pytest.mark.parametrize(("tag", "code"), [(f"v{__version__}", 0), (f"v{__version__}1", 1), (__version__, 1)])
+def test_a_tag_that_is_not_the_version_is_not_released(tag: str, code: int) -> None:
+    (step,) = [
+        step for step in _steps(ROOT / ".github/workflows/release.yml") if step.get("name", "").startswith("the tag")
+    ]
+    environment = os.environ | {"GITHUB_REF_NAME": tag}
+    assert subprocess.run(["bash", "-e", "-c", step["run"]], cwd=ROOT, env=environment, check=False).returncode == code
