@@ -1,5 +1,6 @@
 """The wheel has what it needs, and works in an environment with its own requirements alone."""
 
+import os
 import subprocess
 import sys
 import zipfile
@@ -16,7 +17,9 @@ pytestmark = pytest.mark.slow
 
 
 def run(*command: object, cwd: Path) -> str:
-    done = subprocess.run(list(map(str, command)), cwd=cwd, capture_output=True, text=True, check=False)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}  # which hides the wheel
+    words = list(map(str, command))
+    done = subprocess.run(words, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -43,5 +46,7 @@ def test_the_wheel_works_with_its_own_requirements_alone(wheel: Path, tmp_path: 
     python = tmp_path / "empty" / "bin" / "python"
     run(python, "-m", "pip", "install", "--quiet", "--constraint", ROOT / "constraints.txt", wheel, cwd=tmp_path)
     run(tmp_path / "empty" / "bin" / "fp8pack", "pack", DEMO, "-o", tmp_path / "out", "-q", cwd=tmp_path)
-    program = "import fp8pack; print(len(fp8pack.load_packed('out', verify=True)))"
-    assert run(python, "-c", program, cwd=tmp_path).strip() == "46"
+    program = "import fp8pack; print(len(fp8pack.load_packed('out', verify=True)), fp8pack.__file__)"
+    count, home = run(python, "-c", program, cwd=tmp_path).split()
+    assert count == "46"
+    assert Path(home).is_relative_to(tmp_path)
