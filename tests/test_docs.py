@@ -114,7 +114,9 @@ def test_the_site_is_built_strictly(tmp_path: Path) -> None:
     environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert (tmp_path / "site" / "index.html").exists()
+    pages = [path.read_text(encoding="utf-8") for path in (tmp_path / "site").rglob("*.html")]
+    assert pages
+    assert not [tag for page in pages for tag in re.findall(r"<(?:script|link|img)[^>]*=\"(?:https?:)?//[^>]*>", page)]
 
 
 def test_the_site_has_every_page() -> None:
