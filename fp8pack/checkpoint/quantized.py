@@ -76,7 +76,7 @@ def read_contents(source: Source) -> Contents:
         _activations(announced, quantized),
         _spelling(announced.method, quantized),
         announced.powers_of_two or all(entry.has_exponents for entry in quantized.values()),
-        announced.kept,
+        announced.ignored,
     )
 
 

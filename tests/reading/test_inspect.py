@@ -11,7 +11,7 @@ import fp8pack
 
 
 def with_list(folder: Path, entries: list[str]) -> Path:
-    """A packed checkpoint by another tool, whose list of modules that stay says this."""
+    """A packed checkpoint by another tool, with these ignored modules."""
     source = write_model(folder / "source", llama_tensors(), llama_config())
     fp8pack.pack(source, folder / "out", scheme="FP8_DYNAMIC")
     (folder / "out" / "fp8pack.json").unlink()
