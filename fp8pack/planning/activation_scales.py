@@ -64,7 +64,7 @@ class ActivationScale:
 
 @dataclass(frozen=True, slots=True)
 class Observed:
-    """The statistics of a point: amax by the options, that of each prompt, whose tokens, and whether there are outliers."""
+    """The statistics of a point: amax by the options and of each prompt, its tokens, and whether it has outliers."""
 
     amax: float
     history: tuple[float, ...]
