@@ -3,11 +3,12 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 SHELL = /bin/bash
 SOURCES = fp8pack tests benchmarks examples
+PARALLEL = -n auto --dist worksteal
 NVIDIA_ROOT ?= $(wildcard build/cuda/lib/python3*/site-packages/nvidia/cu13)
 NVIDIA_PACKAGES = nvidia-cublas nvidia-cuda-runtime nvidia-cuda-crt nvidia-cuda-cccl
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check lint format types golden docs bench bench-calibrate bench-load bench-gpu cpp test-gpu clean
+.PHONY: help install demo test test-fast test-newest test-oldest lock check lint format types golden docs dist site links bench bench-calibrate bench-load bench-gpu cpp test-gpu clean
 
 help: ## print every target
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-16s %s\n", $$1, $$2}'
@@ -27,8 +28,37 @@ demo: install ## calibrate and pack the demo model, inspect the result, and comp
 	$(BIN)/fp8pack inspect demo-output --against examples/demo-qwen3 --fail-if 'sqnr_min<28'
 	$(BIN)/python examples/compare_demo.py demo-output
 
-test: install ## run the tests
-	$(BIN)/python -m pytest -q -m 'not gpu'
+test: install ## run every test that needs no GPU, on all cores
+	$(BIN)/python -m pytest -q -m 'not gpu' $(PARALLEL) --durations=10
+
+test-fast: install ## run the tests but those marked slow: for between edits
+	FP8PACK_CACHE_DIR='$(CURDIR)/build/kernels' $(BIN)/python -m pytest -q -m 'not gpu and not slow' $(PARALLEL)
+
+# What touches other people's libraries; everything else is the same with any of them.
+LIBRARIES = tests/api tests/calibration tests/cli tests/interop tests/modelrun tests/runtime
+
+build/%/installed: pyproject.toml $(wildcard constraints*.txt)
+	rm -rf build/$*
+	$(PYTHON) -m venv build/$*
+	build/$*/bin/pip install --quiet --upgrade 'pip>=25.1'
+	build/$*/bin/pip install --quiet $(PINS) --editable . --group dev
+	@touch $@
+
+test-newest: PINS = $(TORCH)
+test-newest: build/newest/installed ## run what touches other libraries with the newest of each; TORCH=torch==… pins that one
+	build/newest/bin/python -m pytest -q -m 'not gpu' $(PARALLEL) $(LIBRARIES) tests/gemm
+
+test-oldest: PINS = --constraint constraints-oldest.txt
+test-oldest: build/oldest/installed ## run what touches other libraries with the oldest that are supported
+	build/oldest/bin/python -m pytest -q -m 'not gpu' $(PARALLEL) $(LIBRARIES)
+
+lock: ## write constraints.txt anew: the newest of every package, but for torch
+	rm -rf build/lock
+	$(PYTHON) -m venv build/lock
+	build/lock/bin/pip install --quiet --upgrade 'pip>=25.1'
+	build/lock/bin/pip install --quiet --editable . --group dev 'torch==2.13.0'
+	{ echo '# Every package of development and CI, written by `make lock`; the package itself asks for ranges.'; \
+	  build/lock/bin/pip freeze --all --exclude-editable | grep -v '^pip==' | sed 's/+cpu$$//'; } > constraints.txt
 
 check: lint types test ## all that CI runs
 
@@ -48,6 +78,17 @@ golden: install ## write the golden roots anew; say why in the commit
 
 docs: install ## write the generated parts of docs/ anew
 	$(BIN)/python docs/generate.py
+
+dist: install ## build the source archive and the wheel, and check their metadata
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+
+site: install ## build the documentation site into build/site, strictly
+	$(BIN)/mkdocs build --strict --site-dir build/site
+
+links: install ## check that external links of the documentation answer
+	$(BIN)/python docs/check_links.py
 
 bench: install ## measure, and write a result file to docs/benchmarks/
 	$(BIN)/python benchmarks/bench.py --out docs/benchmarks/pack_$$(nproc)-core-$$(uname -m)_$$(date +%Y%m).md

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from fp8pack.reading.inspect import inspect_calibration as inspect_calibration
     from fp8pack.reading.inspection import Inspection as Inspection
     from fp8pack.reading.inspection import TensorInspection as TensorInspection
+    from fp8pack.runtime.environment import Environment as Environment
+    from fp8pack.runtime.environment import environment as environment
     from fp8pack.runtime.linear import FP8Linear as FP8Linear
     from fp8pack.runtime.linear import linear as linear
     from fp8pack.runtime.load import load_packed as load_packed
@@ -59,6 +61,7 @@ _HOMES = {
     "fp8pack.reading.diff": "diff",
     "fp8pack.reading.inspect": "inspect inspect_calibration",
     "fp8pack.reading.inspection": "Inspection TensorInspection",
+    "fp8pack.runtime.environment": "Environment environment",
     "fp8pack.runtime.linear": "FP8Linear linear",
     "fp8pack.runtime.load": "load_packed",
     "fp8pack.runtime.model": "load_model",

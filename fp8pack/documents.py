@@ -25,7 +25,7 @@ def as_data(value: Any) -> Any:
     if is_dataclass(value):
         return {field.name: as_data(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, Mapping):
-        return {str(key): as_data(item) for key, item in value.items()}
+        return dict(value)  # plain data already, from JSON or for it
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, PathLike):

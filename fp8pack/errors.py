@@ -19,8 +19,8 @@ import re
 class Fp8PackError(Exception):
     """An expected failure: `str(error)` is one sentence that names the file and the tensor, `hint` is the remedy.
 
-    `command_hint` has options of the command line, as typed in a shell; `hint` has them as keywords of the Python
-    functions. Both are empty if there is no remedy.
+    The sentence names no option. `command_hint` has options of the command line, as typed in a shell; `hint` has them
+    as keywords of the Python functions. Both are empty if there is no remedy.
     """
 
     exit_code = 1
@@ -29,10 +29,25 @@ class Fp8PackError(Exception):
         super().__init__(sentence)
         self.command_hint = hint
 
+    def __str__(self) -> str:
+        return as_names(str(self.args[0]))
+
     @property
     def hint(self) -> str:
-        """The remedy, in keywords of the Python functions."""
+        """The remedy, in keywords of the Python functions; empty if there is none."""
         return as_keywords(self.command_hint)
+
+    @property
+    def command_line(self) -> str:
+        """The sentence and the remedy, in options of the command line."""
+        sentence = str(self.args[0])
+        if not self.command_hint:
+            return sentence
+        return f"{sentence} {self.command_hint}" if sentence.endswith("?") else f"{sentence}: {self.command_hint}"
+
+    def within(self, place: str) -> "Fp8PackError":
+        """Return the same error, with a place before its sentence."""
+        return type(self)(f"{place}: {self.args[0]}", self.command_hint)
 
 
 class RecipeError(Fp8PackError):
@@ -82,7 +97,16 @@ class DeviceError(Fp8PackError):
 
 
 _OPTION = re.compile(r"(?<![\w-])--(?P<no>no-)?(?P<name>[a-z][a-z-]*)(?:[ =](?P<value>'[^']*'|[^\s,:;)`]+))?")
+_OPTION_NAME = re.compile(r"(?<![\w-])--(?P<no>no-)?(?P<name>[a-z][a-z-]*)")
 _SWITCHES = ("resume", "overwrite", "kv_cache", "all_experts", "until_converged", "trust_remote_code", "dry_run")
+
+
+def as_names(sentence: str) -> str:
+    """Return a sentence with options by their names in Python: `--scale-rounding` is `scale_rounding`."""
+    named = _OPTION_NAME.sub(
+        lambda match: match["name"].replace("-", "_") + ("=False" if match["no"] else ""), sentence
+    )
+    return re.sub(r"(?<![\w-])-o(?![\w-])", "output", named)
 
 
 def as_keywords(hint: str) -> str:

@@ -11,15 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
-from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from fp8pack.checkpoint.source import open_checkpoint
 from fp8pack.errors import InputError
 from fp8pack.gemm.device import find_device
 from fp8pack.modelrun.loader import load_parameters
 from fp8pack.modelrun.names import names_of
+from fp8pack.modelrun.transformers_internals import (
+    HfQuantizer,
+    QuantizationConfigMixin,
+    register_quantization_config,
+    register_quantizer,
+)
 from fp8pack.runtime.experts import FP8Experts
 from fp8pack.runtime.linear import FP8Linear
 from fp8pack.runtime.load import load_source

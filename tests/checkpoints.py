@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,13 @@ LLAMA_LAYER = {
 
 def random_weight(shape: tuple[int, ...], seed: int = 0, dtype: Any = ml_dtypes.bfloat16) -> NDArray[Any]:
     """Normal weights of standard deviation 0.02."""
+    return _random_weight(shape, seed, dtype).copy()
+
+
+@cache
+def _random_weight(shape: tuple[int, ...], seed: int, dtype: Any) -> NDArray[Any]:
     values = np.random.default_rng(seed).standard_normal(shape, dtype=np.float32) * np.float32(0.02)
-    return np.ascontiguousarray(values.astype(dtype))
+    return values.astype(dtype)
 
 
 def llama_tensors(layers: int = 2, dtype: Any = ml_dtypes.bfloat16) -> Tensors:

@@ -1,4 +1,4 @@
-"""Fixtures for every test: a checkpoint on disk, and a cache of compiled kernels."""
+"""Fixtures for every test: a checkpoint on disk, and a cache of compiled kernels; what goes to which worker when."""
 
 import json
 import os
@@ -9,6 +9,15 @@ from typing import Any
 import pytest
 from checkpoints import MakeCheckpoint, Tensors, llama_config, llama_tensors
 from safetensors.numpy import save_file
+
+WORKER = "PYTEST_XDIST_WORKER"
+if WORKER in os.environ:  # each worker has a core: more threads would only wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run the long ones first, so that no worker is alone with one at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 @pytest.fixture
@@ -37,11 +46,12 @@ def make_checkpoint(tmp_path: Path) -> MakeCheckpoint:
 
 @pytest.fixture(autouse=True, scope="session")
 def kernel_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Compile the kernels once for all tests, also those in child processes."""
-    before = os.environ.get("FP8PACK_CACHE_DIR")
-    os.environ["FP8PACK_CACHE_DIR"] = str(tmp_path_factory.mktemp("kernels"))
-    yield
-    if before is None:
-        del os.environ["FP8PACK_CACHE_DIR"]
-    else:
-        os.environ["FP8PACK_CACHE_DIR"] = before
+    """Compile the kernels once for all tests, also those of other workers and in child processes.
+
+    A cache that is set already stays from run to run.
+    """
+    folder = tmp_path_factory.getbasetemp()
+    folder = (folder.parent if WORKER in os.environ else folder) / "kernels"
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("FP8PACK_CACHE_DIR", os.environ.get("FP8PACK_CACHE_DIR", str(folder)))
+        yield

@@ -1,14 +1,16 @@
 """The documentation is true: its commands run, its links lead somewhere, it names every command, option and error."""
 
+import json
 import os
 import re
-import runpy
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 from checkpoints import DEMO
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
@@ -27,6 +29,7 @@ def blocks(page: str) -> list[str]:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", ["index.md", "howto.md", "coming-from.md"])
 def test_the_commands_run_in_order(page: str, tmp_path: Path) -> None:
     _write_model(tmp_path / "model")
@@ -46,10 +49,15 @@ def test_the_commands_run_in_order(page: str, tmp_path: Path) -> None:
 
 
 def _write_model(folder: Path) -> None:
-    """The demo model, in one file."""
+    """The demo model in one file, with three layers of its four, and room for 32 tokens."""
     shutil.copytree(DEMO, folder, ignore=shutil.ignore_patterns("*.safetensors*"))
     shards = [load_file(path) for path in sorted(DEMO.glob("*.safetensors"))]
-    save_file({name: tensor for shard in shards for name, tensor in shard.items()}, folder / "model.safetensors")
+    tensors = {name: tensor for shard in shards for name, tensor in shard.items()}
+    kept = {name: tensor for name, tensor in tensors.items() if not re.match(r"model\.layers\.3", name)}
+    save_file(kept, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"num_hidden_layers": 3, "layer_types": config["layer_types"][:3], "max_position_embeddings": 32}
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 def test_links_lead_to_files() -> None:
@@ -71,12 +79,6 @@ def test_every_exit_code_is_documented() -> None:
     assert {kind.exit_code for kind in kinds} <= found
 
 
-def test_the_schema_is_the_one_that_the_models_publish() -> None:
-    generate = runpy.run_path(str(ROOT / "docs" / "generate.py"))
-    for name in generate["SCHEMAS"]:
-        assert (ROOT / "docs" / name).read_text() == generate["schema_text"](name)
-
-
 def test_make_help_prints_every_target() -> None:
     text = (ROOT / "Makefile").read_text()
     targets = {name for name in re.findall(r"^([a-z][a-z-]*):", text, re.MULTILINE)}
@@ -90,3 +92,32 @@ def test_help_of_every_command_exits_with_0() -> None:
         *([registered.callback.__name__] for registered in app.registered_commands if registered.callback),
     ):
         assert CliRunner().invoke(app, [*command, "--help"]).exit_code == 0
+
+
+@pytest.mark.slow
+def test_the_site_is_built_strictly(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "site" / "index.html").exists()
+
+
+def test_the_site_has_every_page() -> None:
+    named = set(re.findall(r": (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
+    pages = {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")}
+    assert named == pages
+
+
+def test_workflows_are_yaml_and_call_targets_that_there_are() -> None:
+    targets = set(re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    for path in sorted((ROOT / ".github").rglob("*.yml")):
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+        assert document
+        for target in re.findall(r"run: make ([a-z-]+)$", path.read_text(encoding="utf-8"), re.MULTILINE):
+            assert target in targets, f"{path.name}: {target}"
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))["jobs"]
+    versions = [name.rpartition(" ")[2] for name in project["classifiers"] if re.search(r":: 3\.\d+$", name)]
+    assert jobs["check"]["strategy"]["matrix"]["python"] == versions
+    assert set(jobs["libraries"]["strategy"]["matrix"]["target"]) <= targets

@@ -1,6 +1,7 @@
 """Imports go to a lower floor only; rooms on one floor do not import each other; every file stands in a room."""
 
 import ast
+from functools import cache
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "fp8pack"
@@ -29,6 +30,7 @@ FLOORS = {
 }
 
 
+@cache
 def modules() -> dict[str, Path]:
     """Every module of the package by its dotted name."""
     found = {}

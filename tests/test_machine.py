@@ -171,7 +171,7 @@ def test_the_command_line_says_in_a_sentence_that_it_needs_linux(system: str) ->
     assert (ran.returncode, ran.stdout, ran.stderr) == (1, "", expected)
 
 
-@pytest.mark.parametrize("name", ["pack", "load_packed", "observe", "WriteOptions"])
+@pytest.mark.parametrize("name", ["pack", "load_packed", "observe", "PackResult"])
 def test_the_public_names_say_so_too(name: str) -> None:
     code = f"""
 try:

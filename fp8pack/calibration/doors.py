@@ -6,7 +6,6 @@ in its eager implementation, attention through sdpa if the model had that, and e
 kernel, such as FlashAttention, is replaced by sdpa where the model supports it.
 """
 
-import sys
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -15,13 +14,20 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
-from transformers.utils.generic import GeneralInterface
 
 from fp8pack.calibration.recorder import Rows
-from fp8pack.modelrun.names import Names, is_experts
+from fp8pack.modelrun.names import Names
+from fp8pack.modelrun.transformers_internals import (
+    activate_expert,
+    add_attention,
+    add_experts,
+    attention_of,
+    implementations,
+    is_experts,
+    norm_expert,
+    supports_sdpa,
+    takes_attention,
+)
 
 
 class Recording(Protocol):
@@ -64,20 +70,19 @@ def open_doors(model: Any, recording: Recording, names: Names, paths: dict[nn.Mo
 
     paths: of every module, as `names` knows them.
     """
-    before = _implementations(model, "_attn_implementation")
+    before = implementations(model, "attn")
     ours: dict[str, str] = {}
     for original in set(before.values()):
         base = _base(model, original)
         ours[original] = f"fp8pack_{base}_{id(recording):x}"
-        _register(ALL_ATTENTION_FUNCTIONS, ours[original], _attention(base, recording, names, paths), undo)
-        _register(ALL_MASK_ATTENTION_FUNCTIONS, ours[original], ALL_MASK_ATTENTION_FUNCTIONS[base], undo)
-    if model._can_set_attn_implementation():
+        add_attention(ours[original], base, _attention(base, recording, names, paths), undo)
+    if takes_attention(model):
         undo.callback(model.set_attn_implementation, before)
         model.set_attn_implementation({key: ours[original] for key, original in before.items()})
     if any(is_experts(module) for module in model.modules()):
-        experts_before = _implementations(model, "_experts_implementation")
+        experts_before = implementations(model, "experts")
         name = f"fp8pack_{id(recording):x}"
-        _register(ALL_EXPERTS_FUNCTIONS, name, _experts(recording, names, paths), undo)
+        add_experts(name, _experts(recording, names, paths), undo)
         undo.callback(model.set_experts_implementation, experts_before)
         model.set_experts_implementation(dict.fromkeys(experts_before, name))
 
@@ -86,7 +91,7 @@ def _base(model: Any, original: str | None) -> str:
     """What computes attention behind our door; all models have eager, with all that they add to it."""
     if original in ("sdpa", "eager", None):
         return original or "eager"
-    if all(part._supports_sdpa for part in model.modules() if isinstance(part, PreTrainedModel)):
+    if supports_sdpa(model):
         return "sdpa"
     warnings.warn(
         f"{type(model).__name__} has no sdpa to stand in for {original}: its attention is eager while observed",
@@ -94,17 +99,6 @@ def _base(model: Any, original: str | None) -> str:
         stacklevel=2,
     )
     return "eager"
-
-
-def _implementations(model: Any, attribute: str) -> dict[str, str]:
-    """What a model and its parts run with, under the keys that its setter takes."""
-    parts = {"": model.config} | {key: getattr(model.config, key) for key in model.config.sub_configs}
-    return {key: getattr(config, attribute) for key, config in parts.items() if config is not None}
-
-
-def _register(registry: GeneralInterface, name: str, function: Callable[..., Any], undo: ExitStack) -> None:
-    undo.callback(type(registry)._global_mapping.pop, name, None)
-    registry.register(name, function)
 
 
 def _attention(
@@ -119,17 +113,10 @@ def _attention(
             first, length = recording.past, query.shape[2]
             new = states if first is None else states[:, :, min(first, states.shape[2] - length) :][:, :, :length]
             recording.record([f"{place}.{kind}"], new.transpose(1, 2).flatten(2), heads=new.shape[1])
-        function = ALL_ATTENTION_FUNCTIONS[base] if base != "eager" else _eager(module)
-        result: tuple[Tensor, Tensor | None] = function(module, query, key, value, *args, **kwargs)
+        result: tuple[Tensor, Tensor | None] = attention_of(module, base)(module, query, key, value, *args, **kwargs)
         return result
 
     return attention
-
-
-def _eager(module: nn.Module) -> Callable[..., Any]:
-    """The eager attention of a model, which stands beside its attention classes and in no registry."""
-    function: Callable[..., Any] = vars(sys.modules[type(module).__module__])["eager_attention_forward"]
-    return function
 
 
 def _experts(recording: Recording, names: Names, paths: dict[nn.Module, str]) -> Callable[..., Tensor]:
@@ -182,14 +169,12 @@ def _up_name(module: Any) -> str:
 
 def _up(module: Any, value: Tensor, expert: int) -> Tensor:
     product = _linear(module, _up_name(module), value, expert)
-    activated: Tensor = module._apply_gate(product) if module.has_gate else module.act_fn(product)
-    return activated
+    return activate_expert(module, product)
 
 
 def _down(module: Any, value: Tensor, expert: int) -> Tensor:
     product = _linear(module, "down_proj", value, expert)
-    result: Tensor = module.post_expert_norm(product) if module.has_post_expert_norm else product
-    return result
+    return norm_expert(module, product)
 
 
 def _linear(module: Any, name: str, value: Tensor, expert: int) -> Tensor:

@@ -23,7 +23,7 @@ from fp8pack.calibration.sharing import Recorders
 from fp8pack.checkpoint.calibration_file import write_calibration
 from fp8pack.checkpoint.source import open_checkpoint
 from fp8pack.errors import InputError
-from fp8pack.modelrun.names import Names, is_experts, is_transformers_model, names_of, transformers_parts
+from fp8pack.modelrun.names import Names, is_transformers_model, names_of, transformers_parts
 from fp8pack.planning.calibration import INFINITY, Calibration, Site, site_order
 
 _NOT_IDS = ("attention_mask", "position_ids", "token_type_ids", "cache_position")
@@ -83,6 +83,7 @@ class Observation:
         self._model, self._names, self._all_experts, self.wants = model, names, all_experts, wants
         self._routed, self._unrouted = Recorders(), Recorders()
         self._batch: _Batch | None = None
+        self._num_cached_tokens: Callable[[Mapping[str, Any]], int | None] = lambda kwargs: None
         self._depth = 0
         self._undo = ExitStack()
         self._threads = Threads(1)
@@ -199,7 +200,9 @@ class Observation:
                 self._hook(module.register_forward_pre_hook(self._before_linear(points), with_kwargs=True))
         if parts:
             from fp8pack.calibration.doors import open_doors  # transformers, which made these parts
+            from fp8pack.modelrun.transformers_internals import num_cached_tokens
 
+            self._num_cached_tokens = num_cached_tokens
             paths = {module: path for path, module in self._model.named_modules()}
             for _, part in parts:
                 open_doors(part, self, self._names, paths, self._undo)
@@ -227,8 +230,7 @@ class Observation:
             keep = mask.detach().cpu().numpy().astype(bool)
         prompts = [self._add_prompt(digest) for digest in _digests(main, keep, others)]
         rows = np.where(keep, np.array(prompts, np.int32).reshape(-1, *[1] * (len(shape) - 1)), -1)
-        length = getattr(kwargs.get("past_key_values"), "get_seq_length", None)  # of a cache; older models have tuples
-        past = None if length is None else int(length())
+        past = self._num_cached_tokens(kwargs)
         self._batch = _Batch(shape, prompts, Rows.of(rows.astype(np.int32).reshape(-1)), past)
         self._num_tokens += self._batch.rows.num_tokens
 
@@ -283,6 +285,8 @@ class Observation:
 
 def observable(model: nn.Module, names: Names) -> set[str]:
     """Return the checkpoint's modules whose inputs an observation sees, and the 3-D tensors of experts among them."""
+    from fp8pack.modelrun.transformers_internals import is_experts  # transformers, which made the model
+
     seen: set[str] = set()
     for path, module in model.named_modules():
         if _is_linear(module):

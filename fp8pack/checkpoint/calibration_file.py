@@ -7,7 +7,6 @@ The rest is JSON in the metadata, under the key `fp8pack_calibration`.
 
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import closing, suppress
 from pathlib import Path
@@ -18,9 +17,9 @@ from blake3 import blake3
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from fp8pack.checkpoint.header import build_header, read_header
+from fp8pack.checkpoint.header import build_header
 from fp8pack.checkpoint.shard_writer import ShardWriter, sync_directory, writing
-from fp8pack.checkpoint.source import ShardReader, open_regular
+from fp8pack.checkpoint.source import ShardReader
 from fp8pack.errors import InputError, SpaceError
 from fp8pack.modelfacts.spec import Stored, TensorSpec
 from fp8pack.planning.calibration import INFINITY, NUM_MAGNITUDES, Calibration, Site
@@ -100,17 +99,12 @@ def read_calibration(path: Path) -> Calibration:
     """
     if not path.exists():
         raise InputError(f"{path} does not exist")
-    fd = open_regular(path)
-    try:
-        header = read_header(fd, path.name)
-        size = os.fstat(fd).st_size
-    finally:
-        os.close(fd)
-    entry = _parse_metadata(header.metadata, path.name)
-    specs = {spec.name: spec for spec in header.tensors}
-    _check_tensors(entry, specs, path.name)  # before a byte of them is read: sizes are bounded from here on
-    data = bytearray(size)
     with closing(ShardReader(path)) as reader:
+        header = reader.header()
+        entry = _parse_metadata(header.metadata, path.name)
+        specs = {spec.name: spec for spec in header.tensors}
+        _check_tensors(entry, specs, path.name)  # before a byte of them is read: sizes are bounded from here on
+        data = bytearray(reader.size)
         reader.readinto(memoryview(data), 0)
 
     def site(prefix: str, found: SiteEntry) -> Site:
@@ -137,11 +131,8 @@ def read_calibration(path: Path) -> Calibration:
 
 def is_calibration(path: Path) -> bool:
     """Say whether a file is a calibration; InputError if it is no well-formed safetensors file."""
-    fd = open_regular(path)
-    try:
-        return METADATA_KEY in read_header(fd, path.name).metadata
-    finally:
-        os.close(fd)
+    with closing(ShardReader(path)) as reader:
+        return METADATA_KEY in reader.header().metadata
 
 
 def _check_tensors(entry: CalibrationEntry, specs: Mapping[str, TensorSpec], file: str) -> None:

@@ -4,6 +4,7 @@ Line 1    {"journal": 1, "source": fingerprint, "recipe": {...}}
 then      {"amax": {tensor: amax}}                                   a finished part of the amax pass
           {"shard": file, "plan": digest, "bands": [[...], ...]}     bands whose bytes are on the disk
           {"done": file, "plan": digest}                             a shard that was synced and cross-checked
+          {"side": file, "of": [...], "digest": digest}              a side file whose copy is on the disk
 A line counts once its newline is on the disk; what follows the last newline is cut off.
 """
 
@@ -43,11 +44,15 @@ class BandResult:
 
 @dataclass(slots=True)
 class Progress:
-    """What is finished: amax values, and for each (file, plan digest) its bands and whether it is done."""
+    """What is finished: amax values, and for each (file, plan digest) its bands and whether it is done.
+
+    sides: the digest of each copied side file, by its name and the version of it that was copied.
+    """
 
     amax: dict[str, float] = field(default_factory=dict)
     bands: dict[tuple[str, str], list[BandResult]] = field(default_factory=dict)
     done: set[tuple[str, str]] = field(default_factory=set)
+    sides: dict[tuple[str, tuple[int, ...]], str] = field(default_factory=dict)
 
 
 class Journal:
@@ -96,6 +101,10 @@ class Journal:
         """Record a finished shard."""
         self._append({"done": file, "plan": plan})
 
+    def add_side(self, file: str, version: tuple[int, ...], digest: str) -> None:
+        """Record a copied side file; its bytes must be on the disk already."""
+        self._append({"side": file, "of": version, "digest": digest})
+
     def close(self) -> None:
         """Close the file."""
         os.close(self._fd)
@@ -137,6 +146,8 @@ def _replay(progress: Progress, line: Any) -> None:
             progress.bands.setdefault((file, plan), []).extend(_parse_row(row) for row in rows)
         case {"done": str(file), "plan": str(plan)}:
             progress.done.add((file, plan))
+        case {"side": str(file), "of": [int(), int(), int()] as version, "digest": str(digest)}:
+            progress.sides[file, tuple(version)] = digest
         case _:
             raise ValueError("not a line of a journal")
 

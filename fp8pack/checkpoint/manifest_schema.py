@@ -8,6 +8,7 @@ from blake3 import blake3
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fp8pack.checkpoint.manifest import MANIFEST_NAME, SCHEMA_VERSION
+from fp8pack.checkpoint.regular_files import read_regular
 from fp8pack.errors import InputError, VerificationError
 from fp8pack.modelfacts.spec import TensorSpec
 from fp8pack.numerics.formats import FORMATS
@@ -188,10 +189,8 @@ def read_manifest(path: Path) -> Manifest:
         InputError: it is malformed, or of a schema that this version does not know.
     """
     try:
-        raw = path.read_bytes()
+        raw = read_regular(path)
         manifest = Manifest.model_validate_json(raw)
-    except OSError:
-        raise InputError(f"{path} is no manifest of fp8pack") from None
     except ValidationError as error:
         _check_schema(path, raw)
         first = error.errors()[0]

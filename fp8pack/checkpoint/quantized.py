@@ -57,6 +57,7 @@ def read_contents(source: Source) -> Contents:
     kv_scales = dict(_kv_scales(source.specs, hidden)) if weights else {}
     hidden.update(spec.name for spec in kv_scales.values())
     plain = [tensors.get(spec.name, spec) for spec in source.specs if spec.name not in hidden]
+    _refuse_one_name_twice(plain)
     suspects = [spec for spec in plain if "scale" in spec.name or "zero_point" in spec.name]
     others = tuple(spec.name for spec in suspects if weights and _OTHER_SCALE.search(spec.name))
     unread = tuple(spec.name for spec in plain if _is_packed_otherwise(spec))
@@ -250,6 +251,15 @@ def _is_packed_otherwise(spec: TensorSpec) -> bool:
     if spec.dtype in _ODD_DTYPES:
         return True
     return spec.dtype in ("U8", "I8", "I32") and len(spec.shape) > 1 and bool(_PACKED_OTHERWISE.search(spec.name))
+
+
+def _refuse_one_name_twice(tensors: Iterable[TensorSpec]) -> None:
+    """An FP8 weight that is stored under another name than its own may meet a tensor that has it."""
+    seen: set[str] = set()
+    for spec in tensors:
+        if spec.name in seen:
+            raise InputError(f"{spec.file}: {spec.name!r} is stored twice, once under a name of another convention")
+        seen.add(spec.name)
 
 
 def _refuse_lone_scales(suspects: list[TensorSpec]) -> None:

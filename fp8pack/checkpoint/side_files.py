@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from fp8pack.checkpoint.source import ShardReader
 from fp8pack.errors import InputError
 
 _LEFT_OUT = tuple(
@@ -34,11 +35,33 @@ _LEFT_OUT = tuple(
 
 @dataclass(frozen=True, slots=True)
 class SideFile:
-    """A file beside the weights; `rule` says why it is left out, None that it is carried over."""
+    """A file beside the weights; `rule` says why it is left out, None that it is carried over.
+
+    identity: device and inode of what was looked at. changed_ns: when it was last written to.
+    """
 
     name: str
     size: int
     rule: str | None
+    identity: tuple[int, int] = (0, 0)
+    changed_ns: int = 0
+
+    @property
+    def version(self) -> tuple[int, int, int]:
+        """What tells this version of the file from another one: size, time of the last change, inode."""
+        return self.size, self.changed_ns, self.identity[1]
+
+    def open_in(self, directory: Path) -> ShardReader:
+        """Open the file that was looked at.
+
+        Raises:
+            InputError: another one lies there now; a link may lead anywhere meanwhile.
+        """
+        reader = ShardReader(directory / self.name)
+        if reader.identity != self.identity:
+            reader.close()
+            raise InputError(f"{self.name} was replaced while it was read: leave the source alone and run again")
+        return reader
 
 
 def list_side_files(directory: Path, weights: Sequence[str], copy: Sequence[str] = ()) -> tuple[SideFile, ...]:
@@ -77,18 +100,18 @@ def _classify(directory: Path, name: str, copy: Sequence[str]) -> SideFile:
     path = directory / name
     wanted = any(fnmatchcase(name, pattern) for pattern in copy)
     rule = None if wanted else next((rule for pattern, rule in _LEFT_OUT if pattern.search(name)), None)
-    if path.is_symlink() and rule is None:
-        _check_link(directory, path, name)
+    place = _target(directory, path, name) if rule is None and path.is_symlink() else path
     try:
-        status = path.stat()
+        status = path.stat() if rule else place.lstat()  # of what is checked, not of a link that took its place
     except OSError:
         return SideFile(name, 0, rule or "a broken link")
     if not stat.S_ISREG(status.st_mode):
         return SideFile(name, 0, "no regular file")
-    return SideFile(name, status.st_size, rule)
+    return SideFile(name, status.st_size, rule, (status.st_dev, status.st_ino), status.st_mtime_ns)
 
 
-def _check_link(directory: Path, path: Path, name: str) -> None:
+def _target(directory: Path, path: Path, name: str) -> Path:
+    """Where a link leads, which is in the model or among the blobs of the hub cache."""
     try:
         target = path.resolve()
     except (OSError, RuntimeError):
@@ -98,3 +121,4 @@ def _check_link(directory: Path, path: Path, name: str) -> None:
         inside.append(directory.absolute().parent.parent.resolve() / "blobs")
     if not any(target.is_relative_to(folder) for folder in inside):
         raise InputError(f"{name} links to {target}, outside the model: replace the link by the file, or remove it")
+    return target

@@ -3,9 +3,8 @@
 import json
 import os
 import re
-import stat
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PureWindowsPath
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 
 from fp8pack.checkpoint.header import Header, read_header
 from fp8pack.checkpoint.manifest_schema import Manifest, find_manifest, read_manifest
+from fp8pack.checkpoint.regular_files import open_regular
 from fp8pack.errors import InputError
 from fp8pack.machine import check_system
 from fp8pack.modelfacts.model import ModelFacts, read_facts
@@ -80,6 +80,13 @@ class ShardReader:
     def __init__(self, path: Path) -> None:
         self._fd = open_regular(path)
         self.path = path
+        status = os.fstat(self._fd)
+        self.size = status.st_size
+        self.identity = (status.st_dev, status.st_ino)
+
+    def header(self) -> Header:
+        """Read and check the header; raises as `read_header` does."""
+        return read_header(self._fd, self.path.name)
 
     def readinto(self, buffer: memoryview, offset: int) -> None:
         """Fill the buffer with the bytes at this offset of the file; InputError when the file ends before."""
@@ -156,8 +163,8 @@ def open_checkpoint(path: Path) -> Source:
         )
     headers = {}
     for file in files:
-        with _opened(directory / file) as fd:
-            headers[file] = (read_header(fd, file), os.fstat(fd).st_size)
+        with closing(ShardReader(directory / file)) as reader:
+            headers[file] = (reader.header(), reader.size)
     specs = tuple(spec for header, _ in headers.values() for spec in header.tensors)
     _check_tensors(specs, directory)
     if index_name:
@@ -181,19 +188,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise InputError(f"{path.name} is malformed: not a JSON object")
     return document
-
-
-def open_regular(path: Path) -> int:
-    """Open a regular file for reading; a FIFO, device or directory is refused before it can hang."""
-    try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise InputError(f"{path.name} is no regular file")
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        raise InputError(f"{path.name} is missing in {path.parent}") from None
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not a file name"
-        raise InputError(f"{str(path)[:200]!r} cannot be read: {reason}") from None
 
 
 def check_file_name(name: Any, where: str) -> str:

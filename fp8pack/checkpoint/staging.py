@@ -96,11 +96,14 @@ class Staging:
             self.content.mkdir()
 
     def keep_only(self, names: Collection[str]) -> None:
-        """Remove from the staged output what an earlier run left there and this one does not want."""
+        """Remove from the staged output all files, and folders without any, that are not named, relative to it."""
         with writing(self.content):
-            for path in self.content.iterdir():
-                if path.name not in names:
-                    _remove(path)
+            for path in sorted(self.content.rglob("*"), reverse=True):  # what a folder holds comes before it
+                if path.is_dir() and not path.is_symlink():
+                    if not any(path.iterdir()):
+                        path.rmdir()
+                elif path.relative_to(self.content).as_posix() not in names:
+                    path.unlink()
 
     def discard(self) -> None:
         """Remove the staging directory; by a rename first, so that a newcomer finds all of it or nothing."""

@@ -65,7 +65,7 @@ def main() -> NoReturn:
     except Fp8PackError as error:
         if os.environ.get("FP8PACK_DEBUG") == "1":
             traceback.print_exc()
-        say(f"fp8pack: {error}{_hint(error)}")
+        say(f"fp8pack: {error.command_line}")
         sys.exit(error.exit_code)
     except OSError as error:  # of a disk or a stream that fails where nobody expects it
         if os.environ.get("FP8PACK_DEBUG") == "1":
@@ -78,13 +78,6 @@ def main() -> NoReturn:
             say("fp8pack: interrupted; finished work is kept, the same command continues")
         sys.exit(128 + signalled.signum)
     sys.exit(0)
-
-
-def _hint(error: Fp8PackError) -> str:
-    """The way out behind the sentence; a question in the sentence ends it."""
-    if not error.command_hint:
-        return ""
-    return f" {error.command_hint}" if str(error).endswith("?") else f": {error.command_hint}"
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> NoReturn:

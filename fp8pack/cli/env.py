@@ -1,13 +1,12 @@
 """`fp8pack env`."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from fp8pack.cli import options
-from fp8pack.cli.output import emit, printing
+from fp8pack.cli.output import emit, emit_document, printing
 
 _INCLUDE = Path(__file__).parents[1] / "_data" / "include"
 
@@ -19,7 +18,10 @@ def env(
     ] = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """Show versions and devices, and which backend multiplies FP8 here, each verified with a small GEMM."""
+    """Show versions, devices, and which backend runs FP8 GEMMs.
+
+    Each backend is verified with a small GEMM before it counts.
+    """
     if include_dir:
         emit(str(_INCLUDE))
         return
@@ -28,7 +30,7 @@ def env(
 
     found = environment()
     if as_json:
-        emit(json.dumps(found.to_dict(), indent=2, ensure_ascii=False))
+        emit_document(found)
     else:
         with printing():
             print_environment(found)

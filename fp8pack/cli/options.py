@@ -67,7 +67,7 @@ CalibrationFile = Annotated[
     recipe_option(
         "--calibration",
         metavar="FILE",
-        help="Calibration file from `fp8pack calibrate`; needed for static activation scales and --kv-cache",
+        help="Calibration file from `fp8pack calibrate`; needed for static scales and K/V scales",
     ),
 ]
 KvCache = Annotated[

@@ -9,11 +9,6 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import convert_and_load_state_dict_in_model
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
-from transformers.initialization import no_init_weights
-from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 
 from fp8pack.checkpoint.quantized import read_contents
@@ -23,6 +18,12 @@ from fp8pack.errors import InputError
 from fp8pack.modelfacts.contents import Contents
 from fp8pack.modelfacts.spec import TensorSpec
 from fp8pack.modelrun.names import Names, names_of
+from fp8pack.modelrun.transformers_internals import (
+    get_class_from_dynamic_module,
+    load_tensors,
+    make_model,
+    no_init_weights,
+)
 from fp8pack.numerics.replaced_forwards import replaced_forwards
 from fp8pack.numerics.torch_dtypes import TORCH_DTYPES
 
@@ -104,16 +105,7 @@ def load_parameters(
     """
     wanted, architecture = set(parameters), type(model).__name__
     tensors = {name: read(name) for key in wanted for name in names.tensors.get(key, ())}
-    info, _ = convert_and_load_state_dict_in_model(
-        model,
-        tensors,
-        LoadStateDictConfig(
-            dtype=torch.bfloat16,
-            dtype_plan=model._get_dtype_plan(torch.bfloat16),
-            weight_mapping=get_model_conversion_mapping(model),  # type: ignore[arg-type]
-            device_map={"": str(device)},
-        ),
-    )
+    info = load_tensors(model, tensors, device)
     for name, found, expected in info.mismatched_keys:
         raise InputError(f"{name} is {list(found)} in the checkpoint, and {list(expected)} in {architecture}")
     for name, problem in info.conversion_errors.items():
@@ -128,10 +120,9 @@ def _build(source: Source, model_class: Any, config: Any) -> PreTrainedModel:
     """The model of a configuration, its parameters on the meta device."""
     try:
         with no_init_weights(), _parameters_on_meta():
-            model: PreTrainedModel = model_class._from_config(config, dtype=torch.bfloat16)
+            return make_model(model_class, config, torch.bfloat16)
     except Exception as error:  # whatever a class makes of a configuration that is not for it
         raise InputError(f"{source.path}: config.json makes no {model_class.__name__}: {_short(error)}") from error
-    return model
 
 
 def read_tokenizer(source: Source, *, trust_remote_code: bool) -> Any:

@@ -64,40 +64,17 @@ def names_of(model: Any, checkpoint: Iterable[str] | None = None) -> Names:
 
     checkpoint: the names of its tensors; without them, those that saving the model would write.
     """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import (
-        WeightConverter,
-        WeightRenaming,
-        rename_source_key,
-        revert_weight_conversion,
-    )
+    from fp8pack.modelrun.transformers_internals import renamed  # transformers, which takes seconds
 
-    in_memory = {name: tensor.to("meta") for name, tensor in model.state_dict().items()}
-    transforms = get_model_conversion_mapping(model)
-    if checkpoint is None:
-        checkpoint = revert_weight_conversion(model, in_memory).keys()
-    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
-    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
-    targets = {pattern: converter.target_patterns for converter in converters for pattern in converter.source_patterns}
     found: dict[str, list[str]] = {}
-    for name in checkpoint:
-        renamed, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, in_memory)
-        if renamed not in in_memory and name in in_memory:
-            renamed, pattern = name, None
-        parts = targets[pattern] if pattern is not None else [renamed]
-        for part in parts:
-            found.setdefault(renamed.replace(parts[0], part) if pattern is not None else renamed, []).append(name)
+    for parameter, name in renamed(model, checkpoint):
+        found.setdefault(parameter, []).append(name)
     return Names({parameter: sorted(names, key=_natural) for parameter, names in found.items()})
 
 
 def is_transformers_model(model: torch.nn.Module) -> bool:
     """Say whether a model is one of transformers', without importing transformers for one that is not."""
     return any(base.__module__ == "transformers.modeling_utils" for base in type(model).__mro__)
-
-
-def is_experts(module: torch.nn.Module) -> bool:
-    """Say whether transformers asks its registry how to run a module: the decorator of experts leaves these marks."""
-    return {"has_gate", "has_bias", "is_transposed"} <= vars(module).keys()
 
 
 def transformers_parts(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:

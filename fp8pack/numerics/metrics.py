@@ -45,12 +45,17 @@ def widen(weight: NDArray[Any], dtype: str) -> NDArray[np.float32]:
     return weight.view(_FLOAT_DTYPE[dtype]).astype(np.float32)
 
 
-LOST_DB = -1000.0  # stands for the SQNR of values that have nothing to do with each other
+LOST_DB, EXACT_DB = -1000.0, 1000.0  # of values that have nothing to do with each other, and of equal ones
 
 
 def sqnr_db(signal: float, noise: float) -> float:
-    """Return the signal-to-quantization-noise ratio 10 log10(signal / noise) in dB; infinite where nothing is lost.
+    """Return the signal-to-quantization-noise ratio 10 log10(signal / noise) in dB, from LOST_DB to EXACT_DB.
 
-    E4M3 weights lie near 31.5 dB, E5M2 near 25.7 dB: three and two mantissa bits, 6.02 dB a bit.
+    E4M3 weights are near 31.5 dB, E5M2 near 25.7 dB: three and two mantissa bits, 6.02 dB a bit. EXACT_DB: nothing is
+    lost. LOST_DB: nothing is left, as where a NaN or infinity is among the values.
     """
-    return 10 * math.log10(signal / noise) if noise > 0 and signal > 0 else math.inf
+    if noise == 0:
+        return EXACT_DB
+    if not signal > 0 or not math.isfinite(signal) or not math.isfinite(noise):
+        return LOST_DB
+    return max(LOST_DB, min(EXACT_DB, 10 * math.log10(signal / noise)))

@@ -2,13 +2,14 @@
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 from threading import Lock
+from typing import TypeAlias
 
 import numpy as np
 from blake3 import blake3
@@ -23,10 +24,12 @@ from fp8pack.numerics.scaling import scale_of
 from fp8pack.packing.amax_pass import AmaxCollector
 from fp8pack.packing.bands import Band, BandWorker, OutputPlace
 from fp8pack.packing.codecs import Codec
+from fp8pack.packing.side_work import SideWork
 from fp8pack.packing.workers import Stop, run_threads
 from fp8pack.planning.layout import ShardPlan
 from fp8pack.planning.plan import Action, Plan, TensorPlan
 
+_Job: TypeAlias = "tuple[ShardWork, Band] | SideWork"
 CHECKPOINT_NBYTES = 1 << 30  # of source: what a killed run may have to do again, for each shard
 
 
@@ -123,11 +126,14 @@ def plan_work(plan: Plan, source: Source) -> tuple[ShardWork, ...]:
 class Execution:
     """One run over the shards of a plan. Every finished piece goes to the journal, so that another run can go on."""
 
-    def __init__(self, plan: Plan, source: Source, *, folder: Path, journal: Journal) -> None:
-        self._plan = plan
+    def __init__(
+        self, plan: Plan, source: Source, sides: Sequence[SideWork] = (), *, folder: Path, journal: Journal
+    ) -> None:
+        self._plan, self._sides = plan, sides
         self.works = plan_work(plan, source)
         self._two_pass = [tensor for tensor in plan.packed if tensor.packing and tensor.packing.two_pass]
-        self.counters = Counters(plan.source_nbytes + sum(tensor.spec.nbytes for tensor in self._two_pass))
+        side_nbytes = sum(work.side.size for work in sides)
+        self.counters = Counters(plan.source_nbytes + sum(t.spec.nbytes for t in self._two_pass) + side_nbytes)
         self._source, self._folder, self._journal = source.directory, folder, journal
         self._amax: dict[str, float] = {}
         self._offenders: set[str] = set()
@@ -148,19 +154,25 @@ class Execution:
                     for i in range(tensor.num_bands)
                     if (tensor.spec.name, i) in work.results
                 )
+        for side in self._sides:
+            path = self._folder / side.side.name
+            if path.is_file() and path.stat().st_size == side.side.size:
+                side.digest = progress.sides.get((side.side.name, side.side.version), "")
+                self.counters.resumed_nbytes += side.side.size if side.digest else 0
         self.counters.done_nbytes = self.counters.resumed_nbytes
 
     @property
     def is_done(self) -> bool:
-        """Whether every shard is finished."""
-        return all(work.is_done for work in self.works)
+        """Whether every shard and every side file is finished."""
+        return all(work.is_done for work in self.works) and all(work.digest for work in self._sides)
 
     def remaining_nbytes(self) -> int:
         """Return the bytes that the outputs still need on the disk."""
-        return sum(work.size for work in self.works if not work.results)
+        shards = sum(work.size for work in self.works if not work.results)
+        return shards + sum(work.side.size for work in self._sides if not work.digest)
 
     def run(self, codec: Codec, *, workers: int, stop: Stop, tick: Callable[[], None]) -> None:
-        """Make every shard. What is finished stays finished, whatever ends the run.
+        """Make every shard and copy every side file. What is finished stays finished, whatever ends the run.
 
         Raises:
             InputError: weights hold a NaN or infinity; all of them are named. Finished work is kept.
@@ -171,14 +183,20 @@ class Execution:
                 _start(self._folder / work.plan.file, work)
         self._find_amax(codec, workers, stop, tick)
         scales = self._scales()
+        copies = (iter([work]) for work in self._sides if not work.digest)
         streams = (self._jobs(work, scales) for work in self.works if not work.is_done)
         with ThreadPoolExecutor(max_workers=1) as syncing:
 
             def sync(work: ShardWork, results: list[BandResult]) -> None:
                 syncing.submit(self._sync, stop, work, results)
 
+            def copy(work: SideWork) -> None:
+                if digest := work.copy(self._source, self._folder, stop=stop, count=self.counters.add):
+                    syncing.submit(self._sync_side, stop, work, digest)
+
+            jobs: Iterator[Iterator[_Job]] = chain(copies, streams)
             try:
-                run_threads(streams, lambda: self._worker(codec, scales, sync), count=workers, stop=stop, tick=tick)
+                run_threads(jobs, lambda: self._worker(codec, scales, sync, copy), count=workers, stop=stop, tick=tick)
             finally:
                 for work in self.works:
                     sync(work, work.pending)
@@ -251,10 +269,19 @@ class Execution:
 
     @contextmanager
     def _worker(
-        self, codec: Codec, scales: dict[str, np.float32], sync: Callable[[ShardWork, list[BandResult]], object]
-    ) -> Iterator[Callable[[tuple[ShardWork, Band]], None]]:
-        def work_band(job: tuple[ShardWork, Band]) -> None:
-            work, band = job
+        self,
+        codec: Codec,
+        scales: dict[str, np.float32],
+        sync: Callable[[ShardWork, list[BandResult]], object],
+        copy: Callable[[SideWork], None],
+    ) -> Iterator[Callable[[_Job], None]]:
+        def do(job: _Job) -> None:
+            if isinstance(job, SideWork):
+                copy(job)
+            else:
+                work_band(*job)
+
+        def work_band(work: ShardWork, band: Band) -> None:
             name = band.tensor.spec.name
             place, packing = work.places[name], band.tensor.packing
             if packing is None:
@@ -271,7 +298,7 @@ class Execution:
                 sync(work, ready)
 
         with closing(BandWorker(codec, self._source, self._folder)) as worker:
-            yield work_band
+            yield do
 
     def _sync(self, stop: Stop, work: ShardWork, results: list[BandResult]) -> None:
         """Bring bands to the disk, then say so in the journal; check the shard when it is complete.
@@ -290,6 +317,15 @@ class Execution:
                 check_shard(path, work.plan)
                 self._journal.add_done(work.plan.file, work.digest)
                 work.is_done = True
+        except BaseException as error:
+            stop.fail(error)
+
+    def _sync_side(self, stop: Stop, work: SideWork, digest: str) -> None:
+        """Bring a copied side file to the disk, then say so in the journal."""
+        try:
+            sync_file(self._folder / work.side.name)
+            self._journal.add_side(work.side.name, work.side.version, digest)
+            work.digest = digest
         except BaseException as error:
             stop.fail(error)
 

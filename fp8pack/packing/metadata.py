@@ -1,8 +1,7 @@
 """All that is no shard: config.json, the index, side files, and last the manifest."""
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import closing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,38 +9,40 @@ from blake3 import blake3
 
 from fp8pack.checkpoint.journal import BandResult
 from fp8pack.checkpoint.manifest import MANIFEST_NAME, NUMERICS_VERSION, SCHEMA_VERSION, digest_of_bands, write_manifest
-from fp8pack.checkpoint.shard_writer import ShardWriter, write_file
-from fp8pack.checkpoint.source import INDEX_NAME, SINGLE_NAME, ShardReader
+from fp8pack.checkpoint.shard_writer import write_file
+from fp8pack.checkpoint.side_files import SideFile
+from fp8pack.checkpoint.source import INDEX_NAME, SINGLE_NAME
 from fp8pack.modelfacts.contents import Quantized
 from fp8pack.modelfacts.spec import Stored
 from fp8pack.packing.execute import ShardWork
 from fp8pack.packing.model_card import CARD_NAME, MAX_CARD_NBYTES, model_card, strip_card
 from fp8pack.packing.prepare import Prepared
+from fp8pack.packing.side_work import SideWork, digest_of, read_side_file
 from fp8pack.planning.activation_scales import ActivationScale
 from fp8pack.planning.plan import Packing, PackPlan, Plan, TensorPlan
 
-_COPY_NBYTES = 1 << 20
+
+def side_files_to_copy(prepared: Prepared) -> tuple[SideFile, ...]:
+    """Return the side files that are copied byte for byte: all that are not written anew, as the model card may be."""
+    anew = _contents(prepared).keys() | ({CARD_NAME} if _small_card(prepared) else set())
+    return tuple(side for side in prepared.side_files if side.rule is None and side.name not in anew)
 
 
-def write_metadata(prepared: Prepared, works: tuple[ShardWork, ...], folder: Path) -> str:
-    """Write everything beside the shards into the staged directory; return the root of the manifest."""
+def write_metadata(prepared: Prepared, works: tuple[ShardWork, ...], sides: tuple[SideWork, ...], folder: Path) -> str:
+    """Write everything beside shards and copied side files into the staged directory; return the manifest's root."""
     source = prepared.source
     files = {
         work.plan.file: {"size": work.size, "header": f"blake3:{blake3(work.header).hexdigest()}"} for work in works
     }
     contents = _contents(prepared)
     card = _card(prepared, energies_of(works))
-    if card:
+    if card is not None:
         contents[CARD_NAME] = card
     for name, content in contents.items():
         write_file(folder / name, content)
         files[name] = {"size": len(content), "digest": f"blake3:{blake3(content).hexdigest()}"}
-    for side in prepared.side_files:
-        if side.rule is None and side.name not in contents and (side.name != CARD_NAME or card is None):
-            files[side.name] = {
-                "size": side.size,
-                "digest": _copy(source.directory / side.name, folder / side.name, side.size),
-            }
+    for work in sides:
+        files[work.side.name] = {"size": work.side.size, "digest": work.digest}
     name = (
         prepared.output.name.removesuffix(".safetensors") + ".fp8pack.json" if source.is_single_file else MANIFEST_NAME
     )
@@ -63,19 +64,27 @@ def energies_of(works: tuple[ShardWork, ...]) -> dict[str, tuple[float, float]]:
 def _card(prepared: Prepared, energies: dict[str, tuple[float, float]]) -> bytes | None:
     """The model card of a directory: with FP8 weights, above the text of the base model's; else without what was ours.
 
-    None where that of the source, if it has one, is copied: there is nothing to say, or it is too long. Empty where
-    nothing is left of it.
+    None where there is none: nothing is left of it, or that of the source is too long and is copied.
     """
-    source, plan = prepared.source, prepared.plan
-    found = next((side for side in prepared.side_files if side.name == CARD_NAME and side.rule is None), None)
-    if source.is_single_file or (found and found.size > MAX_CARD_NBYTES):
+    source, plan, found = prepared.source, prepared.plan, _small_card(prepared)
+    if source.is_single_file or (
+        found is None and any(side.name == CARD_NAME for side in side_files_to_copy(prepared))
+    ):
         return None
-    base = (source.directory / CARD_NAME).read_bytes() if found else b""
+    base = read_side_file(found, source.directory) if found else b""
     text = base.decode(errors="replace")
     if isinstance(plan, PackPlan):
         return model_card(prepared.verb, plan, source, energies, text)
     stripped = strip_card(text)
-    return None if stripped == text else stripped.encode()
+    if stripped == text:
+        return base if found else None
+    return stripped.encode() or None
+
+
+def _small_card(prepared: Prepared) -> SideFile | None:
+    """The model card of the source, unless it is too long to be written anew."""
+    cards = (side for side in prepared.side_files if side.name == CARD_NAME and side.rule is None)
+    return next((side for side in cards if side.size <= MAX_CARD_NBYTES), None)
 
 
 def describes(prepared: Prepared, files: dict[str, Any]) -> bool:
@@ -89,7 +98,7 @@ def describes(prepared: Prepared, files: dict[str, Any]) -> bool:
     expected = {name: f"blake3:{blake3(content).hexdigest()}" for name, content in _contents(prepared).items()}
     for side in prepared.side_files:
         if side.rule is None:
-            expected[side.name] = _digest_file(prepared.source.directory / side.name, side.size)
+            expected[side.name] = digest_of(side, prepared.source.directory)
     if not prepared.source.is_single_file:
         digests.pop(CARD_NAME, None)
         expected.pop(CARD_NAME, None)
@@ -203,26 +212,3 @@ def _index(plan: Plan) -> bytes:
     total = sum(stored.nbytes for shard in plan.shards for stored in shard.tensors)
     document = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def _copy(source: Path, target: Path, size: int) -> str:
-    """Copy a file byte for byte; return its digest."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with closing(ShardWriter(target, create=True)) as writer:
-        writer.start(b"", size)
-        digest = _digest_file(source, size, writer.write)
-        writer.sync()
-    return digest
-
-
-def _digest_file(path: Path, size: int, pass_on: Callable[[memoryview, int], None] | None = None) -> str:
-    """The digest of a file, read piece by piece; each piece may be passed on with its offset."""
-    hasher = blake3()
-    with closing(ShardReader(path)) as reader:
-        for offset in range(0, size, _COPY_NBYTES):
-            data = memoryview(bytearray(min(_COPY_NBYTES, size - offset)))
-            reader.readinto(data, offset)
-            hasher.update(data)
-            if pass_on is not None:
-                pass_on(data, offset)
-    return f"blake3:{hasher.hexdigest()}"

@@ -12,6 +12,7 @@ from fp8pack.checkpoint.calibration_file import read_calibration
 from fp8pack.checkpoint.config import set_dtype, set_quantization_config
 from fp8pack.checkpoint.quant_methods import find_method
 from fp8pack.checkpoint.quantized import read_contents
+from fp8pack.checkpoint.regular_files import read_regular
 from fp8pack.checkpoint.side_files import SideFile, list_side_files
 from fp8pack.checkpoint.source import Source, beside, open_checkpoint, open_source, read_json
 from fp8pack.checkpoint.staging import check_output, check_output_file
@@ -166,7 +167,7 @@ def _documents(source: Source, announcement: _Announcement, dtype: str) -> dict[
     """config.json and what stands beside it, and Mistral's own configuration without what it said of the source."""
     documents: dict[str, bytes] = {}
     if source.config is not None:
-        text = (source.directory / "config.json").read_bytes()
+        text = read_regular(source.directory / "config.json")
         text = set_quantization_config(text, announcement.config)
         documents["config.json"] = set_dtype(text, dtype) if dtype else text
         for name, document in announcement.files.items():

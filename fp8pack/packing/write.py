@@ -8,23 +8,25 @@ from contextlib import closing
 from typing import Any
 
 from fp8pack.checkpoint.journal import Journal, read_head
+from fp8pack.checkpoint.regular_files import read_regular
 from fp8pack.checkpoint.shard_writer import check_space, writing
 from fp8pack.checkpoint.staging import Staging
-from fp8pack.errors import DeadlineError, OutputError
+from fp8pack.errors import DeadlineError, InputError, OutputError
 from fp8pack.machine import usable_cores
 from fp8pack.numerics.metrics import sqnr_db
 from fp8pack.packing.bands import Band
 from fp8pack.packing.codecs import make_codec
 from fp8pack.packing.execute import Execution, plan_work
-from fp8pack.packing.metadata import describes, energies_of, manifest_path, write_metadata
+from fp8pack.packing.metadata import describes, energies_of, manifest_path, side_files_to_copy, write_metadata
 from fp8pack.packing.prepare import Prepared
 from fp8pack.packing.result import PackResult, Sqnr, Written, make_result
+from fp8pack.packing.side_work import SideWork
 from fp8pack.packing.workers import Stop
 from fp8pack.units import format_size
 
 _BASE_MEMORY = 100 << 20  # interpreter and libraries
 
-OnProgress = Callable[[int, int], None]  # bytes gone through, bytes in all
+OnProgress = Callable[[int, int], None]  # bytes gone through, bytes in all, side files included
 
 
 def run(prepared: Prepared, on_progress: OnProgress | None = None, *, dry_run: bool = False) -> PackResult:
@@ -73,9 +75,10 @@ def carry_out(prepared: Prepared, on_progress: OnProgress = lambda done, total: 
         if prepared.output.exists() and not options.overwrite and not half_committed:
             raise _exists(prepared)
         with closing(Journal(staging.journal)) as journal:
-            execution = Execution(prepared.plan, prepared.source, folder=staging.content, journal=journal)
+            sides = tuple(SideWork(side) for side in side_files_to_copy(prepared))
+            execution = Execution(prepared.plan, prepared.source, sides, folder=staging.content, journal=journal)
             _resume(prepared, execution, journal, staging)
-            check_space(staging.folder, execution.remaining_nbytes() + _side_nbytes(prepared))
+            check_space(staging.folder, execution.remaining_nbytes())
 
             def tick() -> None:
                 on_progress(execution.counters.done_nbytes, execution.counters.total_nbytes)
@@ -85,8 +88,8 @@ def carry_out(prepared: Prepared, on_progress: OnProgress = lambda done, total: 
             if not execution.is_done:
                 done, total = format_size(execution.counters.done_nbytes), format_size(execution.counters.total_nbytes)
                 raise DeadlineError(f"the deadline is reached with {done} of {total} done; the same command continues")
-            staging.keep_only({work.plan.file for work in execution.works})
-            root = write_metadata(prepared, execution.works, staging.content)
+            staging.keep_only({work.plan.file for work in execution.works} | {work.side.name for work in sides})
+            root = write_metadata(prepared, execution.works, sides, staging.content)
         commit = staging.commit_file if prepared.source.is_single_file else staging.commit
         commit(overwrite=options.overwrite or half_committed)
     return _result(prepared, root, time.monotonic() - started, execution, staging)
@@ -108,14 +111,14 @@ def _side_nbytes(prepared: Prepared) -> int:
 def _finished_root(prepared: Prepared) -> str | None:
     """The root of the output, if it is finished and was made from this source by this recipe."""
     try:
-        document = json.loads(manifest_path(prepared).read_bytes())
+        document = json.loads(read_regular(manifest_path(prepared)))
         same_source = document["source"]["fingerprint"] == prepared.source.fingerprint
         recipes = [_decisive(document["recipe"]), _decisive({**prepared.plan.selection, **prepared.plan.recipe_data})]
         folder, files = manifest_path(prepared).parent, document["files"]
         whole = all((folder / name).stat().st_size == entry["size"] for name, entry in files.items())
         same = same_source and recipes[0] == recipes[1] and whole and describes(prepared, files)
         return str(document["root"]) if same else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (InputError, OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 

@@ -104,7 +104,7 @@ def _choose(request: Request, packed: Packed, facts: ModelFacts) -> tuple[Scheme
 
 def _overridden(choice: Scheme, request: Request) -> Scheme | None:
     """Return a choice with the format and rounding that are asked for; None if the request excludes it."""
-    method = (request.quant_method or choice.quant_method).lower().replace("_", "-")
+    method = request.quant_method or choice.quant_method
     if method != choice.quant_method or request.granularity not in (None, choice.granularity):
         return None
     if request.format == E5M2 and choice.quant_method != "comfyui":

@@ -42,7 +42,7 @@ def choose_recipe(
             given that is not used.
     """
     packed = [(decision.spec, decision.role) for decision in decisions if decision.packed]
-    usual = USUAL_GRANULARITY.get((request.quant_method or "").lower().replace("_", "-"))
+    usual = USUAL_GRANULARITY.get(request.quant_method or "")
     if usual and request.granularity is None and parse_scheme(request.scheme) is None:
         request = replace(request, granularity=usual)
     scheme, reason = choose_scheme(request, packed, facts)

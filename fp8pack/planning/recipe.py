@@ -296,7 +296,8 @@ def resolve_conversion(request: Request, storage: Storage, calibration: Calibrat
     has_scales = activations == "static" and storage.activations == "static"
     if request.kv_cache or calibration is not None or not has_scales:
         check_calibration(request, activations, calibration)
-    recipe = _override(scheme, request, "as in the source", calibration)
+    named = parse_scheme(request.scheme) is not None
+    recipe = _override(scheme, request, "asked for" if named else "as in the source", calibration)
     return replace(recipe, kv_cache=recipe.kv_cache or storage.kv_cache)
 
 
@@ -334,7 +335,6 @@ def _override(scheme: Scheme, request: Request, reason: str, calibration: Calibr
         if unchanged == (format, granularity, rounding, activations)
         else _method_of(format, granularity, rounding, activations)
     )
-    method = method.lower().replace("_", "-")
     parts = (format, granularity, rounding, activations, method)
     asked = (request.format, request.granularity, request.scale_rounding, request.activations, request.quant_method)
     kv = "-KV" if request.kv_cache else ""

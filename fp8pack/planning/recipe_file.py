@@ -94,7 +94,7 @@ def _checked(document: Mapping[str, object], where: str) -> dict[str, Any]:
     try:
         Request(**values)
     except RecipeError as error:
-        raise type(error)(f"{where}: {error}", error.command_hint) from None
+        raise error.within(where) from None
     return values
 
 

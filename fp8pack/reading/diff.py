@@ -127,7 +127,7 @@ class _Tally:
         if not self.num_different:
             return None
         lost = self.is_spoiled or not self.signal
-        return LOST_DB if lost else max(LOST_DB, min(-LOST_DB, sqnr_db(self.signal, self.noise)))
+        return LOST_DB if lost else sqnr_db(self.signal, self.noise)
 
 
 def _compare(name: str, a: _Side, b: _Side) -> TensorComparison:

@@ -2,10 +2,9 @@
 
 from rich.table import Table
 
-from fp8pack.numerics.metrics import LOST_DB
 from fp8pack.reading.comparison import Comparison, TensorComparison
 from fp8pack.report.table import make_console, print_line
-from fp8pack.report.text import listed, natural
+from fp8pack.report.text import decibels, listed, natural
 
 
 def print_diff(found: Comparison) -> None:
@@ -28,7 +27,7 @@ def print_diff(found: Comparison) -> None:
     totals = found.totals
     line = f"{totals.num_equal} of {totals.num_tensors} common tensors have the same values"
     if totals.sqnr_min is not None and totals.sqnr_mean is not None:
-        line += f"; SQNR of B against A: mean {_db(totals.sqnr_mean)}, worst {_db(totals.sqnr_min)} dB"
+        line += f"; SQNR of B against A: mean {decibels(totals.sqnr_mean)}, worst {decibels(totals.sqnr_min)} dB"
         line += f" in {totals.sqnr_worst_tensor}"
     print_line(console, line)
 
@@ -44,10 +43,5 @@ def _cells(tensor: TensorComparison) -> list[str]:
         *tensor.formats,
         "" if ratio is None else f"{ratio[0]:.4g} to {ratio[1]:.4g}",
         "" if share is None else f"{share:.2%}",
-        "" if sqnr is None else _db(sqnr),
+        "" if sqnr is None else decibels(sqnr),
     ]
-
-
-def _db(sqnr: float) -> str:
-    """An SQNR; one of the lowest stands for a NaN, infinity or zero where the other has a value."""
-    return f"{sqnr:.1f}" if sqnr > LOST_DB else "lost"

@@ -8,7 +8,7 @@ from rich.text import Text
 
 from fp8pack.reading.inspection import Inspection, TensorInspection
 from fp8pack.report.engines import engine_lines
-from fp8pack.report.text import natural, printable, shorten
+from fp8pack.report.text import decibels, natural, printable, shorten
 from fp8pack.units import format_size
 
 _WIDTH = 160  # of a table that goes to a file or a pipe
@@ -70,7 +70,7 @@ def _cells(tensor: TensorInspection, *, static: bool, measured: bool) -> list[st
     cells += [f"{scale.min:.3g}", f"{scale.max:.3g}"] if scale else ["", ""]
     activations = (tensor.activation_scales or {}).items()
     cells += [" ".join(f"{kind} {value:.3g}" for kind, value in activations)] if static else []
-    cells += [f"{tensor.sqnr:.1f}" if tensor.sqnr is not None else ""] if measured else []
+    cells += [decibels(tensor.sqnr) if tensor.sqnr is not None else ""] if measured else []
     return [*cells, "" if packed else tensor.reason.removeprefix("policy: ")]
 
 
@@ -88,7 +88,8 @@ def _totals(found: Inspection) -> list[str]:
         lines.append("not packed: no tensor is FP8")
     if found.root:
         lines.append(f"root {found.root}, as the manifest says; bytes not read")
-    if totals.sqnr_min is not None:
-        of = f"mean {totals.sqnr_mean:.2f}, worst {totals.sqnr_min:.2f} dB in {totals.sqnr_worst_tensor}"
+    if totals.sqnr_min is not None and totals.sqnr_mean is not None:
+        worst = f"worst {decibels(totals.sqnr_min, 2)} dB in {totals.sqnr_worst_tensor}"
+        of = f"mean {decibels(totals.sqnr_mean, 2)}, {worst}"
         lines.append(f"weight SQNR against the source (all elements): {of}")
     return lines

@@ -2,13 +2,13 @@
 
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib import metadata
-from typing import Any
 
 import torch
 
 from fp8pack import __version__
+from fp8pack.documents import Document
 from fp8pack.gemm.choose import candidates, verify
 from fp8pack.gemm.device import describe
 from fp8pack.gemm.scheme import TRIED_GRANULARITIES, GemmScheme, scheme_of
@@ -43,7 +43,7 @@ class DeviceEnvironment:
 
 
 @dataclass(frozen=True, slots=True)
-class Environment:
+class Environment(Document):
     """What FP8 depends on here.
 
     packages: versions, None of what is not installed. cuda, rocm: what torch is built for. devices: the CPU, then GPUs.
@@ -56,11 +56,6 @@ class Environment:
     cuda: str | None
     rocm: str | None
     devices: tuple[DeviceEnvironment, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return what `fp8pack env --json` prints."""
-        devices = [{**asdict(device), "gemms": [asdict(gemm) for gemm in device.gemms]} for device in self.devices]
-        return {**asdict(self), "devices": devices}
 
 
 def environment() -> Environment:

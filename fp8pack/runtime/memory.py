@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fp8pack.checkpoint.source import open_regular
+from fp8pack.checkpoint.regular_files import open_regular
 from fp8pack.errors import InputError
 from fp8pack.modelfacts.spec import TensorSpec
 from fp8pack.modelfacts.tensor_parallel import Part

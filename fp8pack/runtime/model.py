@@ -14,7 +14,8 @@ from fp8pack.checkpoint.source import open_checkpoint
 from fp8pack.errors import InputError, RecipeError
 from fp8pack.gemm.device import find_device
 from fp8pack.modelrun.loader import ModelLoader, load_parameters, quiet_transformers
-from fp8pack.modelrun.names import Names, is_experts
+from fp8pack.modelrun.names import Names
+from fp8pack.modelrun.transformers_internals import is_experts
 from fp8pack.runtime.experts import FP8Experts
 from fp8pack.runtime.linear import FP8Linear
 from fp8pack.runtime.load import load_source

@@ -61,3 +61,32 @@ def test_values_that_are_stored_are_taken_as_they_are() -> None:
     options = WriteOptions(max_memory="1GiB", max_shard_size="5GB", deadline="1.5h", copy="*.gguf", workers="3")
     assert WriteOptions(**{name: getattr(options, name) for name in keywords(WriteOptions)}) == options
     assert (options.max_memory, options.max_shard_size, options.deadline) == (1 << 30, 5 * 10**9, 5400.0)
+
+
+@pytest.mark.parametrize(
+    ("sentence", "hint", "in_python", "typed"),
+    [
+        (
+            "x exists",
+            "choose another -o, or --overwrite replaces it",
+            "choose another output, or overwrite=True replaces it",
+            ": ",
+        ),
+        ("a is FP8", "--ignore a.b", "ignore='a.b'", ": "),
+        ("it is unknown: did you mean 'y'?", "choose y or z", "choose y or z", " "),
+        ("unfinished work", "--no-resume discards it", "resume=False discards it", ": "),
+        ("b", "--kv-cache, or --scheme FP8_DYNAMIC --tp 4", "kv_cache=True, or scheme='FP8_DYNAMIC' tp=4", ": "),
+    ],
+)
+def test_a_hint_speaks_python_to_python_and_options_to_the_shell(
+    sentence: str, hint: str, in_python: str, typed: str
+) -> None:
+    error = fp8pack.RecipeError(sentence, hint)
+    assert (str(error), error.hint, error.command_line) == (sentence, in_python, f"{sentence}{typed}{hint}")
+
+
+def test_a_sentence_names_options_as_they_are_called_where_it_is_read() -> None:
+    error = fp8pack.RecipeError("--scale-rounding and --no-resume do not go with -o")
+    assert str(error) == "scale_rounding and resume=False do not go with output"
+    assert error.command_line == "--scale-rounding and --no-resume do not go with -o"
+    assert error.hint == ""

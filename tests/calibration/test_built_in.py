@@ -89,6 +89,7 @@ def test_scripts_lengths_and_programming_languages() -> None:
     assert sum(re.search(rf"(?<!\w){re.escape(name)}(?!\w)", code) is not None for name in CODE) >= 10
 
 
+@pytest.mark.slow
 def test_no_two_are_near_copies() -> None:
     sets = [(row["id"], shingles(row)) for row in ROWS]
     close = [

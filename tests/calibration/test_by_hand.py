@@ -269,6 +269,7 @@ def batches_of(ids: list[list[int]], size: int, pad: int) -> Batches:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, 3])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_statistic_equals_that_of_hooks_written_by_hand(family: str, batch_size: int, tmp_path: Path) -> None:
@@ -285,6 +286,7 @@ def test_every_statistic_equals_that_of_hooks_written_by_hand(family: str, batch
     hand.check(read_calibration(output), len(TEXTS))
 
 
+@pytest.mark.slow
 def test_the_demo_model_over_the_prompts_that_come_with_it(tmp_path: Path) -> None:
     rows = BUILT_IN.read_text(encoding="utf-8").splitlines()[:24]
     prompts = tmp_path / "prompts.jsonl"
@@ -295,7 +297,7 @@ def test_the_demo_model_over_the_prompts_that_come_with_it(tmp_path: Path) -> No
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(DEMO)
     # how a conversation becomes text is not at stake here
-    ids = [found for found, _ in tokenize(load_prompts(str(prompts), 24), tokenizer, 64)]
+    ids = [found for found, _ in tokenize(load_prompts([str(prompts)], 24), tokenizer, 64)]
     places = llama_like(4, "self_attn.q_norm", "self_attn.k_norm")
     hand = run_by_hand(load(DEMO), batches_of(ids, 1, 0), places, attentions(4), watched_sdpa)
     calibration = read_calibration(output)

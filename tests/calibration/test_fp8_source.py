@@ -47,7 +47,7 @@ def test_its_statistics_are_close_to_those_of_its_source(tmp_path: Path) -> None
     for i, model in enumerate((DEMO, tmp_path / "packed")):
         options = CalibrateOptions(output=tmp_path / f"{i}.safetensors", prompts=str(prompts), num_prompts=8)
         facts = verbs.calibrate(model, options)
-        widest.append({site["points"][0]: site["rms"] for site in facts.widest})
+        widest.append({site.points[0]: site.rms for site in facts.widest})
     common = widest[0].keys() & widest[1].keys()
     assert len(common) >= 7
     assert all(abs(widest[1][point] / widest[0][point] - 1) < 0.1 for point in common)

@@ -233,7 +233,7 @@ def test_options_nested_deep_are_refused_or_told(depth: int, tmp_path: Path) -> 
     except Fp8PackError as error:
         assert len(str(error).splitlines()) == 1
     else:
-        json.dumps(facts, indent=2)
+        json.dumps(facts.to_dict(), indent=2)
 
 
 def test_a_site_whose_name_holds_odd_digits_can_be_merged(tmp_path: Path) -> None:
@@ -252,7 +252,7 @@ def test_an_output_that_exists_is_left_alone_unless_it_is_to_be_replaced(tmp_pat
     write_calibration(a, named(1, 2)[1])
     write_calibration(b, named(2, 2)[1])
     out.write_text("mine")
-    with pytest.raises(OutputError, match="--overwrite"):
+    with pytest.raises(OutputError, match="exists"):
         merge([a, b], out)
     assert out.read_text() == "mine"
     merge([a, b], out, overwrite=True)
@@ -291,6 +291,7 @@ def write_prompts(path: Path, texts: list[str]) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream_layers", ["off", "on"])
 def test_two_halves_of_the_prompts_merge_to_what_one_run_over_all_of_them_gives(
     stream_layers: str, tmp_path: Path

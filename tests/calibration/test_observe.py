@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from inspect import signature
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -23,6 +24,7 @@ from fp8pack.calibration.observers import Observation
 from fp8pack.checkpoint.calibration_file import read_calibration
 from fp8pack.errors import InputError
 from fp8pack.modelrun.names import names_of
+from fp8pack.modelrun.transformers_internals import CACHE_NAMES
 
 K = 8
 
@@ -491,13 +493,14 @@ def test_a_static_cache_counts_what_is_new_in_it() -> None:
     """Its keys have room for tokens that never came."""
     model = make_model("qwen3")
     steps = [torch.tensor([[5, 6, 7, 8, 9]]), torch.tensor([[10]]), torch.tensor([[11, 12]])]
+    name = next(name for name in CACHE_NAMES if name in signature(type(model).forward).parameters)
 
     def run(cache: Any) -> Any:
         with fp8pack.observe(model) as observation:
             done = 0
             for ids in steps:
                 positions = torch.arange(done, done + ids.shape[1])[None]
-                model(ids, past_key_values=cache, use_cache=True, position_ids=positions)
+                model(ids, **{name: cache}, use_cache=True, position_ids=positions)
                 done += ids.shape[1]
         return observation.calibration().by_point
 

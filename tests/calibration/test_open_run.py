@@ -70,10 +70,10 @@ def test_auto_streams_where_the_limit_of_a_container_is_less_than_the_model(
     (tmp_path / "self" / "cgroup").write_text("0::/\n")
     (tmp_path / "meminfo").write_text(f"MemAvailable: {10**9} kB\n")
     monkeypatch.setattr(preparing, "usable_memory", partial(usable_memory, tmp_path, tmp_path))
-    assert fp8pack.calibrate(DEMO, options(tmp_path))["streamed"] is False
+    assert verbs.calibrate(DEMO, options(tmp_path)).streamed is False
     (tmp_path / "memory.max").write_text("1000000\n")
     (tmp_path / "memory.current").write_text("500000\n")
-    assert fp8pack.calibrate(DEMO, options(tmp_path, output=tmp_path / "d.safetensors"))["streamed"] is True
+    assert verbs.calibrate(DEMO, options(tmp_path, output=tmp_path / "d.safetensors")).streamed is True
 
 
 class Unseen(torch.nn.Module):

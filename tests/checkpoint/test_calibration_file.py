@@ -232,7 +232,7 @@ def parts() -> Parts:
 def refusal(path: Path, change: Callable[[], object]) -> str:
     with pytest.raises(Fp8PackError) as caught:
         change()
-    message = str(caught.value)
+    message = caught.value.command_line
     assert type(caught.value) is InputError
     assert len(message.splitlines()) == 1
     assert len(message) < 2000

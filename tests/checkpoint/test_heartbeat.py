@@ -8,18 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import verbs
 from checkpoints import DEMO
 
-from fp8pack.calibration.calibrate import calibrate
+import fp8pack
 from fp8pack.calibration.options import CalibrateOptions
 from fp8pack.checkpoint import heartbeat
 from fp8pack.checkpoint.staging import Staging
 from fp8pack.errors import SpaceError
 from fp8pack.modelrun.loader import ModelLoader
 from fp8pack.packing import write as writing
-from fp8pack.packing.pack import pack
-from fp8pack.packing.prepare import WriteOptions
-from fp8pack.planning.recipe import Request
 
 PATIENCE_SECONDS = 60.0
 
@@ -78,7 +76,7 @@ def test_a_pack_beats_while_it_writes_what_is_no_shard(tmp_path: Path, monkeypat
         return genuine(*arguments)
 
     monkeypatch.setattr(writing, "write_metadata", slow)
-    pack(DEMO, Request(), WriteOptions(output=tmp_path / "out"))
+    fp8pack.pack(DEMO, tmp_path / "out")
     assert beaten
     assert hearts() == []
 
@@ -86,7 +84,9 @@ def test_a_pack_beats_while_it_writes_what_is_no_shard(tmp_path: Path, monkeypat
 def test_a_calibration_beats_while_it_loads_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"text": "one"}\n{"text": "two"}\n')
-    options = CalibrateOptions(tmp_path / "out.safetensors", str(prompts), max_length=8, stream_layers="off")
+    options = CalibrateOptions(
+        output=tmp_path / "out.safetensors", prompts=str(prompts), max_length=8, stream_layers="off"
+    )
     genuine, beaten = ModelLoader.load_all, []
 
     def slow(loader: ModelLoader) -> None:
@@ -95,7 +95,7 @@ def test_a_calibration_beats_while_it_loads_the_model(tmp_path: Path, monkeypatc
         genuine(loader)
 
     monkeypatch.setattr(ModelLoader, "load_all", slow)
-    calibrate(DEMO, options)
+    verbs.calibrate(DEMO, options)
     assert beaten
     assert hearts() == []
 

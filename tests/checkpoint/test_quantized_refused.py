@@ -37,7 +37,7 @@ from fp8pack.planning.recipe import Request
 def refusal(folder: Path, *, what: Callable[[Path], object] = read) -> str:
     with pytest.raises(InputError) as caught:
         what(folder)
-    message = str(caught.value)
+    message = caught.value.command_line
     assert len(message.splitlines()) == 1
     return message
 

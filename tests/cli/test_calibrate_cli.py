@@ -131,6 +131,7 @@ def test_the_output_lies_beside_the_model_by_default(fp8pack: Fp8Pack, model: Pa
     assert (ran.code, ran.stdout) == (0, f"{model.parent / 'model-calibration.safetensors'}\n")
 
 
+@pytest.mark.slow
 def test_few_and_many_prompts_are_noted(fp8pack: Fp8Pack, prompts: Path, tmp_path: Path) -> None:
     ran = fp8pack("calibrate", DEMO, "--prompts", prompts, "-o", tmp_path / "c.safetensors", "--num-prompts", "10")
     assert "holds 4 prompts, fewer than the 10 asked for" in ran.stderr
@@ -181,6 +182,7 @@ def test_prompts_that_come_twice_are_run_once_and_said(fp8pack: Fp8Pack, tmp_pat
     assert any("came twice" in note for note in facts["notes"])
 
 
+@pytest.mark.slow
 def test_until_converged_stops_when_nothing_grows(fp8pack: Fp8Pack, tmp_path: Path) -> None:
     """Prompts that are beginnings of the first one: no amax can grow after it."""
     texts = [" ".join(WORDS[: 100 - i]) for i in range(90)]
@@ -196,6 +198,7 @@ def test_until_converged_stops_when_nothing_grows(fp8pack: Fp8Pack, tmp_path: Pa
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["c.safetensors", "p.jsonl"]
 
 
+@pytest.mark.slow
 def test_until_converged_goes_on_while_something_grows(fp8pack: Fp8Pack, tmp_path: Path) -> None:
     """It stops after the first prompt at which no site's amax has grown by more than 1 % over 64 prompts."""
     path = write_prompts(tmp_path / "p.jsonl", [" ".join(WORDS[i : i + 2]) for i in range(100)])
@@ -244,12 +247,12 @@ def usage(fp8pack: Fp8Pack, words: str, *arguments: str | Path) -> None:
 
 
 WRONG_USE: dict[str, tuple[str, ...]] = {
-    "--max-length": ("--max-length", "0"),
-    "max-length": ("--max-length", "-5"),
-    "--num-prompts": ("--num-prompts", "0"),
-    "--batch-size": ("--batch-size", "0"),
+    "max length '0'": ("--max-length", "0"),
+    "max length '-5'": ("--max-length", "-5"),
+    "num prompts '0'": ("--num-prompts", "0"),
+    "batch size '0'": ("--batch-size", "0"),
     "choose auto, cpu or cuda": ("--device", "tpu"),
-    "choose auto, on or off": ("--stream-layers", "maybe"),
+    "choose auto, on, off": ("--stream-layers", "maybe"),
     "must name a .safetensors file": ("-o", "/tmp/never.json"),
     "write 50m": ("--deadline", "soon"),
     "--frobnicate": ("--frobnicate",),

@@ -14,6 +14,7 @@ from fp8pack.cli.app import app
 PACK_OPTIONS = {
     *("--output", "--scheme", "--format", "--granularity", "--quant-method", "--scale-rounding", "--activations"),
     *("--calibration", "--kv-cache", "--percentile", "--margin", "--warmup"),
+    *("--keep-first-layers", "--keep-last-layers", "--targets"),
     *(
         "--recipe",
         "--ignore",
@@ -35,12 +36,12 @@ CALIBRATE_OPTIONS = {
     *("--json", "--quiet", "--help"),
 }
 MERGE_OPTIONS = {"--output", "--overwrite", "--json", "--quiet", "--help"}
-CONVERT_OPTIONS = PACK_OPTIONS - {"--recipe"}
+CONVERT_OPTIONS = PACK_OPTIONS - {"--recipe", "--keep-first-layers", "--keep-last-layers"}
 UNPACK_OPTIONS = {
     *("--output", "--dtype", "--copy", "--max-shard-size", "--workers", "--max-memory", "--resume", "--no-resume"),
     *("--deadline", "--overwrite", "--dry-run", "--json", "--quiet", "--verbose", "--help"),
 }
-INSPECT_OPTIONS = {"--against", "--fail-if", "--target", "--tp", "--gpu", "--json", "--help"}
+INSPECT_OPTIONS = {"--against", "--fail-if", "--target", "--targets", "--tp", "--gpu", "--json", "--help"}
 DIFF_OPTIONS = {"--fail-if", "--json", "--help"}
 ENV_OPTIONS = {"--include-dir", "--json", "--help"}
 
@@ -63,7 +64,7 @@ def test_pack_prints_the_output_path_and_nothing_else_on_stdout(
     assert done.stdout == f"{tmp_path / 'out'}\n"
     first, *rest = done.stderr.splitlines()
     assert first.startswith("model  Qwen3ForCausalLM  BF16  21 tensors")
-    assert [line.split()[0] for line in rest] == ["scheme", "packed", "result", "loads", "next"]
+    assert [line.split()[0] for line in rest] == ["scheme", "packed", "result", "SQNR", "loads", "next"]
 
 
 def test_json_is_one_document_with_the_same_facts_as_the_function(
@@ -89,6 +90,7 @@ def test_a_dry_run_lists_every_tensor_with_its_reason_and_writes_nothing(
     assert set(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
@@ -137,6 +139,7 @@ def test_values_may_be_written_with_dashes_or_underscores(make_checkpoint: MakeC
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_inspect_fails_with_8_when_a_bound_is_broken(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     source = make_checkpoint()
     fp8pack("pack", source, "-o", tmp_path / "out")
@@ -148,6 +151,7 @@ def test_inspect_fails_with_8_when_a_bound_is_broken(make_checkpoint: MakeCheckp
     assert bad.stderr.startswith("fp8pack: sqnr_min is 31.")
 
 
+@pytest.mark.slow
 def test_inspect_shows_every_tensor_packed_or_not(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     source = make_checkpoint()
     fp8pack("pack", source, "-o", tmp_path / "out", "-q")
@@ -189,6 +193,7 @@ def test_the_options_are_these_and_a_new_one_needs_a_reason() -> None:
         assert options_in(runner.invoke(app, [command, "--help"]).stdout) == options, command
 
 
+@pytest.mark.slow
 def test_env_says_what_multiplies_here() -> None:
     from fp8pack.runtime.environment import environment
 

@@ -9,11 +9,9 @@ from pathlib import Path
 import pytest
 from checkpoints import MakeCheckpoint
 
+import fp8pack
 from fp8pack.calibration.merge import merge
 from fp8pack.errors import Fp8PackError, SpaceError
-from fp8pack.packing.pack import pack
-from fp8pack.packing.prepare import WriteOptions
-from fp8pack.planning.recipe import Request
 
 FILES = {"config.json", "fp8pack.json", "model.safetensors", "README.md"}
 
@@ -54,7 +52,7 @@ def test_with_all_closed_no_file_of_the_output_takes_the_place_of_a_stream(
 ) -> None:
     model = make_checkpoint()
     assert run("<&- >&- 2>&-", "pack", str(model), "-o", str(tmp_path / "closed")).returncode == 1
-    pack(model, Request(), WriteOptions(output=tmp_path / "open"))
+    fp8pack.pack(model, tmp_path / "open")
     for name in FILES - {"README.md"}:
         assert (tmp_path / "closed" / name).read_bytes() == (tmp_path / "open" / name).read_bytes()
 
@@ -103,7 +101,7 @@ def test_an_output_where_nothing_can_be_made_is_one_sentence(
 ) -> None:
     model, output = make_checkpoint(), place(kind, tmp_path)
     with pytest.raises(Fp8PackError) as refused:
-        pack(model, Request(), WriteOptions(output=output))
+        fp8pack.pack(model, output)
     assert refused.value.exit_code in (4, 5)
     assert len(str(refused.value).splitlines()) == 1
 

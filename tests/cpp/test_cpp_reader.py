@@ -32,6 +32,8 @@ from fp8pack.packing.options import WriteOptions
 from fp8pack.planning.calibration import Calibration, Site
 from fp8pack.planning.recipe import Request
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 INCLUDE = ROOT / "fp8pack" / "_data" / "include"
 EXAMPLE = ROOT / "examples" / "cublaslt"

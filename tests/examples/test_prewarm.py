@@ -11,7 +11,6 @@ from checkpoints import DEMO
 from torch import Tensor, nn
 
 import fp8pack
-from fp8pack.calibration.options import CalibrateOptions
 from fp8pack.checkpoint.calibration_file import read_calibration
 from fp8pack.planning.calibration import Calibration, Site, value_of
 
@@ -43,7 +42,7 @@ def new_state(length: int) -> State:
 @pytest.fixture(scope="module")
 def calibration(tmp_path_factory: pytest.TempPathFactory) -> Calibration:
     output = tmp_path_factory.mktemp("prewarm") / "calibration.safetensors"
-    fp8pack.calibrate(DEMO, CalibrateOptions(output=output, num_prompts=PROMPTS, device="cpu"))
+    fp8pack.calibrate(DEMO, output, num_prompts=PROMPTS, device="cpu")
     return read_calibration(output)
 
 

@@ -115,6 +115,7 @@ def test_amd_has_its_own_e4m3() -> None:
     assert [DeviceFacts("hip", arch=arch).is_fnuz for arch in ("gfx942", "gfx950", "")] == [True, False, False]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weight_only", [False, True], ids=["", "weight-only"])
 @pytest.mark.parametrize("granularity", ["tensor", "channel", "block:128x128", "mx", "group:64", "group:128"])
 def test_our_kernels_are_verified(granularity: str, weight_only: bool) -> None:

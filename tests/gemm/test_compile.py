@@ -12,6 +12,8 @@ import pytest
 
 pytest.importorskip("triton")
 
+pytestmark = pytest.mark.slow
+
 PROGRAM = """
 import json, sys
 import triton

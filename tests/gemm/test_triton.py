@@ -14,6 +14,8 @@ from fp8pack.numerics.formats import E4M3, E5M2, Float8Format, value_table
 from fp8pack.numerics.granularity import CHANNEL, MX, TENSOR, Granularity, parse_granularity
 from fp8pack.numerics.scaling import ScaleRounding, encode_e8m0
 
+pytestmark = pytest.mark.slow
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GRANULARITIES = [TENSOR, CHANNEL, parse_granularity("group:128"), parse_granularity("group:32"), MX]
 SHAPES = [(1, 1), (3, 130), (17, 257), (33, 384)]

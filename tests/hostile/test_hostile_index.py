@@ -109,7 +109,7 @@ def test_77_a_shard_that_no_index_names_is_left_out_and_reported(built: Any, tmp
     built.shard(model / "consolidated.safetensors", built.layer(0))
     built.shard(model / "model-00003-of-00003.safetensors", built.layer(5))
     facts = pack_into(model, tmp_path / "out")
-    assert {entry["file"] for entry in facts["skipped"]} == {
+    assert {entry.file for entry in facts.skipped} == {
         "consolidated.safetensors",
         "model-00003-of-00003.safetensors",
     }

@@ -67,7 +67,7 @@ def test_a_loop_of_directories_is_refused_or_left_out(target: str, built: Any, t
         assert "loop" in str(error)
         assert not (tmp_path / "out").exists()
     else:
-        assert [entry["file"] for entry in facts["skipped"]] == ["assets/loop"]
+        assert [entry.file for entry in facts.skipped] == ["assets/loop"]
 
 
 def test_a_link_to_itself_is_refused_or_left_out(built: Any, tmp_path: Path) -> None:
@@ -78,14 +78,14 @@ def test_a_link_to_itself_is_refused_or_left_out(built: Any, tmp_path: Path) -> 
     except InputError as error:
         assert "tokenizer.json" in str(error)
     else:
-        assert [entry["file"] for entry in facts["skipped"]] == ["tokenizer.json"]
+        assert [entry.file for entry in facts.skipped] == ["tokenizer.json"]
 
 
 def test_a_broken_link_is_left_out_and_reported(built: Any, tmp_path: Path) -> None:
     model = built.single(tmp_path / "model")
     (model / "tokenizer.json").symlink_to("gone.json")
     facts = pack_into(model, tmp_path / "out")
-    assert [entry["file"] for entry in facts["skipped"]] == ["tokenizer.json"]
+    assert [entry.file for entry in facts.skipped] == ["tokenizer.json"]
 
 
 @pytest.mark.parametrize("target", ["gone", "config.json", "/dev/null"])
@@ -114,7 +114,7 @@ def test_a_fifo_or_socket_beside_the_weights_is_left_out_and_reported(built: Any
         server.bind(f"/proc/self/fd/{folder}/server.sock")  # the path itself may be too long for a socket
         os.close(folder)
     facts = pack_into(model, tmp_path / "out")
-    assert {entry["file"] for entry in facts["skipped"]} == {"tokenizer.json", "server.sock"}
+    assert {entry.file for entry in facts.skipped} == {"tokenizer.json", "server.sock"}
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", INDEX])

@@ -78,6 +78,7 @@ def quiet() -> Iterator[None]:
         yield
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["FP8_BLOCK", "FP8_DYNAMIC"])
 @pytest.mark.parametrize(
     "family", ["llama", "gemma2", "phi3", "gpt_neox", "bert", "mixtral", "qwen2_moe", "deepseek_v3", "llava"]
@@ -105,6 +106,7 @@ FUSED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "asked", "loads"), FUSED, ids=str)
 def test_transformers_finds_every_weight_of_fused_experts_where_we_say_so(
     family: str, asked: dict[str, Any], loads: bool, tmp_path: Path
@@ -112,9 +114,9 @@ def test_transformers_finds_every_weight_of_fused_experts_where_we_say_so(
     model = make_model(family).to(torch.bfloat16).eval()
     model.save_pretrained(tmp_path / "source")
     facts = fp8pack.pack(tmp_path / "source", tmp_path / "out", **asked)
-    verdict = next(engine for engine in facts.engines if engine["engine"] == "transformers")
+    verdict = next(engine for engine in facts.engines if engine.engine == "transformers")
     loaded, report = type(model).from_pretrained(tmp_path / "out", dtype=torch.bfloat16, output_loading_info=True)
-    assert bool(verdict["tp"]) is (not report["missing_keys"]) is loads
+    assert bool(verdict.tp) is (not report["missing_keys"]) is loads
     if loads:
         tokens = torch.arange(5, 25)[None]
         with torch.no_grad():

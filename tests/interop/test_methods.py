@@ -105,6 +105,7 @@ def test_compressed_tensors_validates_our_config_and_decompresses_to_our_values(
         assert torch.equal(theirs.float(), weight.dequantize(theirs.dtype).float()), weight_name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LOADED)
 def test_transformers_computes_with_the_values_that_we_say_are_stored(name: str, tmp_path: Path) -> None:
     """Where activations stay BF16 the logits are the same; elsewhere quantizing them moves these by some percent."""
@@ -168,6 +169,7 @@ def is_loaded_whole(folder: Path) -> bool:
     return not any(found[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*LOADED, "compressed-tensors group"])
 @pytest.mark.parametrize("kind", ["moe", "wrapper"])
 def test_transformers_loads_experts_and_wrappers_where_we_say_so(
@@ -175,5 +177,5 @@ def test_transformers_loads_experts_and_wrappers_where_we_say_so(
 ) -> None:
     options = LOADED.get(name, COMPRESSED["group"])
     facts = fp8pack.pack(request.getfixturevalue(kind), tmp_path / kind, **options)
-    verdict = next(engine for engine in facts.engines if engine["engine"] == "transformers")
-    assert is_loaded_whole(tmp_path / kind) == bool(verdict["tp"]), verdict["reason"]
+    verdict = next(engine for engine in facts.engines if engine.engine == "transformers")
+    assert is_loaded_whole(tmp_path / kind) == bool(verdict.tp), verdict.reason

@@ -1,9 +1,11 @@
 """Static activations and KV-cache scales: what the libraries and the rules of the engines make of our files."""
 
 import json
+import re
 import warnings
 from collections.abc import Iterator
 from fnmatch import fnmatch
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -191,12 +193,21 @@ def test_compressed_tensors_rounds_activations_as_we_do(calibration: Path, tmp_p
     assert torch.equal(theirs, round_activations(x, Static(scale.item())))
 
 
+def reads_kv_scales(model: Any) -> bool:
+    """Whether compressed-tensors (0.20) finds attention, by its argument `past_key_values`.
+
+    transformers 5.24 calls it `cache`. Then scales of K and V stay unread, as docs/engines.md says of transformers.
+    """
+    attention = model.get_submodule("model.layers.0.self_attn")
+    return "past_key_values" in signature(type(attention).forward).parameters
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("kv_cache", [False, True])
 @pytest.mark.parametrize("dequantize", [False, True])
 def test_transformers_loads_it_and_computes_nearly_what_bf16_computes(
     kv_cache: bool, dequantize: bool, calibration: Path, tokens: Tensor, reference: Tensor, tmp_path: Path
 ) -> None:
-    pytest.importorskip("compressed_tensors")
     pack(calibration, tmp_path / "out", quant_method="compressed-tensors", kv_cache=kv_cache)
     options = {"quantization_config": transformers.CompressedTensorsConfig(dequantize=True)} if dequantize else {}
     model, info = transformers.AutoModelForCausalLM.from_pretrained(
@@ -205,7 +216,8 @@ def test_transformers_loads_it_and_computes_nearly_what_bf16_computes(
     assert not info["missing_keys"]
     assert not info["mismatched_keys"]
     if not dequantize:
-        assert not info["unexpected_keys"]
+        assert not info["unexpected_keys"] or not reads_kv_scales(model)
+        assert all(re.search(r"self_attn\.[kv]_scale$", name) for name in info["unexpected_keys"])
     with torch.no_grad():
         logits = model(tokens).logits.float()
     assert torch.isfinite(logits).all()
@@ -215,7 +227,6 @@ def test_transformers_loads_it_and_computes_nearly_what_bf16_computes(
 
 @pytest.mark.parametrize("kv_cache", [False, True])
 def test_transformers_holds_the_scales_of_the_file(kv_cache: bool, calibration: Path, tmp_path: Path) -> None:
-    pytest.importorskip("compressed_tensors")
     pack(calibration, tmp_path / "out", quant_method="compressed-tensors", kv_cache=kv_cache)
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
     ours, state = fp8pack.load_packed(tmp_path / "out"), model.state_dict()
@@ -225,7 +236,9 @@ def test_transformers_holds_the_scales_of_the_file(kv_cache: bool, calibration: 
             torch.testing.assert_close(found, tensor.input_scale, rtol=2**-8, atol=0)
     assert len(ours.kv_scales) == (8 if kv_cache else 0)
     for point, scale in ours.kv_scales.items():
-        torch.testing.assert_close(state[f"{point}_scale"].float(), scale, rtol=2**-8, atol=0)
+        assert (f"{point}_scale" in state) == reads_kv_scales(model)
+        if reads_kv_scales(model):
+            torch.testing.assert_close(state[f"{point}_scale"].float(), scale, rtol=2**-8, atol=0)
 
 
 @pytest.mark.parametrize("static", [False, True])

@@ -55,7 +55,7 @@ def refusal(call: Callable[[], object], *words: str) -> str:
     """Return the sentence with which a call refuses its input."""
     with pytest.raises(Fp8PackError) as caught:
         call()
-    message = str(caught.value)
+    message = caught.value.command_line
     assert type(caught.value) is InputError
     assert len(message.splitlines()) == 1
     assert len(message) < 2000
@@ -70,7 +70,7 @@ def write_lines(path: Path, *rows: Any) -> Path:
 
 
 def texts(place: str | Path, count: int = 100) -> list[Any]:
-    return [prompt.content for prompt in load_prompts(str(place), count)]
+    return [prompt.content for prompt in load_prompts([str(place)], count)]
 
 
 # Rows.
@@ -157,14 +157,14 @@ def test_a_row_that_is_no_prompt_is_refused_with_its_place_and_a_blank_one_is_pa
 ) -> None:
     path = write_lines(tmp_path / "p.jsonl", {"text": "a"}, NO_PROMPTS[name])
     if name in BLANK:
-        assert [prompt.content for prompt in load_prompts(str(path), 10)] == ["a"]
+        assert [prompt.content for prompt in load_prompts([str(path)], 10)] == ["a"]
         return
-    refusal(lambda: load_prompts(str(path), 10), "p.jsonl, line 2")
+    refusal(lambda: load_prompts([str(path)], 10), "p.jsonl, line 2")
 
 
 def test_a_row_that_is_no_prompt_names_the_shapes_that_are(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "p.jsonl", {"question": "a"})
-    refusal(lambda: load_prompts(str(path), 10), "question", "text", "messages", "conversations", "instruction")
+    refusal(lambda: load_prompts([str(path)], 10), "question", "text", "messages", "conversations", "instruction")
 
 
 @pytest.mark.parametrize("row", [{"prompt": "   "}, {"messages": "hello"}])
@@ -187,14 +187,14 @@ def test_as_many_as_are_asked_for_are_read_and_no_more(tmp_path: Path) -> None:
 def test_blank_lines_and_other_line_ends_are_no_prompts(suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"p{suffix}"
     path.write_bytes(b'\n  \n{"text": "a"}\r\n\n{"text": "\xc3\xa9\\u2028"}')
-    found = load_prompts(str(path), 9)
+    found = load_prompts([str(path)], 9)
     assert [prompt.content for prompt in found] == ["a", "é\u2028"]
     assert [prompt.name for prompt in found] == [f"p{suffix}, line 3", f"p{suffix}, line 5"]
 
 
 def test_an_empty_file_holds_no_prompt(tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_text("")
-    assert load_prompts(str(tmp_path / "p.jsonl"), 3) == []
+    assert load_prompts([str(tmp_path / "p.jsonl")], 3) == []
 
 
 BAD_BYTES: dict[str, bytes] = {
@@ -219,7 +219,7 @@ BAD_BYTES: dict[str, bytes] = {
 def test_bytes_that_are_no_json_lines_are_refused_with_a_sentence(name: str, tmp_path: Path) -> None:
     path = tmp_path / "p.jsonl"
     path.write_bytes(BAD_BYTES[name])
-    refusal(lambda: load_prompts(str(path), 10), "p.jsonl")
+    refusal(lambda: load_prompts([str(path)], 10), "p.jsonl")
 
 
 def test_a_byte_order_mark_is_no_obstacle_or_named(tmp_path: Path) -> None:
@@ -234,12 +234,12 @@ def test_a_byte_order_mark_is_no_obstacle_or_named(tmp_path: Path) -> None:
 
 def test_a_directory_or_an_unreadable_place_with_the_name_of_json_lines_is_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").mkdir()
-    refusal(lambda: load_prompts(str(tmp_path / "p.jsonl"), 3), "p.jsonl")
-    refusal(lambda: load_prompts(str(tmp_path / "absent.jsonl"), 3), "absent.jsonl")
+    refusal(lambda: load_prompts([str(tmp_path / "p.jsonl")], 3), "p.jsonl")
+    refusal(lambda: load_prompts([str(tmp_path / "absent.jsonl")], 3), "absent.jsonl")
 
 
 def test_the_built_in_prompts_are_512_of_known_shape_and_all_different() -> None:
-    found = load_prompts(BUILT_IN, 1000)
+    found = load_prompts([BUILT_IN], 1000)
     assert len(found) == 512
     assert len({json.dumps(prompt.content) for prompt in found}) == len(found)
 
@@ -271,7 +271,7 @@ def write_table(path: Path, rows: list[dict[str, Any]]) -> Path:
 @pytest.mark.parametrize("suffix", [".parquet", ".csv", ".tsv", ".txt"])
 def test_a_file_of_a_data_set_is_read(suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_table(tmp_path / f"p{suffix}", ROWS)
-    found = load_prompts(str(path), 10)
+    found = load_prompts([str(path)], 10)
     assert [prompt.content for prompt in found] == ["a", "b, c", "é"]
     assert all(prompt.name.startswith(f"p{suffix}, row ") for prompt in found)
     monkeypatch.chdir(tmp_path)
@@ -319,7 +319,7 @@ def test_a_damaged_table_is_refused_with_a_sentence(name: str, tmp_path: Path) -
     path = tmp_path / name
     path.write_bytes(DAMAGED[name])
     try:
-        assert load_prompts(str(path), 3) in ([], [Prompt("ragged.csv, row 1", "a\n")])
+        assert load_prompts([str(path)], 3) in ([], [Prompt("ragged.csv, row 1", "a\n")])
     except InputError as error:
         assert len(str(error).splitlines()) == 1
         assert len(str(error)) < 2000
@@ -328,12 +328,12 @@ def test_a_damaged_table_is_refused_with_a_sentence(name: str, tmp_path: Path) -
 
 def test_a_table_without_prompts_names_the_row(tmp_path: Path) -> None:
     path = write_table(tmp_path / "p.parquet", [{"question": "a"}])
-    refusal(lambda: load_prompts(str(path), 3), "p.parquet, row 1", "question")
+    refusal(lambda: load_prompts([str(path)], 3), "p.parquet, row 1", "question")
 
 
 def test_a_file_of_no_known_kind_is_refused(tmp_path: Path) -> None:
     (tmp_path / "p.pkl").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
-    refusal(lambda: load_prompts(str(tmp_path / "p.pkl"), 3), "p.pkl", ".jsonl", ".parquet")
+    refusal(lambda: load_prompts([str(tmp_path / "p.pkl")], 3), "p.pkl", ".jsonl", ".parquet")
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet", "csv"])
@@ -364,7 +364,7 @@ def test_a_directory_is_found_by_a_relative_name_of_any_sort(
 
 def test_an_empty_directory_is_refused(tmp_path: Path) -> None:
     (tmp_path / "set").mkdir()
-    refusal(lambda: load_prompts(str(tmp_path / "set"), 3), "set")
+    refusal(lambda: load_prompts([str(tmp_path / "set")], 3), "set")
 
 
 def test_a_script_of_a_data_set_is_never_run(tmp_path: Path) -> None:
@@ -410,7 +410,7 @@ def cache_data_set(hub: Path, name: str, revision: str = "0" * 40, *, refs: bool
 
 def test_a_data_set_in_the_hub_cache_is_read_without_the_network(hub: Path) -> None:
     cache_data_set(hub, "someone/prompts")
-    found = load_prompts("someone/prompts", 2)
+    found = load_prompts(["someone/prompts"], 2)
     assert [prompt.content for prompt in found] == ["a", "b, c"]
     assert all("prompts" in prompt.name for prompt in found)
 
@@ -418,7 +418,7 @@ def test_a_data_set_in_the_hub_cache_is_read_without_the_network(hub: Path) -> N
 def test_a_data_set_in_the_hub_cache_is_not_written_to(hub: Path) -> None:
     cache_data_set(hub, "someone/prompts")
     before = sorted(hub.rglob("*"))
-    load_prompts("someone/prompts", 5)
+    load_prompts(["someone/prompts"], 5)
     assert [path for path in sorted(hub.rglob("*")) if path.name not in ("CACHEDIR.TAG",)] == before
 
 
@@ -428,12 +428,12 @@ def test_a_data_set_in_the_hub_cache_is_not_written_to(hub: Path) -> None:
 def test_a_name_that_is_not_cached_is_refused_with_what_to_do(name: str, hub: Path) -> None:
     cache_data_set(hub, "someone/prompts")
     remedy = "does not exist" if name.startswith(("/", ".")) else "hf download"
-    refusal(lambda: load_prompts(name, 3), name, remedy)
+    refusal(lambda: load_prompts([name], 3), name, remedy)
 
 
 def test_a_cached_data_set_without_a_main_revision_is_refused(hub: Path) -> None:
     cache_data_set(hub, "someone/prompts", refs=False)
-    refusal(lambda: load_prompts("someone/prompts", 3), "someone/prompts")
+    refusal(lambda: load_prompts(["someone/prompts"], 3), "someone/prompts")
 
 
 # Tokens.

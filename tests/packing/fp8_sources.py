@@ -1,6 +1,7 @@
 """FP8 checkpoints to convert and to unpack, written without fp8pack."""
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +54,17 @@ def quantized(
     granularity: str, rounding: str = "none", format: str = "e4m3", shapes: dict[str, tuple[int, int]] | None = None
 ) -> dict[str, tuple[NDArray[Any], NDArray[np.float32]]]:
     """Payload and scales of each weight, by the oracle."""
+    return dict(_quantized(granularity, rounding, format, tuple((shapes or LINEARS).items())))
+
+
+@cache
+def _quantized(
+    granularity: str, rounding: str, format: str, shapes: tuple[tuple[str, tuple[int, int]], ...]
+) -> dict[str, tuple[NDArray[Any], NDArray[np.float32]]]:
     found = {}
-    for name, weight in float_weights(shapes).items():
+    for name, weight in float_weights(dict(shapes)).items():
         codes, scales = oracle.quantize(weight.astype(np.float32), format, granularity, rounding)
+        codes.flags.writeable = scales.flags.writeable = False  # every test gets the same
         found[name] = (codes.view(oracle.ELEMENT[format][0]), scales)
     return found
 

@@ -164,6 +164,7 @@ print(json.dumps(peaks))
 """
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_tensor(tmp_path: Path) -> None:
     """96 MiB of FP8, carried and quantized anew."""
     small = source_of(tmp_path / "small", "block:128x128")

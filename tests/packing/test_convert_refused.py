@@ -41,7 +41,7 @@ def test_what_a_convention_cannot_hold_is_refused_with_those_that_can(
     source = source_of(tmp_path / "source", granularity, activations)
     with pytest.raises(RecipeError) as caught:
         verbs.convert(source, asked(**request_), WriteOptions(tmp_path / "out"))
-    message = str(caught.value)
+    message = caught.value.command_line
     assert len(message.splitlines()) == 1
     offered = message.partition("--quant-method ")[2].split(" or ")
     assert set(able) <= set(offered), message

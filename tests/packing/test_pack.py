@@ -141,6 +141,7 @@ def test_bands_cut_a_tensor_anywhere_but_change_only_its_digest(
     assert entry.band_rows == 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("granularity", ["tensor", "group:64", "block:128x128", "block:48x80", "mx"])
 def test_very_long_rows_are_cut_into_columns_and_no_byte_changes(
     make_checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, granularity: str
@@ -307,7 +308,7 @@ def test_offenders_are_named_and_the_flag_that_mends_them_reuses_the_rest(
         asked = Request(granularity=parse_granularity(granularity))
         with pytest.raises(InputError) as caught:
             verbs.pack(source, asked, WriteOptions(tmp_path / granularity[:5]))
-        assert all(f"--ignore {name}" in str(caught.value) for name in bad)
+        assert all(f"--ignore {name}" in caught.value.command_line for name in bad)
     asked = Request(granularity=parse_granularity("block:128x128"))
     with pytest.raises(InputError):
         verbs.pack(source, asked, options)
@@ -327,7 +328,7 @@ def test_a_group_with_a_nan_gets_no_scale_before_the_nan_is_mended(
     tensors[name] = mended.copy()
     tensors[name][50, 100] = np.nan
     source, asked = make_checkpoint(tensors), Request(granularity=parse_granularity("tensor"))
-    with pytest.raises(InputError, match="--ignore"):
+    with pytest.raises(InputError, match="ignore"):
         verbs.pack(source, asked, WriteOptions(tmp_path / "out"))
     save_file(tensors | {name: mended}, source / "model.safetensors", {"format": "pt"})
     facts = verbs.pack(source, asked, WriteOptions(tmp_path / "out"))

@@ -29,7 +29,7 @@ from fp8pack.packing.options import WriteOptions
 from fp8pack.planning import make_plan
 from fp8pack.planning.recipe import Request
 
-SCHEMA = Path(__file__).parents[2] / "docs" / "manifest.schema.json"
+SCHEMA = Path(__file__).parents[2] / "docs" / "schemas" / "manifest.schema.json"
 
 
 def amax_of(module: str) -> float:
@@ -407,6 +407,7 @@ def interrupt(source: Path, asked: Request, options: WriteOptions, monkeypatch: 
             verbs.pack(source, asked, options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", [2, 3, 8, 20, 30])
 @pytest.mark.parametrize("method", ["modelopt", "compressed-tensors"])
 def test_an_interrupted_pack_ends_in_the_same_bytes(

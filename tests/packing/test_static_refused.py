@@ -78,7 +78,7 @@ def test_without_a_calibration_the_sentence_says_how_to_make_one(
     granularity = {"granularity": parse_granularity(asked["granularity"])} if "granularity" in asked else {}
     with pytest.raises(RecipeError) as caught:
         fp8pack.pack(source, **asked | granularity)
-    first, second = (shlex.split(command) for command in str(caught.value).split("`")[1::2])
+    first, second = (shlex.split(command) for command in caught.value.command_line.split("`")[1::2])
     assert first == ["fp8pack", "calibrate", str(source)]
     assert second[0] == "--calibration"
     calibrate(source, Path(second[1]).stem).rename(second[1])

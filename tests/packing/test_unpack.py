@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,7 @@ def test_every_byte_is_that_of_the_formula(dtype: str, checkpoint: Path, tmp_pat
     check(read_tensors(tmp_path / "out"), deepseek(), dtype)
 
 
+@pytest.mark.slow
 def test_workers_strips_bands_and_shards_change_no_byte(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -431,6 +433,7 @@ def reach(process: subprocess.Popen[str], journal: Path, lines: int) -> None:
                 return
         except FileNotFoundError:
             pass
+        time.sleep(0.001)
     raise AssertionError(f"it ended before: {process.communicate()}")
 
 
@@ -442,6 +445,7 @@ def check_finished(process: subprocess.Popen[str], tmp_path: Path) -> dict[str, 
     return dict(json.loads(stdout))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_the_same_command_continues_after_the_end_of_another(
     how: signal.Signals, run: Callable[..., subprocess.Popen[str]], tmp_path: Path
@@ -460,6 +464,7 @@ def test_the_same_command_continues_after_the_end_of_another(
     assert undisturbed.output_nbytes == facts["output_nbytes"]
 
 
+@pytest.mark.slow
 def test_a_deadline_ends_with_code_7_and_the_same_command_continues(
     run: Callable[..., subprocess.Popen[str]], tmp_path: Path
 ) -> None:
@@ -471,6 +476,7 @@ def test_a_deadline_ends_with_code_7_and_the_same_command_continues(
     assert check_finished(run(), tmp_path)["resumed_nbytes"] > 0
 
 
+@pytest.mark.slow
 def test_unfinished_work_of_another_dtype_is_refused_and_kept(
     run: Callable[..., subprocess.Popen[str]], tmp_path: Path
 ) -> None:
@@ -498,6 +504,7 @@ print(json.dumps(peaks))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(6144, 8192), (64, 786_432)], ids=["many rows", "long rows"])
 def test_memory_does_not_grow_with_the_tensor(shape: tuple[int, int], tmp_path: Path) -> None:
     """48 MiB of FP8 that become 192 MiB of float32; what a small unpack needs, and a few bands."""

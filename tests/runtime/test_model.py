@@ -42,6 +42,21 @@ def error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
+def check_same(a: Any, b: Any) -> None:
+    """Two models hold the same bits, which is ours to promise, and compute the same up to the order of sums.
+
+    That order is torch's: the memory layout of a weight decides which GEMM kernel takes it, and not on each processor
+    alike.
+    """
+    ours, theirs = a.state_dict(), b.state_dict()
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        bits = tensor.view(torch.uint8) if tensor.dtype.itemsize == 1 else tensor
+        other = theirs[name].view(torch.uint8) if tensor.dtype.itemsize == 1 else theirs[name]
+        assert torch.equal(bits, other), name
+    assert error(logits(a), logits(b)) < 2**-7
+
+
 @pytest.mark.parametrize("scheme", ["FP8_BLOCK", "FP8_DYNAMIC", "MXFP8", "W8A16"])
 def test_the_demo_model_generates_as_before(tmp_path: Path, scheme: str) -> None:
     fp8pack.pack(DEMO, tmp_path / "out", scheme=scheme)
@@ -68,6 +83,7 @@ def test_the_demo_model_generates_as_before(tmp_path: Path, scheme: str) -> None
 FAMILIES = ["qwen3", "qwen3_moe", "mixtral", "gpt_neox", "bert", "albert", "gemma3", "llava", "t5"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_transformers_loads_what_we_load(tmp_path: Path, family: str, caplog: pytest.LogCaptureFixture) -> None:
     path = packed_family(family, tmp_path)
@@ -80,7 +96,7 @@ def test_transformers_loads_what_we_load(tmp_path: Path, family: str, caplog: py
     assert "MISSING" not in caplog.text
     assert str(fp8pack.report_fp8(theirs)) == str(fp8pack.report_fp8(ours))
     if family != "t5":
-        assert torch.equal(logits(theirs), logits(ours))
+        check_same(theirs, ours)
 
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen3_moe", "mixtral", "gpt_neox", "bert", "gemma3", "llava"])
@@ -144,7 +160,7 @@ def test_several_devices_are_refused(tmp_path: Path) -> None:
         with pytest.raises(InputError, match="to one device"):
             transformers.AutoModelForCausalLM.from_pretrained(path, device_map=device_map)
     model = transformers.AutoModelForCausalLM.from_pretrained(path, device_map="auto")
-    assert torch.equal(logits(model), logits(fp8pack.load_model(path)))
+    check_same(model, fp8pack.load_model(path))
 
 
 def test_what_is_used_otherwise_is_dequantized(tmp_path: Path) -> None:
@@ -155,7 +171,7 @@ def test_what_is_used_otherwise_is_dequantized(tmp_path: Path) -> None:
     )
     verbs.pack(tmp_path / "model", asked, WriteOptions(tmp_path / "packed"))
     ours = fp8pack.load_model(tmp_path / "packed")
-    assert torch.equal(logits(type(ours).from_pretrained(tmp_path / "packed")), logits(ours))
+    check_same(type(ours).from_pretrained(tmp_path / "packed"), ours)
     path = packed_family("t5", tmp_path / "t5", "none")
     fp8pack.unpack(path, tmp_path / "unpacked")
     t5 = fp8pack.load_model(path)
@@ -164,7 +180,7 @@ def test_what_is_used_otherwise_is_dequantized(tmp_path: Path) -> None:
     for model in (t5, type(t5).from_pretrained(path), unpacked):
         with torch.no_grad():
             found.append(model(**PROMPT, decoder_input_ids=PROMPT["input_ids"]).logits.float())
-    assert torch.equal(found[0], found[1])
+    assert error(found[0], found[1]) < 2**-7
     assert error(found[0], found[2]) < 0.02
     assert any(name.endswith("DenseReluDense.wo") for name in fp8pack.report_fp8(t5).others)
 
@@ -185,7 +201,7 @@ def test_buffers_that_are_not_stored_are_computed(tmp_path: Path, family: str) -
     asked = Request(granularity=parse_granularity("group:32"), quant_method="fp8pack", activations="none")
     verbs.pack(tmp_path / "model", asked, WriteOptions(tmp_path / "packed"))
     ours, theirs = fp8pack.load_model(tmp_path / "packed"), type(model).from_pretrained(tmp_path / "packed")
-    assert torch.equal(logits(ours), logits(theirs))
+    check_same(ours, theirs)
     assert error(logits(ours), logits(model.eval())) < 0.1
 
 
@@ -196,6 +212,7 @@ def test_experts_that_the_class_does_not_put_together_are_refused(tmp_path: Path
             load(path)
 
 
+@pytest.mark.slow
 def test_many_experts_take_no_longer(tmp_path: Path) -> None:
     """Each name was a pattern of its own once, and each key was held against all of them: minutes for a thousand."""
     config = transformers.Qwen3MoeConfig(
@@ -207,7 +224,7 @@ def test_many_experts_take_no_longer(tmp_path: Path) -> None:
     verbs.pack(tmp_path / "model", asked, WriteOptions(tmp_path / "packed"))
     loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
     assert len(loaded._keys_to_ignore_on_load_unexpected) < 60
-    assert torch.equal(logits(loaded), logits(fp8pack.load_model(tmp_path / "packed")))
+    check_same(loaded, fp8pack.load_model(tmp_path / "packed"))
     with pytest.raises(ValueError, match="taken one by one"):
         loaded.set_experts_implementation("batched_mm")
         logits(loaded)

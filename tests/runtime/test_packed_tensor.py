@@ -7,6 +7,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
+import verbs
 from checkpoints import MakeCheckpoint, random_weight
 from numpy.typing import NDArray
 
@@ -47,7 +48,7 @@ def test_the_scale_is_the_multiplier(
 ) -> None:
     weight = random_weight(shape, 3)
     asked = Request(format=parse_format(format), granularity=parse_granularity(granularity), quant_method="fp8pack")
-    fp8pack.pack(make_checkpoint({NAME: weight}), asked, WriteOptions(tmp_path / "out"))
+    verbs.pack(make_checkpoint({NAME: weight}), asked, WriteOptions(tmp_path / "out"))
     packed = fp8pack.load_packed(tmp_path / "out")[NAME]
     assert isinstance(packed, fp8pack.PackedTensor)
     rounding = "up" if granularity == "mx" else "none"
@@ -124,7 +125,7 @@ def test_one_name_for_each_thing() -> None:
 def test_what_is_printed_is_short(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     weights = {NAME: random_weight((131, 200), 3), "model.norm.weight": random_weight((200,))}
     asked = Request(granularity=parse_granularity("block:128x128"), quant_method="fp8pack")
-    fp8pack.pack(make_checkpoint(weights), asked, WriteOptions(tmp_path / "out"))
+    verbs.pack(make_checkpoint(weights), asked, WriteOptions(tmp_path / "out"))
     loaded = fp8pack.load_packed(tmp_path / "out")
     assert repr(loaded) == "PackedCheckpoint(quant_method='fp8pack', activations='dynamic', packed=1, plain=1)"
     assert str(loaded[NAME]) == repr(loaded[NAME])
