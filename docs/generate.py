@@ -277,11 +277,11 @@ def _model_rules() -> list[str]:
         _table(("engine", "classes", "stored as", "loads", "why not, and the remedy", "how known", "where"), experts),
         "## Multimodal models\n\nOf a config.json with a section for the language model, besides all the rest.\n",
         _table(("engine", "stored as", "loads", "why not, and the remedy", "how known", "where"), wrappers),
-        "## The list of modules that stay\n\n"
+        "## Ignored modules\n\n"
         "Full names of the checkpoint satisfy all of them. Members of a fused module (q/k/v, gate/up, the experts of a "
-        "layer) stay together or not at all: vLLM, SGLang, TensorRT-LLM, TGI and LMDeploy fuse them. An FP8 module "
-        "that an entry means is refused, and an entry that means nothing to an engine is noted. Where K and V share a "
-        "projection, vLLM wants the `v_proj` that is not there in the list (vllm-project/vllm#47507).\n",
+        "layer) are ignored together or not at all: vLLM, SGLang, TensorRT-LLM, TGI and LMDeploy fuse them. An entry "
+        "that also matches an FP8 module is refused, and one that is no valid pattern for an engine is noted. Where K "
+        "and V share a projection, vLLM needs an entry for the missing `v_proj` (vllm-project/vllm#47507).\n",
         _table(("engine", "stored as", "an entry is compared with", "a tied lm_head", "where"), lists),
         "## Scales of K and V\n\nWhat no row names is read as the checkpoint announces it.\n",
         _table(("engine", "stored as", "classes", "what becomes of them", "how known", "where"), caches),

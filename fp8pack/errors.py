@@ -1,57 +1,57 @@
 """Every failure that fp8pack expects, each with the exit code that the command line returns for it.
 
 Fp8PackError                1   a failure with a one-sentence reason
-+-- RecipeError             2   options, patterns or a recipe file that cannot be carried out
-+-- InputError              3   a checkpoint that is refused: malformed, unsafe, or of a kind fp8pack does not take
-+-- OutputError             4   the output exists, is locked, or holds an unfinished pack of another recipe
++-- RecipeError             2   options, patterns or a recipe file that cannot be used
++-- InputError              3   a checkpoint that is refused: malformed, unsafe, or of a kind fp8pack does not read
++-- OutputError             4   the output exists, is locked, or has an unfinished pack of another recipe
 +-- SpaceError              5   no space left, or not writable
-+-- VerificationError       6   bytes that differ from what the manifest says
++-- VerificationError       6   bytes that differ from those in the manifest
 +-- DeadlineError           7   the deadline was reached; the same command continues
-+-- BoundError              8   a bound such as `sqnr_min<28` is broken
-+-- DeviceError             1   torch sees no such device, or the system is not supported
++-- BoundError              8   a `--fail-if` condition such as `sqnr_min<28` is true
++-- DeviceError             1   torch finds no such device, or the system is not supported
 
-A mistake of the programmer stays a ValueError or TypeError and keeps its traceback.
+A programming mistake is a ValueError or TypeError with its traceback.
 """
 
 import re
 
 
 class Fp8PackError(Exception):
-    """An expected failure: `str(error)` is one sentence that names the file and the tensor, `hint` is the way out.
+    """An expected failure: `str(error)` is one sentence that names the file and the tensor, `hint` is the remedy.
 
-    Both are written with the options of the command line. Here they are the keywords of the Python functions;
-    `command_line` has them as they are typed in a shell.
+    The sentence names no option. `command_hint` has options of the command line, as typed in a shell; `hint` has them
+    as keywords of the Python functions. Both are empty if there is no remedy.
     """
 
     exit_code = 1
 
     def __init__(self, sentence: str, hint: str = "") -> None:
         super().__init__(sentence)
-        self._hint = hint
+        self.command_hint = hint
 
     def __str__(self) -> str:
         return as_names(str(self.args[0]))
 
     @property
     def hint(self) -> str:
-        """The way out, in keywords of the Python functions; empty if there is none."""
-        return as_keywords(self._hint)
+        """The remedy, in keywords of the Python functions; empty if there is none."""
+        return as_keywords(self.command_hint)
 
     @property
     def command_line(self) -> str:
-        """The sentence and the way out, in options of the command line."""
+        """The sentence and the remedy, in options of the command line."""
         sentence = str(self.args[0])
-        if not self._hint:
+        if not self.command_hint:
             return sentence
-        return f"{sentence} {self._hint}" if sentence.endswith("?") else f"{sentence}: {self._hint}"
+        return f"{sentence} {self.command_hint}" if sentence.endswith("?") else f"{sentence}: {self.command_hint}"
 
     def within(self, place: str) -> "Fp8PackError":
-        """Return the same error, whose sentence names a place first."""
-        return type(self)(f"{place}: {self.args[0]}", self._hint)
+        """Return the same error, with a place before its sentence."""
+        return type(self)(f"{place}: {self.args[0]}", self.command_hint)
 
 
 class RecipeError(Fp8PackError):
-    """The request contradicts itself, names nothing, or asks for what a convention cannot express."""
+    """The request contradicts itself, matches nothing, or asks for what a quant method cannot store."""
 
     exit_code = 2
 
@@ -63,7 +63,7 @@ class InputError(Fp8PackError):
 
 
 class OutputError(Fp8PackError):
-    """The output exists, is in use, or holds an unfinished pack of another recipe."""
+    """The output exists, is in use, or has an unfinished pack of another recipe."""
 
     exit_code = 4
 
@@ -75,25 +75,25 @@ class SpaceError(Fp8PackError):
 
 
 class VerificationError(Fp8PackError):
-    """The bytes of a file differ from what its manifest says."""
+    """The bytes of a file differ from those in its manifest."""
 
     exit_code = 6
 
 
 class DeadlineError(Fp8PackError):
-    """The deadline is reached; finished work is kept."""
+    """The deadline is reached; the same command continues."""
 
     exit_code = 7
 
 
 class BoundError(Fp8PackError):
-    """A measured value breaks a bound."""
+    """A `--fail-if` condition is true."""
 
     exit_code = 8
 
 
 class DeviceError(Fp8PackError):
-    """torch sees no such device here, or fp8pack does not run on this system."""
+    """torch finds no such device, or fp8pack does not run on this system."""
 
 
 _OPTION = re.compile(r"(?<![\w-])--(?P<no>no-)?(?P<name>[a-z][a-z-]*)(?:[ =](?P<value>'[^']*'|[^\s,:;)`]+))?")
@@ -118,6 +118,8 @@ def as_keywords(hint: str) -> str:
             return f"{name}={not match['no']}{' ' + value if value else ''}"
         if value is None:
             return name
-        return f"{name}={value if value.startswith(chr(39)) or value.isdecimal() else repr(value)}"
+        if value.startswith("'"):
+            return f"{name}={'r' if chr(92) in value else ''}{value}"
+        return f"{name}={value if value.isdecimal() else repr(value)}"
 
     return _OPTION.sub(keyword, re.sub(r"(?<![\w-])-o(?![\w-])", "--output", hint))

@@ -77,7 +77,7 @@ def parse_path(name: str, value: object) -> Path:
     if not isinstance(value, str | os.PathLike) or not isinstance(text := os.fspath(value), str) or not text:
         raise RecipeError(f"{_words(name)} {value!r} is not a path")
     if "\0" in text:
-        raise RecipeError(f"{_words(name)} {value!r} holds a zero byte, which no path has")
+        raise RecipeError(f"{_words(name)} {value!r} contains a zero byte, which no path can")
     return Path(text).expanduser() if text.startswith("~") else Path(text)
 
 

@@ -22,7 +22,7 @@ _MEMORY_FILES = (  # limit, usage, and the file cache that the kernel takes back
 def check_system() -> None:
     """Raise Fp8PackError on another system than Linux, whose locks, reservations and reads fp8pack relies on."""
     if sys.platform != "linux":
-        raise Fp8PackError(f"fp8pack runs on Linux only, and this is {sys.platform}: use a Linux machine, or WSL 2")
+        raise Fp8PackError(f"fp8pack runs on Linux only, and this is {sys.platform}", "use a Linux machine, or WSL 2")
 
 
 def usable_memory(root: Path = _CGROUPS, proc: Path = _PROC) -> int:

@@ -1,4 +1,4 @@
-"""Byte counts and durations as people read them."""
+"""Byte counts and durations as text, and rounding of counts."""
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -7,12 +7,12 @@ def ceil_div(a: int, b: int) -> int:
 
 
 def round_up(a: int, multiple: int) -> int:
-    """Return a, or the next multiple of a number above it."""
+    """Return the smallest multiple that is not below a."""
     return ceil_div(a, multiple) * multiple
 
 
 def format_size(nbytes: float) -> str:
-    """Return a byte count in decimal units with three digits, as disks and the Hub count them."""
+    """Return a byte count in decimal units, as disks and the Hub count them."""
     for unit in ("B", "kB", "MB", "GB"):
         if abs(nbytes) < 1000 or unit == "GB":
             return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.{2 if unit == 'GB' else 1}f} {unit}"

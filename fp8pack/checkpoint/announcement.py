@@ -1,4 +1,4 @@
-"""What a checkpoint announces of its quantization: in config.json, in files beside it, in headers and markers."""
+"""How a checkpoint declares its quantization: in config.json, in files beside it, in headers and markers."""
 
 import json
 import re
@@ -14,7 +14,7 @@ from fp8pack.numerics.granularity import BLOCK_128, MX, Granularity, parse_granu
 
 _MARKERS = ("comfy_quant", "scaled_fp8")
 _MAX_MARKER_NBYTES = 4096
-_KEPT_KEYS = ("ignore", "modules_to_not_convert", "ignored_layers", "exclude_modules", "exclude", "ignored_modules")
+_IGNORE_KEYS = ("ignore", "modules_to_not_convert", "ignored_layers", "exclude_modules", "exclude", "ignored_modules")
 _MAX_ENTRIES, _MAX_ENTRY, _MAX_REPEATS = 4096, 512, 3
 _REPEAT, _NESTED = re.compile(r"[*+{]"), re.compile(r"\)[*+{?]|\\\d")
 _REGION_KEYS = ("weight_block_size", "block_structure", "block_size", "group_size")
@@ -22,12 +22,12 @@ _REGION_KEYS = ("weight_block_size", "block_structure", "block_size", "group_siz
 
 @dataclass(frozen=True, slots=True)
 class Announcement:
-    """What is said of FP8 weights, as far as names, dtypes and shapes leave it open.
+    """The declaration of FP8 weights, for what names, dtypes and shapes do not show.
 
-    method: `quant_method`, or the name of a convention without one; empty if nothing is announced. markers: tensors
-    that say something, and hold no weight. regions: those that a configuration names, of weights, in its order. tiled:
-    modules whose exponents lie in the order of numerics/swizzle.py. weight_only: activations are not quantized. kept:
-    the entries of the list of modules that stay, in any syntax.
+    method: `quant_method`, or the name of a method without one; empty if none is declared. markers: tensors that
+    declare something, and are no weights. regions: scale regions of weights in the configuration, in its order. tiled:
+    modules whose exponents are in the order of numerics/swizzle.py. weight_only: activations are not quantized.
+    ignored: the ignore entries, in any syntax.
     """
 
     method: str
@@ -36,11 +36,11 @@ class Announcement:
     tiled: frozenset[str]
     weight_only: bool
     powers_of_two: bool
-    kept: tuple[str, ...]
+    ignored: tuple[str, ...]
 
 
 def read_announcement(source: Source) -> Announcement:
-    """Return what a checkpoint announces, looked for where engines look."""
+    """Return what a checkpoint declares, read where engines read it."""
     markers = frozenset(spec.name for spec in source.specs if spec.name.rpartition(".")[2] in _MARKERS)
     config = _find_config(source, markers)
     return Announcement(
@@ -50,18 +50,18 @@ def read_announcement(source: Source) -> Announcement:
         _tiled_modules(source, markers),
         _is_weight_only(source, config, markers),
         config.get("scale_fmt") == "ue8m0",
-        _kept(config),
+        _ignored(config),
     )
 
 
 def plain_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Return the free text of a file without what a convention says there of its tensors."""
+    """Return the free text of a header without the keys of quant methods."""
     own = ("tensor_names", "_quantization_metadata", "quant_format")
     return {key: text for key, text in metadata.items() if key not in own and '"_type"' not in text}
 
 
 def _find_config(source: Source, markers: frozenset[str]) -> dict[str, Any]:
-    """What is announced, with `quant_method`: in config.json or a section of it, in a file of its own, in headers."""
+    """The declaration, with `quant_method`: in config.json or a section of it, in a file of its own, in headers."""
     config = source.config or {}
     for section in (config, *(value for value in config.values() if isinstance(value, dict))):
         for key in ("quantization_config", "compression_config"):
@@ -94,7 +94,7 @@ def _from_headers(source: Source, markers: frozenset[str]) -> dict[str, Any]:
 
 
 def _tiled_modules(source: Source, markers: frozenset[str]) -> frozenset[str]:
-    """The modules whose exponents lie in tiles: ComfyUI's always, torchao's where the metadata says so."""
+    """The modules with tiled exponents: all of ComfyUI, those of torchao with such metadata."""
     tiled = {marker.removesuffix(".comfy_quant") for marker in markers}
     for file in source.files:
         if layers := _parse(file.metadata.get("_quantization_metadata")).get("layers"):
@@ -108,7 +108,7 @@ def _tiled_modules(source: Source, markers: frozenset[str]) -> frozenset[str]:
 
 
 def _regions(config: dict[str, Any]) -> list[Granularity]:
-    """Every region that a configuration names for weights, under whatever key, in its order."""
+    """Every scale region of weights in a configuration, under any key, in its order."""
     found: list[Granularity] = []
     if config.get("quant_method") == "fp8pack":
         with suppress(RecipeError):
@@ -136,7 +136,7 @@ def _group(cols: int) -> Granularity:
 
 
 def _walk(value: Any, depth: int) -> Iterator[tuple[str, Any]]:
-    """The entries of a document, but for what it says of activations."""
+    """The entries of a document, except those of activations."""
     if depth < 8 and isinstance(value, dict):
         for key, inner in value.items():
             if not key.startswith(("act_", "input_", "output_", "kv_cache_")):
@@ -144,14 +144,14 @@ def _walk(value: Any, depth: int) -> Iterator[tuple[str, Any]]:
                 yield from _walk(inner, depth + 1)
 
 
-def _kept(config: dict[str, Any]) -> tuple[str, ...]:
-    """The list of modules that stay, without what would cost too much to hold against thousands of names."""
-    found: list[Any] = next((config[key] for key in _KEPT_KEYS if isinstance(config.get(key), list)), [])
+def _ignored(config: dict[str, Any]) -> tuple[str, ...]:
+    """The ignored modules, without entries that would be slow to match with thousands of names."""
+    found: list[Any] = next((config[key] for key in _IGNORE_KEYS if isinstance(config.get(key), list)), [])
     return tuple(entry for entry in found[:_MAX_ENTRIES] if isinstance(entry, str) and _is_cheap(entry))
 
 
 def _is_cheap(entry: str) -> bool:
-    """Whether it is a short name or glob, or an expression that does not repeat what repeats."""
+    """Whether it is a short name or glob, or a regular expression without nested repetition."""
     is_expression = entry.startswith("re:")
     repeats = len(_REPEAT.findall(entry)) if is_expression else entry.count("*")
     return len(entry) <= _MAX_ENTRY and repeats <= _MAX_REPEATS and not (is_expression and _NESTED.search(entry))
@@ -169,7 +169,7 @@ def _is_weight_only(source: Source, config: dict[str, Any], markers: frozenset[s
 
 
 def _wants_full_precision(source: Source, markers: frozenset[str]) -> bool:
-    """Whether ComfyUI's markers ask for products in full precision: JSON in the new ones, two elements in the old."""
+    """Whether ComfyUI's markers ask for GEMMs in full precision: JSON in the new ones, two elements in the old."""
     for spec in (spec for spec in source.specs if spec.name in markers):
         if spec.name.endswith("scaled_fp8"):
             return prod(spec.shape) == 2

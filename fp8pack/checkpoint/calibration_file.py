@@ -68,7 +68,7 @@ def write_calibration(path: Path, calibration: Calibration) -> None:
     The bytes follow from the calibration alone. Raises SpaceError when the place is not writable.
     """
     if not path.parent.is_dir():
-        raise SpaceError(f"{path.parent} is no directory: make it first")
+        raise SpaceError(f"{path.parent} is not a directory", "make it first")
     arrays = sorted(_arrays(calibration), key=lambda item: -item[1].itemsize)  # so that each lies aligned
     tensors = [Stored(name, _DTYPES[name.rpartition(".")[2]][0], array.shape) for name, array in arrays]
     begins, size = [], 0
@@ -115,7 +115,7 @@ def read_calibration(path: Path) -> Calibration:
         read = Site(found.points, found.tokens, arrays[0], arrays[1], arrays[2], arrays[3], arrays[4], found.heads)
         if not _is_sound(read):
             name = f"{prefix}{found.points[0]}"
-            raise InputError(f"{path.name}: the statistics of {name[:200]!r} contradict each other: calibrate again")
+            raise InputError(f"{path.name}: the statistics of {name[:200]!r} contradict each other", "calibrate again")
         return read
 
     return Calibration(
@@ -146,13 +146,13 @@ def _check_tensors(entry: CalibrationEntry, specs: Mapping[str, TensorSpec], fil
         for kind, (dtype, _) in _DTYPES.items():
             spec = specs[f"{prefix}{site.points[0]}.{kind}"]
             if spec.dtype != dtype or len(spec.shape) != 1:
-                raise InputError(f"{file}: tensor {spec.name[:200]!r} is no {dtype} of one dimension")
+                raise InputError(f"{file}: tensor {spec.name[:200]!r} is not one-dimensional {dtype}")
             shapes.append(spec.shape[0])
         bins, counts, amax, squares, prompts = shapes
         if bins != counts or bins > NUM_MAGNITUDES or amax != squares or amax > _MAX_CHANNELS:
-            raise InputError(f"{file}: the tensors of {site.points[0][:200]!r} have shapes that do not belong together")
+            raise InputError(f"{file}: the tensors of {site.points[0][:200]!r} have shapes that do not match")
         if prompts != len(entry.prompts):
-            raise InputError(f"{file}: {site.points[0][:200]!r} is of {prompts} prompts, not of {len(entry.prompts)}")
+            raise InputError(f"{file}: {site.points[0][:200]!r} has {prompts} prompts, not {len(entry.prompts)}")
     for sites in (entry.sites, entry.all_experts):
         points = [point for site in sites for point in site.points]
         if len(set(points)) != len(points) or len(set(entry.prompts)) != len(entry.prompts):
@@ -215,10 +215,12 @@ def _parse_metadata(metadata: Mapping[str, str], file: str) -> CalibrationEntry:
         schema = document["schema"]
         json.dumps(document, ensure_ascii=False).encode()  # half of a surrogate pair could not be written again
     except (KeyError, ValueError, TypeError, RecursionError):
-        raise InputError(f"{file} is no calibration file of fp8pack") from None
+        raise InputError(
+            f"{file} is not a calibration file of fp8pack", "`fp8pack calibrate MODEL` writes one"
+        ) from None
     if schema != SCHEMA_VERSION:
         raise InputError(
-            f"{file} has schema {str(schema)[:40]!r}, this version reads {SCHEMA_VERSION}: use a newer one"
+            f"{file} has schema {str(schema)[:40]!r}, this version reads {SCHEMA_VERSION}", "use a newer fp8pack"
         )
     try:
         return CalibrationEntry.model_validate(document)

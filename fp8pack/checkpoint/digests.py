@@ -61,7 +61,8 @@ class Expected:
         found = digest_of_bands(digest.hex() for digest in digests) if self.of_bands else f"blake3:{digests[0].hex()}"
         if found != self.digest:
             raise VerificationError(
-                f"{self.spec.file}: the bytes of {self.spec.name!r} are not those that were packed: copy the file again"
+                f"{self.spec.file}: the bytes of {self.spec.name!r} are not those that were packed",
+                "copy the file again",
             )
 
 
@@ -81,7 +82,7 @@ def expected_digests(manifest: Manifest, specs: Mapping[str, TensorSpec]) -> dic
                 found[scale.name] = Expected(scale, tuple(_scale_pieces(entry, scale)), entry.scale_inv.digest)
                 small += entry.markers
             case UnpackedEntry():
-                raise InputError(f"{name!r} was unpacked, and fp8pack.json does not say in what bands it was digested")
+                raise InputError(f"{name!r} was unpacked, and fp8pack.json has no bands for its digest")
             case _:
                 size = specs[name].nbytes
                 lengths = [min(BAND_NBYTES, size - at) for at in range(0, size, BAND_NBYTES)]

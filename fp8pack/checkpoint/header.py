@@ -50,17 +50,19 @@ def read_header(fd: int, file: str) -> Header:
     size = os.fstat(fd).st_size
     prefix = os.pread(fd, 64, 0)
     if prefix.startswith(b"version https://git-lfs"):
-        raise InputError(f"{file} is a Git LFS pointer, not the file: run `git lfs pull`")
+        raise InputError(f"{file} is a Git LFS pointer, not the file", "run `git lfs pull`")
     if prefix.startswith(b"GGUF"):
-        raise InputError(f"{file} is a GGUF file: fp8pack packs the BF16 safetensors it was made from")
+        raise InputError(f"{file} is a GGUF file, not safetensors", "pack the BF16 safetensors it was made from")
     if len(prefix) < _LENGTH_NBYTES:
         raise InputError(f"{file} has {size} bytes: not a safetensors file")
     length = int.from_bytes(prefix[:_LENGTH_NBYTES], "little")
     if not 2 <= length <= MAX_HEADER_NBYTES:
-        raise InputError(f"{file} claims a header of {length} bytes: not a safetensors file, or damaged")
+        raise InputError(
+            f"{file} has a header length of {length} bytes: not a safetensors file, or damaged", "download it again"
+        )
     if _LENGTH_NBYTES + length > size:
         raise InputError(
-            f"{file} has {size} bytes but its header alone needs {_LENGTH_NBYTES + length}: download it again"
+            f"{file} has {size} bytes but its header alone needs {_LENGTH_NBYTES + length}", "download it again"
         )
     raw = os.pread(fd, length, _LENGTH_NBYTES)
     return parse_header(raw, file, size)
@@ -84,12 +86,9 @@ def parse_header(raw: bytes, file: str, size: int) -> Header:
             raise InputError(f"{file}: tensor {spec.name!r} {problem}")
         position = spec.end
     if position != size:
-        state = (
-            f"{position - size} bytes are missing: download it again"
-            if size < position
-            else f"{size - position} bytes follow the last tensor"
-        )
-        raise InputError(f"{file}: {state}")
+        if size < position:
+            raise InputError(f"{file}: {position - size} bytes are missing", "download it again")
+        raise InputError(f"{file}: {size - position} bytes follow the last tensor")
     return Header(tuple(specs), _parse_metadata(metadata, file), data_begin, raw)
 
 
@@ -102,7 +101,8 @@ def build_header(tensors: Sequence[Stored], begins: Sequence[int], metadata: Map
     raw = json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
     if len(raw) > MAX_HEADER_NBYTES:
         raise InputError(
-            f"a header of {len(raw)} bytes is over the limit of safetensors: split the checkpoint into shards"
+            f"a header of {len(raw)} bytes is over the limit of safetensors",
+            "--max-shard-size 5GB splits it into shards",
         )
     raw += b" " * (-(_LENGTH_NBYTES + len(raw)) % DATA_ALIGNMENT)
     return len(raw).to_bytes(_LENGTH_NBYTES, "little") + raw
@@ -157,7 +157,7 @@ def _parse_entry(name: str, entry: Any, file: str, data_begin: int) -> TensorSpe
         raise InputError(f"{file}: tensor {name[:200]!r} {problem}")
 
     if not name or len(name) > _MAX_NAME or _CONTROL.search(name):
-        refuse("has a name that is empty, over 4096 characters, or holds control characters")
+        refuse("has a name that is empty, over 4096 characters, or contains control characters")
     if not isinstance(entry, dict) or not entry.keys() >= _FIELDS:
         refuse("has no dtype, shape and data_offsets")
     if len(entry) > len(_FIELDS) and not _is_shallow(entry, _MAX_DEPTH):

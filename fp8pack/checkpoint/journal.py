@@ -81,7 +81,7 @@ class Journal:
                 _replay(progress, line)
             return _parse_head(lines[0]) if lines else {}, progress
         except (ValueError, TypeError):
-            raise OutputError(f"{self._path} is damaged: --no-resume throws the unfinished work away") from None
+            raise OutputError(f"{self._path} is damaged", "--no-resume discards the unfinished work") from None
 
     def start(self, source: str, recipe: dict[str, Any]) -> None:
         """Begin anew: for a source with this fingerprint, packed in this way."""

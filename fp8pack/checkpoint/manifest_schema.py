@@ -13,6 +13,8 @@ from fp8pack.errors import InputError, VerificationError
 from fp8pack.modelfacts.spec import TensorSpec
 from fp8pack.numerics.formats import FORMATS
 
+_COPY_AGAIN = "copy the files again from where they were packed"
+
 Digest = Annotated[str, Field(pattern=r"^blake3:[0-9a-f]{64}$")]
 GranularityName = Annotated[
     str, Field(pattern=r"^(tensor|channel|mx|group:[1-9]\d{0,8}|block:[1-9]\d{0,4}x[1-9]\d{0,8})$")
@@ -165,7 +167,7 @@ class Manifest(_Entry):
         entry = self.files.get(file)
         found = f"blake3:{blake3(len(raw).to_bytes(8, 'little') + raw).hexdigest()}"
         if entry is None or entry.header != found:
-            raise VerificationError(f"{file}: the header is not the one that was packed: copy the file again")
+            raise VerificationError(f"{file}: the header is not the one that was packed", "copy the file again")
 
 
 class _Schema(_Entry):
@@ -206,7 +208,7 @@ def _check_schema(path: Path, raw: bytes, manifest: Manifest | None = None) -> N
     except ValidationError:
         raise InputError(f"{path} is no manifest of fp8pack") from None
     if schema != SCHEMA_VERSION:
-        raise InputError(f"{path} has schema {schema}, this version reads {SCHEMA_VERSION}: use a newer one")
+        raise InputError(f"{path} has schema {schema}, this version reads {SCHEMA_VERSION}", "use a newer fp8pack")
 
 
 def check_headers(specs: Sequence[TensorSpec], manifest: Manifest) -> None:
@@ -219,14 +221,19 @@ def check_headers(specs: Sequence[TensorSpec], manifest: Manifest) -> None:
         else:
             stored, dtype = name, entry.dtype
         if found.pop(stored, None) != (entry.file, dtype, tuple(entry.shape)):
-            raise InputError(f"tensor {name!r} is not what fp8pack.json says: the files were changed after packing")
+            raise InputError(
+                f"tensor {name!r} differs from fp8pack.json: the files were changed after packing", _COPY_AGAIN
+            )
         small: tuple[ScaleEntry | ActivationEntry | StoredEntry, ...] = entry.activation_scales
         if isinstance(entry, PackedEntry):
             small = (*small, entry.scale_inv, *entry.markers)
         for scale in small:
             if found.pop(scale.tensor, None) != (entry.file, scale.dtype, tuple(scale.shape)):
                 raise InputError(
-                    f"scale {scale.tensor!r} is not what fp8pack.json says: the files were changed after packing"
+                    f"scale {scale.tensor!r} differs from fp8pack.json: the files were changed after packing",
+                    _COPY_AGAIN,
                 )
     if found:
-        raise InputError(f"tensor {min(found)!r} is not in fp8pack.json: the files were changed after packing")
+        raise InputError(
+            f"tensor {min(found)!r} is not in fp8pack.json: the files were changed after packing", _COPY_AGAIN
+        )

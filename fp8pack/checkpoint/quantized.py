@@ -77,7 +77,7 @@ def read_contents(source: Source) -> Contents:
         _activations(announced, quantized),
         _spelling(announced.method, quantized),
         announced.powers_of_two or all(entry.has_exponents for entry in quantized.values()),
-        announced.kept,
+        announced.ignored,
     )
 
 
@@ -159,8 +159,8 @@ class _Reader:
             found = TENSOR
         if found is None:
             raise InputError(
-                f"{spec.file}: {spec.name!r} {list(shape)} has scales {scale.dtype} {list(scale.shape)}, which fit no "
-                "region that is known"
+                f"{spec.file}: {spec.name!r} {list(shape)} has scales {scale.dtype} {list(scale.shape)}, which "
+                "match no known scale region"
             )
         return found
 
@@ -258,7 +258,7 @@ def _refuse_one_name_twice(tensors: Iterable[TensorSpec]) -> None:
     seen: set[str] = set()
     for spec in tensors:
         if spec.name in seen:
-            raise InputError(f"{spec.file}: {spec.name!r} is stored twice, once under a name of another convention")
+            raise InputError(f"{spec.file}: {spec.name!r} appears twice, once under a name of another quant method")
         seen.add(spec.name)
 
 

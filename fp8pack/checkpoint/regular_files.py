@@ -22,7 +22,7 @@ def open_regular(path: Path) -> int:
         raise InputError(f"{str(path)[:200]!r} cannot be read: {reason}") from None
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
-        raise InputError(f"{path.name} is no regular file")
+        raise InputError(f"{path.name} is not a regular file")
     return fd
 
 

@@ -39,7 +39,7 @@ def read_scales(read: Read, spec: TensorSpec, quantized: Quantized, rows: Span, 
         data = read(scale, top * grid[1] * itemsize, (bottom - top) * grid[1] * itemsize)
         found = _decode(data, scale.dtype).reshape(bottom - top, grid[1])
     if not (np.isfinite(found).all() and (found >= 0).all()):
-        raise InputError(f"{scale.file}: {scale.name!r} holds a scale that is negative or not finite")
+        raise InputError(f"{scale.file}: {scale.name!r} contains a scale that is negative or not finite")
     return np.ascontiguousarray(found[:, cols[0] // region[1] : ceil_div(cols[1], region[1])])
 
 

@@ -75,7 +75,7 @@ def writing(path: Path) -> Iterator[None]:
     except OSError as error:
         reason = "no space left" if error.errno in _FULL else str(error.strerror or error).lower()
         raise SpaceError(
-            f"{path} cannot be written: {reason}; finished work is kept, the same command continues"
+            f"{path} cannot be written: {reason}", "the same command continues where this one stopped"
         ) from None
 
 
@@ -91,7 +91,8 @@ def check_space(directory: Path, needed: int) -> None:
     available = free_space(directory)
     if available < needed:
         raise SpaceError(
-            f"{directory} has {format_size(available)} free, {format_size(needed)} are needed: make room, or choose -o"
+            f"{directory} has {format_size(available)} free, {format_size(needed)} are needed",
+            "make room, or choose another -o",
         )
 
 
@@ -99,12 +100,12 @@ def check_shard(path: Path, plan: ShardPlan) -> None:
     """Raise VerificationError unless the safetensors library sees the planned names, dtypes and shapes in a file."""
     with safe_open(path, framework="numpy") as opened:
         if set(opened.keys()) != {stored.name for stored in plan.tensors}:
-            raise VerificationError(f"{path} does not hold the tensors that were planned: run again with --no-resume")
+            raise VerificationError(f"{path} does not contain the planned tensors", "run again with --no-resume")
         for stored in plan.tensors:
             view = opened.get_slice(stored.name)
             if (view.get_dtype(), tuple(view.get_shape())) != (stored.dtype, stored.shape):
                 raise VerificationError(
-                    f"{path}: tensor {stored.name!r} is not what was planned: run again with --no-resume"
+                    f"{path}: tensor {stored.name!r} is not as planned", "run again with --no-resume"
                 )
 
 

@@ -1,4 +1,4 @@
-"""Everything in a model directory that is no weight: what is carried over, what stays behind, and why."""
+"""All other files of a model directory: which are copied, which are excluded, and why."""
 
 import os
 import re
@@ -35,7 +35,7 @@ _LEFT_OUT = tuple(
 
 @dataclass(frozen=True, slots=True)
 class SideFile:
-    """A file beside the weights; `rule` says why it is left out, None that it is carried over.
+    """A file beside the weights; `rule` says why it is excluded, None that it is copied.
 
     identity: device and inode of what was looked at. changed_ns: when it was last written to.
     """
@@ -60,7 +60,7 @@ class SideFile:
         reader = ShardReader(directory / self.name)
         if reader.identity != self.identity:
             reader.close()
-            raise InputError(f"{self.name} was replaced while it was read: leave the source alone and run again")
+            raise InputError(f"{self.name} was replaced during reading", "run again without changing the source")
         return reader
 
 
@@ -76,7 +76,7 @@ def list_side_files(directory: Path, weights: Sequence[str], copy: Sequence[str]
     found = [_classify(directory, name, copy) for name in _walk(directory) if name not in own]
     for pattern in copy:
         if not any(fnmatchcase(side.name, pattern) for side in found):
-            raise InputError(f"--copy {pattern!r} matches no file in {directory}")
+            raise InputError(f"copy pattern {pattern!r} matches no file in {directory}", "check the name")
     return tuple(sorted(found, key=lambda side: side.name))
 
 
@@ -115,10 +115,10 @@ def _target(directory: Path, path: Path, name: str) -> Path:
     try:
         target = path.resolve()
     except (OSError, RuntimeError):
-        raise InputError(f"{name} links to itself: remove the link") from None
+        raise InputError(f"{name} links to itself", "remove the link") from None
     inside = [directory.resolve()]
     if directory.absolute().parent.name == "snapshots":
         inside.append(directory.absolute().parent.parent.resolve() / "blobs")
     if not any(target.is_relative_to(folder) for folder in inside):
-        raise InputError(f"{name} links to {target}, outside the model: replace the link by the file, or remove it")
+        raise InputError(f"{name} links to {target}, outside the model", "replace the link by the file, or remove it")
     return target

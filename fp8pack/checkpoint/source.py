@@ -1,8 +1,9 @@
-"""A source checkpoint: which files it has, what their headers say, and how its bytes are read."""
+"""A source checkpoint: its files, their headers, and reading its bytes."""
 
 import json
 import os
 import re
+import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
@@ -22,6 +23,8 @@ from fp8pack.machine import check_system
 from fp8pack.modelfacts.model import ModelFacts, read_facts
 from fp8pack.modelfacts.spec import TensorSpec
 
+_PACK_ORIGINAL = "pack the BF16, FP16 or FP32 original"
+_SAVE = "save the model with `save_pretrained(safe_serialization=True)`"
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 _SINGLE_NAMES = (SINGLE_NAME, "diffusion_pytorch_model.safetensors")
@@ -41,7 +44,7 @@ class SourceFile:
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint that has been looked at: headers are read and checked, no tensor is."""
+    """An opened checkpoint: headers are read and checked, tensors are not."""
 
     path: Path
     name: str
@@ -95,7 +98,7 @@ class ShardReader:
             got = os.preadv(self._fd, [buffer[filled:]], offset + filled)
             if got == 0:
                 raise InputError(
-                    f"{self.path.name} became shorter while it was read: leave the source alone and run again"
+                    f"{self.path.name} was truncated during reading", "run again without changing the source"
                 )
             filled += got
 
@@ -125,19 +128,18 @@ def open_source(path: Path) -> Source:
     """Look at a checkpoint that is to be packed: a directory, a `.safetensors` file, or a repository in the hub cache.
 
     Raises:
-        InputError: the path is no checkpoint that fp8pack takes; the sentence names the way out.
+        InputError: the path is no checkpoint that fp8pack reads; the hint is the remedy.
     """
     source = open_checkpoint(path)
     if float8 := next((spec for spec in source.specs if spec.dtype.startswith("F8")), None):
         raise InputError(
-            f"{float8.file}: tensor {float8.name!r} is {float8.dtype} already: `fp8pack convert` makes another FP8 "
-            "checkpoint of it, `fp8pack unpack` floats; or pack the BF16, FP16 or FP32 original"
+            f"{float8.file}: tensor {float8.name!r} is {float8.dtype} already",
+            "`fp8pack convert` makes another FP8 checkpoint of it, `fp8pack unpack` BF16; or pack the BF16, FP16 or "
+            "FP32 original",
         )
     _refuse_quantized(source.config or {}, source.directory)
     if narrow := next((spec for spec in source.specs if spec.dtype.startswith(("F6", "F4"))), None):
-        raise InputError(
-            f"{narrow.file}: tensor {narrow.name!r} is {narrow.dtype} already: pack the BF16, FP16 or FP32 original"
-        )
+        raise InputError(f"{narrow.file}: tensor {narrow.name!r} is {narrow.dtype} already", _PACK_ORIGINAL)
     return source
 
 
@@ -158,9 +160,7 @@ def open_checkpoint(path: Path) -> Source:
     elif path.suffix == ".safetensors":
         directory, files = path.parent, [path.name]
     else:
-        raise InputError(
-            f"{path} is no .safetensors file: save the model with `save_pretrained(safe_serialization=True)`"
-        )
+        raise InputError(f"{path} is not a .safetensors file", _SAVE)
     headers = {}
     for file in files:
         with closing(ShardReader(directory / file)) as reader:
@@ -179,7 +179,7 @@ def read_json(path: Path) -> dict[str, Any]:
     with _opened(path) as fd:
         size = os.fstat(fd).st_size
         if size > _MAX_JSON_NBYTES:
-            raise InputError(f"{path.name} has {size} bytes: a JSON file over 100 MB is refused")
+            raise InputError(f"{path.name} has {size} bytes, and a JSON file may have 100 MB at most")
         raw = os.pread(fd, size, 0)
     try:
         document = json.loads(raw.decode(), object_pairs_hook=_refuse_duplicates)
@@ -201,7 +201,7 @@ def check_file_name(name: Any, where: str) -> str:
         or re.search(r"[\x00-\x1f/\\\ud800-\udfff]", name)
         or len(name.encode()) > _MAX_NAME_NBYTES
     ):
-        raise InputError(f"{where}: {str(name)[:200]!r} is no file name of a .safetensors file in this directory")
+        raise InputError(f"{where}: {str(name)[:200]!r} is not the name of a .safetensors file in this directory")
     return str(name)
 
 
@@ -234,7 +234,9 @@ def _find_in_hub_cache(path: Path) -> Path:
     except HFValidationError:
         raise InputError(f"{path} does not exist") from None
     if not isinstance(found, str):
-        raise InputError(f"{text} is neither a directory nor a repository in the hub cache: run `hf download {text}`")
+        raise InputError(
+            f"{text} is neither a directory nor a repository in the hub cache", f"run `hf download {text}`"
+        )
     return Path(found).parent
 
 
@@ -254,19 +256,18 @@ def beside(source: Source, name: str) -> Path:
 def _refuse_other_kinds(directory: Path) -> None:
     names = {entry.name for entry in directory.iterdir()}
     if "adapter_config.json" in names:
-        raise InputError(f"{directory} holds a LoRA adapter: merge it into its base model first")
+        raise InputError(f"{directory} is a LoRA adapter", "merge it into its base model first")
     if "model_index.json" in names:
         part = next((name for name in ("transformer", "unet") if name in names), "transformer")
-        raise InputError(f"{directory} is a diffusers pipeline: pack its model, `fp8pack pack {directory / part}`")
+        command = f"fp8pack pack {shlex.quote(str(directory / part))}"
+        raise InputError(f"{directory} is a diffusers pipeline", f"pack its model, `{command}`")
     if any(name.endswith(".safetensors") for name in names):
         return
     if any(name.endswith(".gguf") for name in names):
-        raise InputError(f"{directory} holds GGUF files: fp8pack packs the BF16 safetensors they were made from")
+        raise InputError(f"{directory} has GGUF files only", "pack the BF16 safetensors they were made from")
     if any(name.endswith((".bin", ".pt", ".pth", ".ckpt")) for name in names):
-        raise InputError(
-            f"{directory} holds pickled weights only: save them with `save_pretrained(safe_serialization=True)`"
-        )
-    raise InputError(f"{directory} holds no .safetensors file")
+        raise InputError(f"{directory} has pickled weights only", _SAVE)
+    raise InputError(f"{directory} has no .safetensors file")
 
 
 def _find_index(directory: Path) -> str | None:
@@ -281,7 +282,7 @@ def _only_file(directory: Path) -> str:
     files = sorted(path.name for path in directory.glob("*.safetensors"))
     files = [name for name in _SINGLE_NAMES if name in files][:1] or files
     if len(files) > 1:
-        raise InputError(f"{directory} holds {len(files)} .safetensors files and no index: name the one file to pack")
+        raise InputError(f"{directory} has {len(files)} .safetensors files and no index", "name the one file to pack")
     return files[0]
 
 
@@ -300,22 +301,25 @@ def _read_index(directory: Path, name: str) -> dict[str, str]:
 
 def _check_tensors(specs: tuple[TensorSpec, ...], directory: Path) -> None:
     if not specs:
-        raise InputError(f"{directory} holds no tensor")
+        raise InputError(f"{directory} has no tensors")
     seen: dict[str, str] = {}
     for spec in specs:
         if spec.name in seen:
-            raise InputError(f"tensor {spec.name!r} stands in both {seen[spec.name]} and {spec.file}")
+            raise InputError(
+                f"tensor {spec.name!r} appears in both {seen[spec.name]} and {spec.file}", "remove one of the files"
+            )
         seen[spec.name] = spec.file
 
 
 def _check_index(specs: tuple[TensorSpec, ...], weight_map: dict[str, str], name: str) -> None:
     found = {spec.name: spec.file for spec in specs}
     if missing := weight_map.keys() - found.keys():
-        raise InputError(f"tensor {min(missing)!r} stands in {name} but in no file: download the checkpoint again")
+        raise InputError(f"tensor {min(missing)!r} appears in {name} but in no file", "download the checkpoint again")
     for tensor, file in found.items():
         if weight_map.get(tensor) != file:
             raise InputError(
-                f"tensor {tensor!r} stands in {file}, but {name} says {weight_map.get(tensor, 'nothing of it')}"
+                f"tensor {tensor!r} is in {file}, but {name} has it in {weight_map.get(tensor, 'no file')}",
+                "download the checkpoint again",
             )
 
 
@@ -325,9 +329,9 @@ def _refuse_quantized(config: dict[str, Any], directory: Path) -> None:
         quantized = section.get("quantization_config") or section.get("compression_config")
         if quantized:
             method = str(quantized.get("quant_method") if isinstance(quantized, dict) else quantized)[:40]
-            raise InputError(f"{directory} is quantized already ({method}): pack the BF16, FP16 or FP32 original")
+            raise InputError(f"{directory} is quantized already ({method})", _PACK_ORIGINAL)
     if (directory / "hf_quant_config.json").exists():
-        raise InputError(f"{directory} is quantized already (modelopt): pack the BF16, FP16 or FP32 original")
+        raise InputError(f"{directory} is quantized already (modelopt)", _PACK_ORIGINAL)
 
 
 def _fingerprint(directory: Path, headers: Mapping[str, Header]) -> str:

@@ -23,6 +23,7 @@ from fp8pack.checkpoint.manifest import MANIFEST_NAME
 from fp8pack.checkpoint.shard_writer import sync_directory, writing
 from fp8pack.errors import OutputError, SpaceError
 
+_ANOTHER = "choose another -o"
 _STALE_SECONDS = 120.0
 _MAX_NAME_NBYTES = 255
 
@@ -124,7 +125,9 @@ class Staging:
             if overwrite and self.output.exists():
                 self.output.rename(self._old)
             elif self.output.exists():
-                raise OutputError(f"{self.output} appeared while it was being made: move it away and run again")
+                raise OutputError(
+                    f"{self.output} was created by somebody else in the meantime", "move it away and run again"
+                )
             self.content.rename(self.output)
             sync_directory(self.output.parent)
             _remove(self._old)
@@ -134,7 +137,9 @@ class Staging:
         """Make the staged single file the output: its manifest first, then the file, whose rename is the commit."""
         self._check_heart()
         if self.output.exists() and not overwrite:
-            raise OutputError(f"{self.output} appeared while it was being made: move it away and run again")
+            raise OutputError(
+                f"{self.output} was created by somebody else in the meantime", "move it away and run again"
+            )
         names = sorted((path.name for path in self.content.iterdir()), key=lambda name: name == self.output.name)
         with writing(self.output):
             sync_directory(self.content)
@@ -176,9 +181,7 @@ class Staging:
         try:
             self.folder.mkdir(exist_ok=True)
         except OSError as error:
-            raise SpaceError(
-                f"{self.output} cannot be made there: {str(error.strerror).lower()}; choose another -o"
-            ) from None
+            raise SpaceError(f"{self.output} cannot be created: {str(error.strerror).lower()}", _ANOTHER) from None
 
     def _own_lock(self) -> None:
         """The kernel releases a lock of this host with its process; one of another host tells by its age."""
@@ -187,7 +190,7 @@ class Staging:
         age = time.time() - os.fstat(self._fd).st_mtime
         if owner and owner != host:
             if age < _STALE_SECONDS:
-                raise OutputError(f"{self.output} is being written on {owner}: wait for it, or choose another -o")
+                raise OutputError(f"{self.output} is being written on {owner}", "wait for it, or choose another -o")
             self.notes.append(f"took over the lock that {owner} left {age / 60:.0f} min ago")
         os.ftruncate(self._fd, 0)
         os.pwrite(self._fd, json.dumps({"host": host, "pid": os.getpid()}).encode(), 0)
@@ -215,34 +218,36 @@ def check_output(output: Path, source: Path | None, *, overwrite: bool) -> None:
         _check_place(output, source, overwrite=overwrite)
     except (OSError, RuntimeError) as error:  # a link to itself is a RuntimeError before Python 3.13
         reason = str(error.strerror).lower() if isinstance(error, OSError) else "a link on the way leads to itself"
-        raise SpaceError(f"{output} cannot be looked at: {reason}; choose another -o") from None
+        raise SpaceError(f"{output} cannot be read: {reason}", _ANOTHER) from None
 
 
 def _check_place(output: Path, source: Path | None, *, overwrite: bool) -> None:
     if len(os.fsencode(output.name)) + len("..fp8pack-partial") > _MAX_NAME_NBYTES:
-        raise OutputError(f"the name {output.name[:40]}… is too long for a file system: choose another -o")
+        raise OutputError(f"the name {output.name[:40]}… is too long for a file system", _ANOTHER)
     if output.is_symlink():
-        raise OutputError(f"{output} is a link: name what it leads to, or choose another -o")
+        raise OutputError(f"{output} is a link", "use its target, or choose another -o")
     place, origin = output.absolute().resolve(), source.resolve() if source else None
     if origin and place.is_relative_to(origin):
-        raise OutputError(f"{output} lies in the source {source}: choose another -o")
+        raise OutputError(f"{output} is inside the source {source}", _ANOTHER)
     if origin and origin.is_relative_to(place):
-        raise OutputError(f"{output} holds the source {source}: choose another -o")
+        raise OutputError(f"{output} contains the source {source}", _ANOTHER)
     if place == Path.cwd().resolve():
-        raise OutputError("the output would be the current directory: choose another -o")
+        raise OutputError("the output is the current directory", _ANOTHER)
     if overwrite and output.exists() and not _is_replaceable(output):
-        raise OutputError(f"{output} is no checkpoint, so --overwrite leaves it alone: move it away first")
+        raise OutputError(
+            f"{output} is not a checkpoint, so it is not overwritten", "move it away first, or choose another -o"
+        )
     if not output.parent.is_dir():
-        raise SpaceError(f"{output.parent} is no directory: make it first, or choose another -o")
+        raise SpaceError(f"{output.parent} is not a directory", "make it first, or choose another -o")
     if not os.access(output.parent, os.R_OK | os.W_OK | os.X_OK):
-        raise SpaceError(f"{output.parent} is not writable: choose another -o")
+        raise SpaceError(f"{output.parent} is not writable", _ANOTHER)
 
 
 def check_output_file(output: Path, source: Path | None, *, overwrite: bool) -> None:
     """Raise as `check_output` does, and if a file is asked for where a directory is."""
     check_output(output, source, overwrite=overwrite)
     if output.is_dir():
-        raise OutputError(f"{output} is a directory: choose another -o")
+        raise OutputError(f"{output} is a directory", _ANOTHER)
 
 
 def _is_replaceable(output: Path) -> bool:

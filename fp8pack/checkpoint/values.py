@@ -69,7 +69,7 @@ class ValueReader:
         quantized = self._quantized.get(spec.name)
         if quantized is None:
             if spec.dtype not in _BITS:
-                raise InputError(f"{spec.file}: {spec.name!r} is {spec.dtype}, which has no values to compare")
+                raise InputError(f"{spec.file}: {spec.name!r} is {spec.dtype}, which has no numeric values")
             return widen(self.bits(spec, lo, hi), spec.dtype)
         payload = self.bits(spec, lo, hi)
         values = np.empty(payload.shape, np.uint32)

@@ -1,1 +1,1 @@
-"""Which inference engine loads what: one file an engine, each one value, and `judge` which asks them."""
+"""Which inference engine loads what: one file and one value per engine; `judge` applies their rules."""

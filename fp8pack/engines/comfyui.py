@@ -1,4 +1,4 @@
-"""What ComfyUI loads, as read in its code."""
+"""Which FP8 checkpoints ComfyUI loads, as read in its code."""
 
 from fp8pack.engines.engine import Engine, EngineRule
 

@@ -1,4 +1,4 @@
-"""What cuBLASLt, as load_packed() feeds it loads, as read in its code."""
+"""Which FP8 weights cuBLASLt multiplies after load_packed(), as read in its code."""
 
 from fp8pack.engines.engine import BLOCK, INFERRED, REPORTED, Engine, EngineRule
 from fp8pack.engines.gpus import BEFORE_ADA

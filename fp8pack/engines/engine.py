@@ -1,4 +1,4 @@
-"""What is known of an inference engine, as one value; every rule says where it was read."""
+"""The rules of an inference engine, as one value; every rule names its source."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,7 +10,7 @@ from fp8pack.modelfacts.storage import Storage
 
 
 class Evidence(StrEnum):
-    """How a rule is known."""
+    """How a rule was found."""
 
     RUN = "library run in tests/interop"
     READ = "engine's code as read"
@@ -20,7 +20,7 @@ class Evidence(StrEnum):
 
 READ, INFERRED, RUN, REPORTED = Evidence.READ, Evidence.INFERRED, Evidence.RUN, Evidence.REPORTED
 
-# What several engines say.
+# Shared by several engines.
 DYNAMIC, BLOCK, COMPRESSED_TENSORS = (
     "--scheme FP8_DYNAMIC",
     "--scheme FP8_BLOCK",
@@ -35,9 +35,9 @@ FNUZ = "turned into e4m3fnuz at load"
 class EngineRule:
     """What an engine does with some kinds of storage.
 
-    kinds: globs over `method granularity activations`, separated by commas; a spelling follows the method, as in
-    `fp8/transformers tensor dynamic`. loads: whether it goes on; then `text` is what must be known besides, else the
-    reason. only: globs over what the rule is about: architectures, roles of weights, or GPUs (`any` if none is named).
+    kinds: globs over `method granularity activations`, separated by commas; the naming follows the method, as in
+    `fp8/transformers tensor dynamic`. loads: whether it loads them; `text` is then a note, else the reason. only: globs
+    over the subject of the rule: architectures, roles of weights, or GPUs (`any` if none is named).
     """
 
     kinds: str
@@ -49,12 +49,12 @@ class EngineRule:
     only: tuple[str, ...] = ("*",)
 
     def covers(self, kind: str, subject: str) -> bool:
-        """Say whether the rule speaks of this kind of storage and this architecture, role or GPU."""
+        """Say whether the rule applies to this kind of storage and this architecture, role or GPU."""
         return matches_kind(self.kinds, kind) and any(fnmatchcase(subject, glob) for glob in self.only)
 
 
 class Edges(StrEnum):
-    """Which partial blocks an engine takes, at the edge of a weight whose N or K is no multiple of 128."""
+    """Which partial blocks an engine supports, at the edge of a weight whose N or K is no multiple of 128."""
 
     LAST = "of a single weight, and of the last part of a fused one"
     SINGLE = "of a single weight"
@@ -63,7 +63,7 @@ class Edges(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class PartialBlocks:
-    """Which partial blocks an engine takes, and where that was read."""
+    """Which partial blocks an engine supports, and where that was read."""
 
     edges: Edges
     source: str
@@ -74,13 +74,13 @@ class PartialBlocks:
 class Engine:
     """An inference engine at the version that was read.
 
-    readers: what it reads; the first rule that covers a storage and the architecture decides. weights: FP8 weights of a
-    role that it does not take. experts: of classes that hold the experts of a layer in one tensor. wrappers: of models
-    with a text_config. on_gpu: what a GPU changes; a refusal counts first, all others are noted. kv_cache: what becomes
-    of scales of K and V. lists: how it compares the entries of the list of ignored modules. renaming: classes that
-    rename `weight_scale_inv`, and what they are called. rounds_on_sm100: where it was read to turn block scales into
-    powers of two on SM100, whose DeepGEMM takes no others. fuses: it builds qkv_proj and gate_up_proj. loads_whole: it
-    has no tensor parallelism to judge. is_for_language_models: it asks config.json for an architecture.
+    readers: what it reads; the first rule that covers a storage and the architecture decides. weights: roles that it
+    does not load in FP8. experts: of classes that store the experts of a layer in one tensor. wrappers: of models with
+    a text_config. on_gpu: rules for a GPU; a refusal comes first, all others become notes. kv_cache: how it uses scales
+    of K and V. lists: how it matches ignore entries. renaming: classes that rename `weight_scale_inv` -> their names.
+    rounds_on_sm100: where it was read to round block scales to powers of two on SM100, which DeepGEMM needs there.
+    fuses: it builds qkv_proj and gate_up_proj. loads_whole: it has no tensor parallelism to judge.
+    is_for_language_models: it needs an architecture in config.json.
     """
 
     id: str
@@ -101,23 +101,23 @@ class Engine:
     is_for_language_models: bool = True
 
     def list_syntax(self, kind: str) -> ListSyntax | None:
-        """Return how the engine compares the list of ignored modules, None where that was not read."""
+        """Return how the engine matches ignore entries, None if that was not read."""
         return next((row for row in self.lists if matches_kind(row.kinds, kind)), None)
 
 
 def matches_kind(kinds: str, kind: str) -> bool:
-    """Say whether one of several globs, separated by commas, means a kind of storage."""
+    """Say whether one of several globs, separated by commas, matches a kind of storage."""
     return any(fnmatchcase(kind, glob) for glob in kinds.split(", "))
 
 
 def kind_of(storage: Storage) -> str:
-    """Return how the rules call a storage: `compressed-tensors channel dynamic`."""
+    """Return the storage as the rules name it: `compressed-tensors channel dynamic`."""
     method = f"{storage.quant_method}/{storage.spelling}" if storage.spelling else storage.quant_method
     return f"{method} {storage.granularity.name} {storage.activations}"
 
 
 def rules_for(rules: Sequence[EngineRule], kind: str, subject: str = "") -> list[EngineRule]:
-    """Return the rules that speak of a kind of storage and an architecture, role or GPU."""
+    """Return the rules that apply to a kind of storage and an architecture, role or GPU."""
     return [rule for rule in rules if rule.covers(kind, subject)]
 
 

@@ -1,4 +1,4 @@
-"""The GPUs that `--gpu` names, and the architecture that decides what each can multiply."""
+"""The GPUs that a target can be, and their architectures."""
 
 import re
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ class Gpu:
         return self.arch.startswith("sm10")
 
 
-# architecture -> the names that buyers know, without vendor, memory and form factor
+# architecture -> product names without vendor, memory and form factor
 _NAMES = {
     "sm70": "V100",
     "sm75": "T4",

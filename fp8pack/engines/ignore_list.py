@@ -1,4 +1,4 @@
-"""The list of modules that stay in BF16: how engines compare its entries with the names of modules."""
+"""The list of ignored modules, which are not quantized: how engines match its entries with module names."""
 
 import re
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 
 
 class Match(StrEnum):
-    """How an entry of the list of modules that stay is compared with a module's name."""
+    """How an ignore entry is compared with a module's name."""
 
     WHOLE = "the whole name"
     PARTS = "a run of its dotted parts"
@@ -21,9 +21,9 @@ class Match(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ListSyntax:
-    """How an engine compares the entries of the list of modules that stay.
+    """How an engine matches the ignore entries.
 
-    lists_tied_head: a tied `lm_head` is taken for FP8 unless it is listed, though the file holds no scale of it.
+    lists_tied_head: a tied `lm_head` is loaded as FP8 unless it is ignored, though the file has no scale for it.
     """
 
     kinds: str
@@ -36,14 +36,14 @@ _GLOB_CHARACTERS = re.compile(r"[*?\[]")
 
 
 def is_understood(entry: str, matches: Sequence[Match]) -> bool:
-    """Say whether an engine takes an entry as it is meant: an expression, a glob or a name."""
+    """Say whether an entry is a valid pattern for an engine: a regular expression, a glob or a name."""
     if entry.startswith("re:"):
         return Match.REGEX in matches
     return not _GLOB_CHARACTERS.search(entry) or not {Match.GLOB, Match.GLOB_OF_PART}.isdisjoint(matches)
 
 
 def find_listed(entries: Sequence[str], modules: Sequence[str], matches: Sequence[Match]) -> tuple[str, str] | None:
-    """Return the first entry that means one of the modules, with that module."""
+    """Return the first entry that matches one of the modules, with that module."""
     plain = [entry for entry in entries if is_understood(entry, ())]
     patterns = [entry for entry in entries if not is_understood(entry, ()) and is_understood(entry, matches)]
     names, pieces = set(plain), [match for match in matches if match in (Match.PARTS, Match.ENDS, Match.ANYWHERE)]

@@ -1,6 +1,6 @@
-"""Whether an inference engine loads a checkpoint, decided offline from what is known of it.
+"""Whether an inference engine loads a checkpoint, decided offline by rules for each engine.
 
-The rules were read in the engines' code, and no engine was run; docs/engines.md says which libraries were.
+The rules were read in the engines' code; no engine was run. docs/engines.md says which libraries were run.
 """
 
 import re
@@ -30,9 +30,9 @@ _EXPERT = re.compile(r"\.experts\.\d+\.")
 
 @dataclass(frozen=True, slots=True)
 class EngineVerdict:
-    """Whether an engine loads the output: the tensor-parallel sizes that it loads at, or the reason and the remedy.
+    """Whether an engine loads the output: the tensor-parallel sizes at which it does, or the reason and the remedy.
 
-    If it loads at some sizes only, the reason is that of the first at which it does not.
+    If it loads at some sizes only, the reason is of the first size at which it does not.
     """
 
     engine: str
@@ -49,35 +49,35 @@ class _Refusal(NamedTuple):
 
 @dataclass(frozen=True)
 class Case:
-    """What is judged: FP8 weights and how they are stored, the model, where it is to run, and what stays."""
+    """What is judged: FP8 weights and how they are stored, the model, the GPU, and the ignored modules."""
 
     storage: Storage
     packed: Packed
     facts: ModelFacts
     sizes: tuple[int, ...]
     gpu: Gpu | None = None
-    kept: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
 
     @cached_property
     def kind(self) -> str:
-        """How the rules call the storage."""
+        """The storage as the rules name it."""
         return kind_of(self.storage)
 
     @cached_property
     def cuts(self) -> dict[int, str | None]:
-        """Of each tensor-parallel size, why it is none."""
+        """Why the weights cannot be sharded at each tensor-parallel size, None if they can."""
         return {tp: tp_problem(self.packed, self.storage.granularity, tp, self.facts) for tp in self.sizes}
 
     @cached_property
     def modules(self) -> dict[str, str]:
-        """The modules that engines build of FP8 weights -> one of the checkpoint; an expert stands for its layer's."""
+        """Each FP8 module of an engine -> one of the checkpoint; one expert represents its layer."""
         one_expert = {_EXPERT.sub(".experts.*.", spec.name): spec.name for spec, _ in reversed(self.packed)}
         parts = {name.removesuffix(".weight"): fused_module(name) for name in one_expert.values()}
         return {module: module for module in parts} | {fused: module for module, fused in parts.items() if fused}
 
     @cached_property
     def groups(self) -> dict[str | None, str]:
-        """What engines fuse -> a module of it that is FP8."""
+        """Each fused module of an engine -> an FP8 part of it."""
         return {together(spec.name): spec.name.removesuffix(".weight") for spec, _ in reversed(self.packed)}
 
 
@@ -88,26 +88,23 @@ def judge_engines(
     *,
     tp: int | None = None,
     gpu: str | None = None,
-    kept: Sequence[str] = (),
+    ignored: Sequence[str] = (),
 ) -> tuple[EngineVerdict, ...]:
     """Return a verdict for every engine.
 
-    packed: the FP8 weights [N, K] and their roles. tp, gpu: what it must load at, by default the usual sizes, any GPU.
-    kept: the modules that stay, as the checkpoint lists them; empty if the list is not known.
+    packed: the FP8 weights [N, K] and their roles. tp, gpu: default to the usual sizes and any GPU.
+    ignored: the ignored modules, as the checkpoint lists them; empty if the list is unknown.
     """
-    case = Case(storage, packed, facts, (tp,) if tp else TP_SIZES, parse_gpu(gpu), tuple(kept))
+    case = Case(storage, packed, facts, (tp,) if tp else TP_SIZES, parse_gpu(gpu), tuple(ignored))
     return tuple(judge_engine(engine, case) for engine in ENGINES)
 
 
 def check_targets(verdicts: Sequence[EngineVerdict], storage: Storage, targets: Sequence[str]) -> None:
-    """Raise RecipeError if an engine named by --target cannot load the output."""
+    """Raise RecipeError if an engine that is a target cannot load the output."""
     for verdict in verdicts:
         if verdict.engine in targets and not verdict.tp:
-            remedy = f": use {verdict.remedy}" if verdict.remedy else ""
-            raise RecipeError(
-                f"{NAMES[verdict.engine]} cannot load {storage.granularity} scales in {storage.quant_method}: "
-                f"{verdict.reason}{remedy}"
-            )
+            stored = f"{storage.granularity} scales in {storage.quant_method}"
+            raise RecipeError(f"{NAMES[verdict.engine]} cannot load {stored}: {verdict.reason}", verdict.remedy)
 
 
 def judge_engine(engine: Engine, case: Case) -> EngineVerdict:
@@ -190,7 +187,7 @@ def _shapes(engine: Engine, case: Case) -> _Findings:
 
 
 def _takes_edge(engine: Engine, case: Case, spec: TensorSpec) -> bool:
-    """Say whether an engine reads a weight with partial blocks: at its edge in N, if it is a part of a fused one."""
+    """Say whether an engine reads the partial blocks of a weight; of a part of a fused one, those in N."""
     edges = engine.partial_blocks.edges if engine.partial_blocks else Edges.NONE
     if engine.id == "transformers" and case.storage.quant_method != "fp8":
         return True  # compressed-tensors cuts its blocks itself
@@ -207,44 +204,45 @@ def _leaf(spec: TensorSpec) -> str:
 
 
 def _groups(engine: Engine, case: Case) -> _Findings:
-    """A fused module is FP8 in all of its parts, or in none."""
-    if not engine.fuses or not case.kept:
+    """All parts of a fused module are FP8, or none."""
+    if not engine.fuses or not case.ignored:
         return
-    for kept in case.kept:
-        group = together(f"{kept}.weight")
+    for ignored in case.ignored:
+        group = together(f"{ignored}.weight")
         if group and (module := case.groups.get(group)):
-            yield _Refusal(f"{module} is FP8 and {kept} is not, which it fuses into {group}", f"--ignore {module}")
+            reason = f"{module} is FP8 and {ignored} is not, but it fuses both into {group}"
+            yield _Refusal(reason, f"--ignore {module}")
     if engine.id == "vllm":
         yield from _missing_parts(case)
 
 
 def _missing_parts(case: Case) -> _Findings:
-    """K and V may share their projection (Gemma 4): vLLM takes the v_proj that is not there for FP8."""
-    kept = set(case.kept)
-    if not all(is_understood(entry, ()) for entry in kept):
+    """K and V may share their projection (Gemma 4): vLLM would load the missing v_proj as FP8."""
+    ignored = set(case.ignored)
+    if not all(is_understood(entry, ()) for entry in ignored):
         return
-    for module in case.kept:
+    for module in case.ignored:
         parent, _, leaf = module.rpartition(".")
         parts = {f"{parent}.{part}" for part in ("k_proj", "v_proj", "qkv_proj")}
-        if leaf == "q_proj" and parts & kept == {f"{parent}.k_proj"}:
-            reason = f"the list of modules that stay names {module} without {parent}.v_proj, which it takes for FP8"
-            yield _Refusal(reason, "an entry for it in the list in config.json")
+        if leaf == "q_proj" and parts & ignored == {f"{parent}.k_proj"}:
+            reason = f"config.json ignores {module} but not {parent}.v_proj, which it would load as FP8"
+            yield _Refusal(reason, f"add {parent}.v_proj to the ignored modules in config.json")
 
 
 def _list(engine: Engine, case: Case) -> _Findings:
-    """No FP8 module is meant by the list of modules that stay; an entry that means nothing is worth a note."""
+    """No ignore entry matches an FP8 module; an entry that is no pattern of this engine gets a note."""
     syntax = engine.list_syntax(case.kind)
-    if syntax is None or not case.kept:
+    if syntax is None or not case.ignored:
         return
-    if listed := find_listed(case.kept, tuple(case.modules), syntax.matches):
+    if listed := find_listed(case.ignored, tuple(case.modules), syntax.matches):
         entry, module = listed
-        reason = f"{module} is FP8, and `{entry}` in the list of modules that stay means it"
+        reason = f"ignore entry `{entry}` also matches {module}, which is FP8"
         yield _Refusal(reason, f"--ignore {case.modules[module]}")
-    if alien := next((entry for entry in case.kept if not is_understood(entry, syntax.matches)), None):
-        yield f"`{alien}` in the list of modules that stay means nothing to it"
-    if case.facts.tied and syntax.lists_tied_head and not find_listed(case.kept, ["lm_head"], syntax.matches):
-        reason = "lm_head is tied to the embedding and not listed as staying, so it is taken for FP8"
-        yield _Refusal(reason, "an entry for it in the list in config.json")
+    if alien := next((entry for entry in case.ignored if not is_understood(entry, syntax.matches)), None):
+        yield f"ignore entry `{alien}` is no valid pattern for it"
+    if case.facts.tied and syntax.lists_tied_head and not find_listed(case.ignored, ["lm_head"], syntax.matches):
+        reason = "lm_head is tied to the embedding and not ignored, so it would be loaded as FP8"
+        yield _Refusal(reason, "add lm_head to the ignored modules in config.json")
 
 
 def _head(engine: Engine, case: Case) -> _Findings:
@@ -272,7 +270,7 @@ def _kv_cache(engine: Engine, case: Case) -> list[str]:
 
 
 def _remedy_of_cut(engine: Engine, case: Case, tp: int) -> str:
-    """Channel scales survive more cuts, and expert parallelism does not cut experts: what is named does mend it."""
+    """Channel scales allow more sizes, and expert parallelism does not shard experts; each remedy was checked."""
     remedies = []
     if engine.id != "lmdeploy" and tp_problem(case.packed, CHANNEL, tp, case.facts) is None:
         remedies.append("--scheme FP8_DYNAMIC")

@@ -1,4 +1,4 @@
-"""The engines that fp8pack knows, in the order in which it speaks of them."""
+"""The engines that fp8pack knows, in the order in which they are shown."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""What LMDeploy loads, as read in its code."""
+"""Which FP8 checkpoints LMDeploy loads, as read in its code."""
 
 from fp8pack.engines.engine import BLOCK, INFERRED, KEEP_EXPERTS, ONE_BY_ONE, Edges, Engine, EngineRule, PartialBlocks
 from fp8pack.engines.gpus import BEFORE_ADA

@@ -1,4 +1,4 @@
-"""The names that engines know a module by."""
+"""The names of a module in different engines."""
 
 import re
 
@@ -16,8 +16,8 @@ _RENAMED = tuple(
 
 
 def spellings(module: str) -> list[str]:
-    """Return the names that engines know a module by, the checkpoint's first.
+    """Return the names of a module in different engines, the checkpoint's first.
 
-    Lists of modules that stay are matched by exact name, and multimodal wrappers differ in their prefixes.
+    Ignored modules are matched by exact name, and multimodal wrappers differ in their prefixes.
     """
     return [module, *(pattern.sub(name, module) for pattern, name in _RENAMED if pattern.search(module))]

@@ -1,4 +1,4 @@
-"""How readers want the scale of a weight, whatever the engine: name, dtype and shape."""
+"""The name, dtype and shape of a scale that readers of each quant method expect."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from fp8pack.numerics.granularity import Granularity
 
 @dataclass(frozen=True, slots=True)
 class ScaleLayout:
-    """How readers want the scale of a weight [N, K]: the end of its name, its dtypes, its shapes."""
+    """The scale of a weight [N, K] that readers expect: the end of its name, its dtypes, its shapes."""
 
     kinds: str
     suffix: str
@@ -42,7 +42,7 @@ SCALES = (
 
 
 def scale_problem(storage: Storage, weight: str, shape: tuple[int, ...], scale: Stored) -> str | None:
-    """Return why readers do not find or take the scale of a weight [N, K], in words; None if they do."""
+    """Return why readers do not find or accept the scale of a weight [N, K], as text; None if they do."""
     kind = kind_of(storage)
     layout = next((row for row in SCALES if matches_kind(row.kinds, kind)), None)
     if layout is None:

@@ -6,7 +6,7 @@ import shlex
 def serve_command(engine: str, path: str, *, tp: int = 1, kv_cache: bool = False) -> str:
     """Return the shell command by which an engine serves a checkpoint, empty if it has none.
 
-    tp: the tensor-parallel size. kv_cache: whether it holds scales for a K and V cache in FP8.
+    tp: the tensor-parallel size. kv_cache: whether it has scales for a KV cache in FP8.
     """
     place = shlex.quote(path)
     parts = {

@@ -1,4 +1,4 @@
-"""What TensorRT-LLM loads, as read in its code."""
+"""Which FP8 checkpoints TensorRT-LLM loads, as read in its code."""
 
 from fp8pack.engines.engine import (
     BLOCK,

@@ -1,4 +1,4 @@
-"""What TGI loads, as read in its code."""
+"""Which FP8 checkpoints TGI loads, as read in its code."""
 
 from fp8pack.engines.engine import (
     COMPRESSED_TENSORS,

@@ -1,4 +1,4 @@
-"""What transformers loads, as read in its code."""
+"""Which FP8 checkpoints transformers loads, as read in its code."""
 
 from fp8pack.engines.engine import (
     COMPRESSED_TENSORS,

@@ -1,4 +1,4 @@
-"""What vLLM loads, as read in its code."""
+"""Which FP8 checkpoints vLLM loads, as read in its code."""
 
 from fp8pack.engines.engine import (
     BLOCK,
@@ -15,7 +15,7 @@ from fp8pack.engines.engine import (
 from fp8pack.engines.gpus import BEFORE_ADA, BEFORE_SM100
 from fp8pack.engines.ignore_list import ListSyntax, Match
 
-# Classes that rename `weight_scale_inv` to `weight_scale`: they read tensor scales in transformers' spelling, and lose
+# Classes that rename `weight_scale_inv` to `weight_scale`: they read tensor scales under transformers' names, and lose
 # block scales, which the engine keeps under `weight_scale_inv`.
 _RENAMING = {"Mistral3ForConditionalGeneration": "Mistral3"}
 

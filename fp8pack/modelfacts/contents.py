@@ -1,4 +1,4 @@
-"""What a checkpoint means, whatever its convention: tensors under their own names, and how FP8 bytes become values."""
+"""The tensors of a checkpoint, the same for every quant method: weights under their own names, and their scales."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -13,12 +13,12 @@ from fp8pack.numerics.granularity import Granularity
 
 @dataclass(frozen=True, slots=True)
 class Quantized:
-    """How the bytes of an FP8 tensor become values: value = fp8 * scale.
+    """How an FP8 tensor is dequantized: value = fp8 * scale.
 
-    granularity: the region that shares a scale, of a tensor whose dimensions but the last are taken as rows.
-    scale: F32, BF16 or F16, or exponents (U8, F8_E8M0) of powers of two; None where the bytes are the values.
-    tiled: the scales lie in the order of numerics/swizzle.py. input_scale: of what enters the weight, if static.
-    source_dtype: of the floats that it was packed from; BF16 where nothing says it.
+    granularity: the region that shares a scale; all dimensions but the last count as rows.
+    scale: F32, BF16 or F16, or exponents (U8, F8_E8M0) of powers of two; None if there is no scale.
+    tiled: the scales are stored in the order of numerics/swizzle.py. input_scale: of the input activations, if static.
+    source_dtype: of the floats before quantization; BF16 if unknown.
     """
 
     format: Float8Format
@@ -38,11 +38,10 @@ class Quantized:
 class Contents:
     """The tensors of a checkpoint.
 
-    method: the convention that announces itself, empty if none does. tensors: everything but scales and markers, FP8
-    weights under the name that they have in every other convention. quantized: of the FP8 ones. kv_scales: the
-    multipliers of K and V by point (`….self_attn.k`). other_scales: tensors that are scales of other activations, such
-    as Q. unread: weights that are packed in a way that fp8pack does not read, such as FP4. kept: the modules that stay,
-    as the configuration lists them.
+    method: the quant method that is declared, empty if there is none. tensors: everything but scales and markers, FP8
+    weights under the names that they have in BF16. quantized: how each FP8 weight is dequantized. kv_scales: scales of
+    K and V by point (`….self_attn.k`). other_scales: scales of other activations, such as Q. unread: weights in a
+    format that fp8pack does not read, such as FP4. ignored: the ignored modules, as the configuration lists them.
     """
 
     method: str
@@ -55,11 +54,11 @@ class Contents:
     activations: str = "dynamic"
     spelling: str = ""
     powers_of_two: bool = False
-    kept: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
 
     @property
     def storage(self) -> Storage | None:
-        """How most of its FP8 weights are stored; None if it holds none."""
+        """How most of its FP8 weights are stored; None if there are none."""
         if not self.quantized:
             return None
         (format, granularity), _ = Counter(
@@ -78,6 +77,6 @@ class Contents:
 
     @property
     def source_dtype(self) -> str:
-        """The dtype that most of its FP8 weights were packed from."""
+        """The dtype of most of its FP8 weights before quantization."""
         dtypes = Counter(quantized.source_dtype for quantized in self.quantized.values())
         return dtypes.most_common(1)[0][0] if dtypes else "BF16"

@@ -1,8 +1,8 @@
-"""Fused experts: one 3-D tensor for all experts of a layer, taken apart into the 2-D weights that every loader reads.
+"""Fused experts: one 3-D tensor for all experts of a layer, split into the 2-D weights that every loader reads.
 
-[E, 2I, H]  gate and up one below the other: transformers 5, Qwen3.5-MoE, GLM, DeepSeek; down is [E, H, I]
+[E, 2I, H]  gate above up: transformers 5, Qwen3.5-MoE, GLM, DeepSeek; down is [E, H, I]
 [E, H, 2I]  the transpose: Llama 4, Qwen3-VL-MoE, gpt-oss; down is [E, I, H]
-gpt-oss takes gate and up by turns, and has biases. A part is a view: nothing is read or copied here.
+gpt-oss interleaves gate and up, and has biases. A part is a view: nothing is read or copied here.
 """
 
 import re
@@ -36,20 +36,20 @@ Split = tuple[TensorSpec, Quantized | None]
 
 @dataclass(frozen=True, slots=True)
 class _Layout:
-    """How the experts of a model lie: whether N is the last dimension, and gate and up alternate."""
+    """The layout of fused experts: whether N is the last dimension, and whether gate and up are interleaved."""
 
     transposed: bool
     interleaved: bool
 
 
 def split_experts(contents: Contents) -> Contents:
-    """Return the contents with fused experts taken apart, and how those that are FP8 become values, apart or whole.
+    """Return the contents with fused experts split into one weight per expert, with its scale if it is FP8.
 
-    Experts stay fused where nothing says how they lie, neither the hidden size nor the model's type, and where a scale
-    is that of two of them.
+    Experts are not split if their layout is unknown, by the hidden size and by the model's type, or if two of them
+    share a scale.
 
     Raises:
-        InputError: an expert stands alone as well.
+        InputError: the checkpoint also has one of these experts as a tensor of its own.
     """
     tensors: list[TensorSpec] = []
     layouts = _layouts(contents)
@@ -59,15 +59,15 @@ def split_experts(contents: Contents) -> Contents:
         tensors += [part for part, _ in parts] or [spec]
         quantized |= {part.name: stored for part, stored in parts if stored is not None}
         if twice := next((part.name for part, _ in parts if part.name in names), None):
-            raise InputError(f"{twice!r} stands alone as well as in {spec.name!r}: remove one of them")
+            raise InputError(f"{twice!r} appears twice: alone and in {spec.name!r}", "remove one of the two tensors")
     return replace(contents, tensors=tuple(tensors), quantized=quantized)
 
 
 def _layouts(contents: Contents) -> dict[str, _Layout]:
-    """How the experts of each layer lie.
+    """The layout of the experts of each layer.
 
-    The hidden size is K of gate and up, and N of down. A tensor with the same size twice does not tell; another of the
-    layer does, since 2I and I are not both the hidden size; without any of them the model's type decides.
+    The hidden size is K of gate and up, and N of down. A square tensor does not show its layout; another of the layer
+    does, since 2I and I are not both the hidden size. If none does, the model's type decides.
     """
     facts, known = contents.facts, contents.facts.model_type in TRANSPOSED
     interleaved = facts.model_type in _INTERLEAVED
@@ -141,7 +141,7 @@ def _view(spec: TensorSpec, name: str, shape: tuple[int, ...], offset: int, stri
 def _scales(
     spec: TensorSpec, part: TensorSpec, quantized: Quantized, index: int, first: int, layout: _Layout
 ) -> Quantized | None:
-    """How a part becomes values: its piece of the fused scales, None if a scale is also that of another part.
+    """How a part is dequantized: its piece of the fused scales, None if another part shares a scale.
 
     first: its first row of N.
     """
@@ -164,7 +164,7 @@ def _scales(
 
 
 def _of_expert(scale: TensorSpec | None, index: int, count: int) -> TensorSpec | None:
-    """The scale of one expert out of [E]; one scale is that of all."""
+    """The scale of one expert out of [E]; a single scale is shared by all."""
     return scale if scale is None or prod(scale.shape) != count else _piece(scale, (), index)
 
 

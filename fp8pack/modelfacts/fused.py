@@ -1,4 +1,4 @@
-"""Which tensors engines fuse into one module, and in which order they are stored for that."""
+"""Which tensors engines fuse into one module, and the order in which they are stored."""
 
 import re
 
@@ -37,7 +37,7 @@ def is_part_of(name: str, module: str) -> bool:
 
 
 def together(name: str) -> str | None:
-    """Return the group that must be packed or kept as one: the experts of a layer, or a fused module."""
+    """Return the group that must be quantized or ignored as one: the experts of a layer, or a fused module."""
     match = EXPERT.match(name.removesuffix(".weight"))
     return match["parent"] if match and name.endswith(".weight") else fused_module(name)
 
@@ -45,7 +45,7 @@ def together(name: str) -> str | None:
 def storage_key(name: str) -> tuple[tuple[tuple[int, int, str], ...], int, int, int]:
     """Return the key that sorts tensors as engines fuse them: q k v; gate up; gate0 up0 gate1 up1 … down0 down1 …
 
-    Numbers in names sort as numbers. Of two names, the one whose fused module comes first comes first.
+    Numbers in names sort as numbers. Names sort by their fused module first.
     """
     module, suffix = (name.removesuffix(".weight"), name.endswith(".weight"))
     parent, _, leaf = module.rpartition(".")

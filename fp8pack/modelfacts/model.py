@@ -1,4 +1,4 @@
-"""What `config.json` says of a model, as far as packing needs it."""
+"""Facts of a model from `config.json`."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """Facts of a model; 0 and empty where the configuration does not say."""
+    """Facts of a model; 0 or empty if the configuration lacks them."""
 
     architecture: str = ""
     model_type: str = ""
@@ -20,7 +20,7 @@ class ModelFacts:
 
 
 def read_facts(config: dict[str, Any]) -> ModelFacts:
-    """Return the facts of a parsed config.json; the language model's own section wins for its sizes."""
+    """Return the facts of a parsed config.json; sizes come from the language model's section if there is one."""
     text = next(
         (config[key] for key in ("text_config", "llm_config", "language_config") if _is_section(config, key)), config
     )

@@ -1,8 +1,8 @@
-"""The built-in policy: which role a tensor has, and whether it is packed.
+"""The built-in policy: the role of each tensor, and whether it is quantized.
 
-Names decide, because a checkpoint has nothing else: the rules cover Llama, Mistral, Qwen, Gemma, Phi, GPT-NeoX, BERT,
+Names decide, because a checkpoint has nothing else. The rules cover Llama, Mistral, Qwen, Gemma, Phi, GPT-NeoX, BERT,
 mixtures of experts, multimodal wrappers and diffusion transformers. The first rule that matches wins.
-tests/modelfacts/test_roles.py holds a list of names for each family.
+tests/modelfacts/test_roles.py has the names of each family.
 """
 
 import re
@@ -17,14 +17,14 @@ UNKNOWN_LINEAR = "unknown linear"
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What the policy says of a tensor."""
+    """What the policy decides for a tensor."""
 
     role: str
     packed: bool
     reason: str
 
 
-# What stays whatever its shape: (pattern over the module name, role, reason).
+# Never quantized, whatever the shape: (pattern over the module name, role, reason).
 _STAYS = tuple(
     (re.compile(pattern), role, f"policy: {reason}")
     for pattern, role, reason in (
@@ -100,11 +100,11 @@ _LINEARS = {
 _ROLE_OF_LEAF = {leaf: role for role, leaves in _LINEARS.items() for leaf in leaves.split()}
 _CONV1D_TYPES = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 _CONV1D_LEAVES = ("c_attn", "c_proj", "c_fc", "q_attn")
-_IN_BLOCK = re.compile(r"(^|\.)(\d+)\.[A-Za-z_]\w*\.")  # a number, a name, and something below it
+_IN_BLOCK = re.compile(r"(^|\.)(\d+)\.[A-Za-z_]\w*\.")  # a number, a name, and a leaf
 
 
 def judge(spec: TensorSpec, facts: ModelFacts) -> Verdict:
-    """Return the role of a tensor, whether the policy packs it, and the reason in words."""
+    """Return the role of a tensor, whether the policy quantizes it, and the reason as text."""
     module = spec.name.removesuffix(".weight")
     stays = next(((role, reason) for pattern, role, reason in _STAYS if pattern.search(module)), None)
     if stays is not None and not (stays[0] == "final" and layer_of(spec.name) is not None):
@@ -121,7 +121,7 @@ def judge(spec: TensorSpec, facts: ModelFacts) -> Verdict:
 
 
 def layer_of(name: str) -> int | None:
-    """Return the number of the block that a tensor lies in, None outside the blocks."""
+    """Return the number of the block of a tensor, None outside the blocks."""
     match = _IN_BLOCK.search(name)
     return int(match[2]) if match and len(match[2]) < 7 else None
 

@@ -1,4 +1,4 @@
-"""What a safetensors header says of one tensor."""
+"""A tensor as its safetensors header describes it."""
 
 from dataclasses import dataclass
 from math import prod
@@ -32,10 +32,10 @@ FLOAT_DTYPES = ("BF16", "F16", "F32")
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """A tensor of a checkpoint: `begin` and `end` are byte offsets in its file, `dtype` is safetensors' spelling.
+    """A tensor of a checkpoint: `begin` and `end` are byte offsets in its file, `dtype` as safetensors names it.
 
-    A part of a fused tensor is a spec of its own: `part_of` is the fused tensor, `end` lies after its last element, and
-    `strides` are those of its rows and columns, in elements, where its bytes are not one range.
+    A part of a fused tensor is a spec of its own: `part_of` is the fused tensor, `end` is the offset after its last
+    element, and `strides` are those of its rows and columns, in elements, if its bytes are not one range.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""How FP8 weights are stored and announced: all that an engine sees of a recipe."""
+"""How FP8 weights are stored and declared: the part of a recipe that an engine sees."""
 
 from dataclasses import dataclass
 
@@ -8,11 +8,11 @@ from fp8pack.numerics.granularity import Granularity
 
 @dataclass(frozen=True, slots=True)
 class Storage:
-    """The convention of a checkpoint and what it stores.
+    """The quant method of a checkpoint, and its format, granularity and activations.
 
-    quant_method: `fp8`, `compressed-tensors`, … as `quantization_config` says, or the name of a convention without one.
-    activations: `dynamic`, `static` or `none` (weight-only). powers_of_two: every scale is one.
-    spelling: which names a method with several uses; empty for its usual ones.
+    quant_method: `fp8`, `compressed-tensors`, … as in `quantization_config`, or the name of a method without one.
+    activations: `dynamic`, `static` or `none` (weight-only). powers_of_two: whether every scale is one.
+    spelling: which tensor names a method uses that has several; empty for the usual ones.
     """
 
     quant_method: str

@@ -1,10 +1,10 @@
-"""Which part of a tensor one of several GPUs holds, as Megatron cuts a model and every engine after it.
+"""Tensor parallelism: which shard of a tensor each GPU gets, as Megatron splits a model and every engine after it.
 
-What makes heads or intermediate channels (q, k, v, gate, up) is cut along N, its bias with it; what takes them (o,
-down) along K. With fewer key heads than GPUs, neighbours hold the same ones. Everything else is whole: embeddings,
-logits, norms, routers, the first projections of latent attention, and the biases of o and down, which one rank adds.
-Only layouts that are known are cut: a linear of a block that is none of them is refused, since a cut through a head
-gives wrong numbers and no error.
+Column-parallel weights (q, k, v, gate, up) are sharded along N, with their biases; row-parallel ones (o, down) along K.
+With fewer key heads than GPUs, key heads are replicated. Everything else is replicated: embeddings, logits, norms,
+routers, the first projections of latent attention, and the biases of o and down, which one rank adds. Only known
+layouts are sharded: any other linear of a block is refused, since a cut through a head gives wrong numbers and no
+error.
 """
 
 import re
@@ -21,14 +21,15 @@ from fp8pack.numerics.granularity import Granularity
 Packed = Sequence[tuple[TensorSpec, str]]  # FP8 weights [N, K] and their roles
 GEMM_MULTIPLE = 16  # cuBLASLt and CUTLASS FP8 kernels want N and K in multiples of 16
 Span = tuple[int, int]
+_WHOLE = "load without tp"
 _HEADS = ("q_proj", "q_b_proj", "kv_b_proj", "wq", "query")  # rows by heads
 _KEYS = ("k_proj", "v_proj", "wk", "wv", "key", "value")  # rows by key heads
 _CHANNELS = ("gate_proj", "up_proj", "w1", "w3", "fc1", "c_fc", "wi", "wi_0", "wi_1")  # rows by intermediate channels
 _TAKES_HEADS = ("o_proj", "wo", "out_proj")
 _TAKES_CHANNELS = ("down_proj", "w2", "fc2", "c_proj")
 _CONCATENATED = {"qkv_proj": (), "W_pack": (), "Wqkv": ("dbrx",)}  # q, then k, then v: of these models, of all if empty
-_BY_HEAD = ("gpt_neox", "bloom")  # whose query_key_value holds q, k and v of one head after the other
-_DENSE = ("bert", "roberta", "gpt_neox", "bloom", "phi")  # that call them dense, in a mlp or behind attention
+_BY_HEAD = ("gpt_neox", "bloom")  # query_key_value is q, k and v of one head after the other
+_DENSE = ("bert", "roberta", "gpt_neox", "bloom", "phi")  # name them dense, in the MLP or after attention
 _ELSEWHERE = ("linear_attn", "mixer", "mamba", "single_blocks", "single_transformer_blocks", "conv")
 
 
@@ -58,12 +59,12 @@ class Rank:
 
 
 def part_of(spec: TensorSpec, granularity: Granularity | None, facts: ModelFacts, rank: Rank) -> Part | None:
-    """Return what a rank holds of a tensor, None where that is all of it.
+    """Return the shard of a tensor on a rank, None if it is replicated.
 
     granularity: of an FP8 weight, None of anything else.
     Raises:
-        InputError: heads, rows or columns do not spread over the ranks, a cut would go through a region of scales, or
-            how a linear lies over heads or channels is not known.
+        InputError: heads, rows or columns are not divisible by the ranks, a cut would split a scale region, or the head
+            layout of a linear is unknown.
     """
     weight = spec.name.removesuffix(".bias") + ".weight" if spec.name.endswith(".bias") else spec.name
     shape = (*spec.shape, 1) if spec.name.endswith(".bias") else spec.shape
@@ -75,7 +76,7 @@ def part_of(spec: TensorSpec, granularity: Granularity | None, facts: ModelFacts
     if not role.startswith(("attn", "mlp", "expert", "ssm", UNKNOWN_LINEAR)):
         return None
     if len(shape) != 2:
-        raise InputError(f"{spec.name} holds the experts of a layer in one tensor, which is not cut: load without tp")
+        raise InputError(f"{spec.name} has all experts of a layer in one tensor, which cannot be sharded", _WHOLE)
     n, k = shape
     leaf, kind = weight.split(".")[-2], _axis(weight, role, facts)
     if leaf in REPLICATED:
@@ -99,7 +100,7 @@ def part_of(spec: TensorSpec, granularity: Granularity | None, facts: ModelFacts
 
 
 def _axis(weight: str, role: str, facts: ModelFacts) -> str:
-    """The axis that a weight is cut along; empty if its layout is not known."""
+    """The axis that a weight is sharded along; empty if its layout is unknown."""
     *path, leaf, _ = weight.split(".")
     if any(part in _ELSEWHERE for part in path):
         return ""
@@ -117,32 +118,32 @@ def _axis(weight: str, role: str, facts: ModelFacts) -> str:
 
 
 def _is_by_head(spec: TensorSpec, facts: ModelFacts) -> bool:
-    """Whether a small tensor has an element for each head, or each channel of all heads, as its weight has rows."""
+    """Whether a small tensor has one element per head, or per channel of all heads."""
     widths = {heads * facts.head_dim for heads in (facts.num_heads, facts.num_kv_heads)} - {facts.head_dim, 0}
     of_heads = bool(re.search(r"\.[qk]_norm\.weight$", spec.name)) and spec.shape[:1] in {(width,) for width in widths}
     return of_heads or spec.name.endswith(".sinks")
 
 
 def _unknown(spec: TensorSpec) -> InputError:
-    return InputError(f"{spec.name}: how it lies over the heads or channels is not known: load without tp")
+    return InputError(f"{spec.name} has an unknown head or channel layout, which cannot be sharded", _WHOLE)
 
 
 def _check_heads(facts: ModelFacts, rank: Rank) -> None:
     heads, keys = facts.num_heads, facts.num_kv_heads
     if not heads:
-        raise InputError("config.json does not say how many heads there are: load without tp")
+        raise InputError("config.json has no number of attention heads", _WHOLE)
     if heads % rank.world or (keys % rank.world and rank.world % keys):
-        raise InputError(f"{heads} heads with {keys} key heads do not spread over {rank.world} GPUs: load without tp")
+        raise InputError(f"{heads} heads with {keys} key heads cannot be sharded over {rank.world} GPUs", _WHOLE)
 
 
 def _shares(spec: TensorSpec, leaf: str, n: int, facts: ModelFacts, rank: Rank) -> list[tuple[Span, Rank]]:
-    """The spans of rows that are cut each on its own, and what share of each a rank has."""
+    """The spans of rows that are sharded separately, and the rank within each."""
     heads, kv_heads = facts.num_heads, facts.num_kv_heads
     keys = Rank(rank.rank * kv_heads // rank.world, kv_heads) if 0 < kv_heads < rank.world else rank
     if leaf in _CONCATENATED:
         q, kv = heads * facts.head_dim, kv_heads * facts.head_dim
         if n != q + 2 * kv:
-            raise InputError(f"{spec.name} has N = {n}, not the {q + 2 * kv} of q, k and v: load without tp")
+            raise InputError(f"{spec.name} has N = {n}, not the {q + 2 * kv} of q, k and v", _WHOLE)
         return [((0, q), rank), ((q, q + kv), keys), ((q + kv, n), keys)]
     if leaf == "gate_up_proj":
         return [((0, n // 2), rank), ((n // 2, n), rank)]
@@ -152,30 +153,30 @@ def _shares(spec: TensorSpec, leaf: str, n: int, facts: ModelFacts, rank: Rank) 
 def _cut(span: Span, rank: Rank, spec: TensorSpec, axis: str) -> Span:
     lo, hi = span
     if (hi - lo) % rank.world:
-        raise InputError(f"{spec.name}: {axis} = {hi - lo} does not spread over {rank.world} GPUs")
+        raise InputError(f"{spec.name} has {axis} = {hi - lo}, not divisible by {rank.world} GPUs", _WHOLE)
     step = (hi - lo) // rank.world
     return lo + rank.rank * step, lo + (rank.rank + 1) * step
 
 
 def _check(spec: TensorSpec, region: int | None, length: int, cuts: list[Span]) -> None:
-    """Refuse a cut through a region of scales, unless one region covers all."""
+    """Refuse a cut through a scale region, unless one region covers all."""
     if region is None or region >= length:
         return
     if bad := next((edge for cut in cuts for edge in cut if edge % region and edge != length), None):
-        raise InputError(f"{spec.name} would be cut at {bad}, within a block of {region}: load without tp")
+        raise InputError(f"{spec.name} would be cut at {bad}, within a scale block of {region}", _WHOLE)
 
 
 def tp_problem(packed: Packed, granularity: Granularity, tp: int, facts: ModelFacts) -> str | None:
-    """Return the first weight whose part on one of `tp` GPUs does not hold whole scale regions, in words.
+    """Return the first weight whose shard on one of `tp` GPUs would cut a scale region, as text.
 
-    q/k/v, gate/up are cut along N, o and down along K; with fewer key heads than GPUs, k and v are replicated, and the
-    first projections of latent attention always.
+    q/k/v, gate/up are sharded along N, o and down along K; with fewer key heads than GPUs, k and v are replicated, and
+    the first projections of latent attention always.
     """
     heads, kv_heads = facts.num_heads, facts.num_kv_heads
     if heads % tp or (kv_heads and kv_heads % tp and tp % kv_heads):
         return f"{heads} attention heads with {kv_heads} key heads do not spread over {tp} GPUs"
     if tp == 1:
-        return None  # nothing is cut; what does not fit as it is, is no matter of parallelism
+        return None  # nothing is sharded
     rows = granularity.rows if granularity.rows and granularity.rows > 1 else GEMM_MULTIPLE
     cols = max(granularity.cols or GEMM_MULTIPLE, GEMM_MULTIPLE)
     for spec, role in packed:

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from fp8pack.errors import RecipeError
+from fp8pack.inputs import unknown
 from fp8pack.numerics import native
 from fp8pack.planning.plan import Packing
 
@@ -41,7 +41,7 @@ def make_codec(device: str) -> Codec:
     if device == "cpu":
         return CpuCodec()
     if not re.fullmatch(r"cuda(:\d+)?|torch:cpu", device):
-        raise RecipeError(f"--device {device!r} is not known: choose cpu or cuda")
+        raise unknown("device", device, ("cpu", "cuda"))
     return TorchCodec(device)
 
 

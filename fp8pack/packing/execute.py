@@ -20,6 +20,7 @@ from fp8pack.checkpoint.journal import BandResult, Journal, Progress
 from fp8pack.checkpoint.shard_writer import ShardWriter, check_shard, sync_file
 from fp8pack.checkpoint.source import Source
 from fp8pack.errors import InputError
+from fp8pack.modelfacts.patterns import ignoring
 from fp8pack.numerics.scaling import scale_of
 from fp8pack.packing.amax_pass import AmaxCollector
 from fp8pack.packing.bands import Band, BandWorker, OutputPlace
@@ -204,10 +205,10 @@ class Execution:
             raise stop.errors[0]
         if self.is_done or stop.is_set():
             return
-        raise InputError(self._describe_offenders())
+        raise self._error_of_offenders()
 
-    def _describe_offenders(self) -> str:
-        """What is wrong with weights that could not be worked: those that were to be packed can be left out."""
+    def _error_of_offenders(self) -> InputError:
+        """The error of weights with a NaN or infinity: those that were to be packed can be ignored."""
         packed = sorted(
             tensor.spec.name
             for tensor in self._plan.packed
@@ -215,9 +216,11 @@ class Execution:
         )
         if others := sorted(self._offenders.difference(packed)):
             names = ", ".join(others)
-            return f"{len(others)} FP8 weights hold a NaN, or values that the new dtype does not reach: {names}"
-        flags = " ".join(f"--ignore {name}" for name in packed)
-        return f"a NaN or infinity in {len(packed)} of the weights; finished work is kept, {flags} packs the rest"
+            return InputError(
+                f"{len(others)} FP8 weights contain a NaN, or values out of range of the new dtype: {names}"
+            )
+        weights = "1 weight contains" if len(packed) == 1 else f"{len(packed)} weights contain"
+        return InputError(f"{weights} a NaN or infinity: {', '.join(packed)}", f"{ignoring(*packed)} packs the rest")
 
     def _jobs(self, work: ShardWork, scales: dict[str, np.float32]) -> Iterator[tuple[ShardWork, Band]]:
         for band in work.missing():

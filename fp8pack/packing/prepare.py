@@ -94,10 +94,10 @@ def prepare_convert(checkpoint: Path, request: Request, options: WriteOptions) -
     contents = split_experts(contents)
     storage = contents.storage
     if storage is None:
-        raise InputError(f"{source.path} holds no FP8 weight: `fp8pack pack` makes some")
+        raise InputError(f"{source.path} has no FP8 weight", "`fp8pack pack` makes an FP8 checkpoint of it")
     if fused := next((s for s in contents.tensors if len(s.shape) == 3 and s.name in contents.quantized), None):
         raise InputError(
-            f"{fused.file}: the experts in {fused.name!r} do not come apart: `fp8pack unpack` it, then pack"
+            f"{fused.file}: {fused.name!r} cannot be split into per-expert weights", "`fp8pack unpack` it, then pack"
         )
     calibration = _calibration(source, request, carries_static=contents.activations == "static")
     recipe = resolve_conversion(request, storage, calibration)
@@ -122,7 +122,7 @@ def prepare_unpack(checkpoint: Path, dtype: str | None, options: WriteOptions) -
         dtype = parse_choice("dtype", _DTYPE_ALIASES.get(str(dtype).lower(), dtype), tuple(UNPACKED_DTYPES))
     source, contents = _open_quantized(checkpoint)
     if not contents.quantized:
-        raise InputError(f"{source.path} holds no FP8 weight: there is nothing to unpack")
+        raise InputError(f"{source.path} has no FP8 weight to unpack")
     dtype = dtype or next(name for name, stored in UNPACKED_DTYPES.items() if stored == contents.source_dtype)
     plan = make_unpack_plan(contents, UNPACKED_DTYPES[dtype], max_shard_nbytes=_shard_limit(source, options))
     job = _Job("unpack", UNPACKED_DTYPES[dtype], UNPACKED_DTYPES[dtype].lower(), dtype)
@@ -134,8 +134,9 @@ def _open_quantized(checkpoint: Path) -> tuple[Source, Contents]:
     contents = read_contents(source)
     if contents.unread:
         raise InputError(
-            f"{source.path} holds {len(contents.unread)} weights that are neither FP8 nor floats, such as "
-            f"{contents.unread[0]!r}: fp8pack reads FP8 only"
+            f"{source.path} has {len(contents.unread)} weights that are neither FP8 nor floats, such as "
+            f"{contents.unread[0]!r}",
+            "use a BF16, FP16, FP32 or FP8 checkpoint of this model",
         )
     return source, contents
 
@@ -147,7 +148,8 @@ def _place(source: Source, plan: Plan, announcement: _Announcement, job: _Job, o
     output = Path(os.path.abspath(options.output or _default_output(source, job)))
     if source.is_single_file and output.suffix != ".safetensors":
         raise RecipeError(
-            f"{source.path.name} is a single file, so -o must name a .safetensors file, not {output.name}"
+            f"{source.path.name} is a single file, and the output {output.name} is not a .safetensors file",
+            f"-o {shlex.quote(output.name + '.safetensors')}",
         )
     check = check_output_file if source.is_single_file else check_output
     check(output, source.path, overwrite=options.overwrite)
@@ -188,15 +190,16 @@ def _calibration(source: Source, request: Request, *, carries_static: bool = Fal
         if request.kv_cache or (activations == "static" and not carries_static):
             file = beside(source, f"{source.name}-calibration.safetensors")
             raise RecipeError(
-                f"scales of activations need a calibration: run `fp8pack calibrate {shlex.quote(str(source.path))}`, "
-                f"then the same command with `--calibration {shlex.quote(str(file))}`"
+                "calibrated scales need a calibration file",
+                f"run `fp8pack calibrate {shlex.quote(str(source.path))}`, then the same command with "
+                f"`--calibration {shlex.quote(str(file))}`",
             )
         return None
     calibration = read_calibration(request.calibration)
     origin = source.manifest.source.fingerprint if source.manifest else source.fingerprint
     if calibration.fingerprint not in ("", source.fingerprint, origin):
         command = f"fp8pack calibrate {shlex.quote(str(source.path))}"
-        raise InputError(f"{request.calibration} is a calibration of another model: run `{command}`")
+        raise InputError(f"{request.calibration} is a calibration of another model", f"run `{command}`")
     return calibration
 
 

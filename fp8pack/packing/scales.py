@@ -25,7 +25,7 @@ def refine(
     """
     if not scales.all():
         name = quantized.scale.name if quantized.scale else spec.name
-        raise InputError(f"{spec.file}: {name!r} holds a scale of zero: `fp8pack unpack` it, then pack")
+        raise InputError(f"{spec.file}: {name!r} contains a scale of zero", "`fp8pack unpack` it, then pack")
     theirs, ours = quantized.granularity.region(spec.matrix), packing.granularity.region(spec.matrix)
     picks = []
     for axis, (begin, end) in enumerate((rows, cols)):
@@ -44,5 +44,8 @@ def encode_scales(scales: NDArray[np.float32], packing: Packing) -> NDArray[Any]
         return scales
     exponents = encode_e8m0(scales)
     if not np.array_equal(decode_e8m0(exponents), scales):
-        raise InputError(f"{packing.scale.name}: the source announces powers of two and holds other scales")
+        raise InputError(
+            f"{packing.scale.name}: the source declares scales that are powers of two, and has others",
+            "`fp8pack unpack` it, then pack",
+        )
     return swizzle(exponents) if packing.tiled else exponents

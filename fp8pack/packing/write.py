@@ -87,7 +87,9 @@ def carry_out(prepared: Prepared, on_progress: OnProgress = lambda done, total: 
             tick()
             if not execution.is_done:
                 done, total = format_size(execution.counters.done_nbytes), format_size(execution.counters.total_nbytes)
-                raise DeadlineError(f"the deadline is reached with {done} of {total} done; the same command continues")
+                raise DeadlineError(
+                    f"the deadline is reached with {done} of {total} done", "the same command continues"
+                )
             staging.keep_only({work.plan.file for work in execution.works} | {work.side.name for work in sides})
             root = write_metadata(prepared, execution.works, sides, staging.content)
         commit = staging.commit_file if prepared.source.is_single_file else staging.commit
@@ -141,7 +143,7 @@ def _resume(prepared: Prepared, execution: Execution, journal: Journal, staging:
 def _check_same(prepared: Prepared, head: Mapping[str, Any], staging: Staging) -> None:
     other = "recipe" if head.get("source") == prepared.source.fingerprint else "checkpoint"
     if head and (other == "checkpoint" or head.get("recipe") != _decisive(prepared.plan.recipe_data)):
-        raise OutputError(f"{staging.folder} holds unfinished work of another {other}", "--no-resume discards it")
+        raise OutputError(f"{staging.folder} has unfinished work of another {other}", "--no-resume discards it")
 
 
 def _num_workers(prepared: Prepared) -> int:

@@ -1,1 +1,1 @@
-"""Values only: what a checkpoint holds, what is asked, and every decision about it. No tensor byte is read here."""
+"""Every decision about a checkpoint, as values: from its headers and a request to a plan. No tensor byte is read."""

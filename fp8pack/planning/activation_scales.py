@@ -1,4 +1,4 @@
-"""From a calibration to the scales that are stored: of what enters each packed weight, and of the KV cache."""
+"""From a calibration to the scales that are stored: of the input activations of each weight, and of the KV cache."""
 
 import struct
 from collections.abc import Callable, Sequence
@@ -9,13 +9,15 @@ import numpy as np
 
 from fp8pack.errors import InputError
 from fp8pack.modelfacts.fused import fused_module
+from fp8pack.modelfacts.patterns import ignoring
 from fp8pack.modelfacts.spec import Stored
 from fp8pack.numerics.formats import E4M3, Float8Format
 from fp8pack.numerics.scaling import MIN_SCALE, ScaleRounding, scale_of
 from fp8pack.planning.calibration import MIN_EXPERT_TOKENS, Calibration, Site, expert_of, values_of
 
+NO_KV_CACHE = "leave out --kv-cache; unless activations are static, also --calibration"
 Kind = Literal["input", "k", "v"]
-Source = Literal["routed", "all_experts", "peers"]  # tokens that came here; all tokens; those of the other experts
+Source = Literal["routed", "all_experts", "peers"]  # tokens routed here; all tokens; tokens of the other experts
 
 _MAKES: dict[str, tuple[Kind, ...]] = {
     "attn.k": ("k",),
@@ -30,8 +32,8 @@ _LATENT = ("kv_a_proj_with_mqa", "kv_b_proj", "wkv_a", "wkv_b")  # of multi-head
 class ActivationOptions:
     """How statistics become an amax.
 
-    percentile: of all magnitudes, in place of the largest. margin: the scale is multiplied by 2^margin, as in
-    Transformer Engine. warmup: prompts at the start that are left out of amax and history.
+    percentile: of all magnitudes, instead of the largest. margin: the scale is multiplied by 2^margin, as in
+    Transformer Engine. warmup: prompts at the start that are skipped for amax and history.
     """
 
     percentile: float | None = None
@@ -41,9 +43,9 @@ class ActivationOptions:
 
 @dataclass(frozen=True, slots=True)
 class ActivationScale:
-    """A calibrated scale that is stored beside a weight: the multiplier that dequantizes, in float32.
+    """A calibrated scale that is stored with a weight: the multiplier that dequantizes, in float32.
 
-    history: the amax of each prompt in order, the seed of a delayed-scaling history. source: who saw all that.
+    history: the amax of each prompt in order, the seed of a delayed-scaling history. source: the tokens it is from.
     """
 
     kind: Kind
@@ -62,7 +64,7 @@ class ActivationScale:
 
 @dataclass(frozen=True, slots=True)
 class Observed:
-    """What is known of a point: its amax by the options, that of each prompt, who saw them, and if there is a spike."""
+    """The statistics of a point: amax by the options and of each prompt, its tokens, and whether it has outliers."""
 
     amax: float
     history: tuple[float, ...]
@@ -71,11 +73,12 @@ class Observed:
 
 
 class ActivationScales:
-    """Scales out of a calibration, under a convention's names."""
+    """Scales from a calibration, under the names of a quant method."""
 
     def __init__(self, calibration: Calibration, options: ActivationOptions, format: Float8Format) -> None:
         if options.warmup >= len(calibration.prompts):
-            raise InputError(f"--warmup {options.warmup} leaves no prompt of {len(calibration.prompts)}")
+            prompts = len(calibration.prompts)
+            raise InputError(f"warmup {options.warmup} skips all {prompts} prompts", "choose a smaller --warmup")
         self._calibration, self._options, self._format = calibration, options, format
         self._peers: dict[tuple[str, str], list[Site]] = {}
         for site in calibration.sites:
@@ -84,12 +87,12 @@ class ActivationScales:
                     self._peers.setdefault(key, []).append(site)
 
     def of_inputs(self, weights: Sequence[tuple[str, Stored]]) -> dict[str, tuple[ActivationScale, Observed]]:
-        """Return the scale of what enters each weight; weights that engines fuse share the largest.
+        """Return the input scale of each weight; weights that engines fuse share the largest.
 
-        weights: the name of each, and what its scale is stored as.
+        weights: the name of each, and the stored tensor of its scale.
 
         Raises:
-            InputError: nothing was observed there.
+            InputError: the calibration has no input activations of a weight.
         """
         found = {name: self.observed(f"{name.removesuffix('.weight')}.input", name) for name, _ in weights}
         groups: dict[str, list[Observed]] = {}
@@ -112,12 +115,12 @@ class ActivationScales:
     def of_kv_cache(
         self, roles: dict[str, str], stored_as: Callable[[str, Kind, str], Stored]
     ) -> dict[str, list[ActivationScale]]:
-        """Return the scales of K and V of each attention, by the tensor that they are stored beside.
+        """Return the scales of K and V of each attention, by the tensor that they are stored with.
 
         roles: of every tensor of the checkpoint. stored_as: from attention, kind and owner to the stored tensor.
 
         Raises:
-            InputError: the calibration lacks K or V of an attention, or its cache holds something else.
+            InputError: the calibration lacks K or V of an attention, or the model caches something else.
         """
         scales: dict[str, list[ActivationScale]] = {}
         for attention, owners in _attentions(roles).items():
@@ -125,17 +128,17 @@ class ActivationScales:
                 point = f"{attention}.{kind}"
                 site = self._calibration.by_point.get(point)
                 if site is None or not self._is_enough(site, is_expert=False):
-                    raise InputError(f"the calibration saw no {kind.upper()} of {attention}: pack without --kv-cache")
+                    raise InputError(f"the calibration has no {kind.upper()} of {attention}", NO_KV_CACHE)
                 seen = self._of_sites([site], "routed")
                 stored, scale = stored_as(attention, kind, owner), self._scale(seen.amax, E4M3)
                 entry = ActivationScale(kind, point, stored, scale, seen.amax, seen.history, seen.source)
                 scales.setdefault(owner, []).append(entry)
         if not scales:
-            raise InputError("no attention of this model has a K and V that fp8pack knows: pack without --kv-cache")
+            raise InputError("fp8pack finds no K and V projection in this model", NO_KV_CACHE)
         return scales
 
     def observed(self, point: str, weight: str) -> Observed:
-        """Return what is known of a point; experts that too few tokens reached take what others saw."""
+        """Return the statistics of a point; experts with too few tokens use those of other experts."""
         site, expert = self._calibration.by_point.get(point), expert_of(point)
         if site is not None and self._is_enough(site, is_expert=expert is not None):
             return self._of_sites([site], "routed")
@@ -146,11 +149,14 @@ class ActivationScales:
             if expert in self._peers:
                 return self._of_sites(self._peers[expert], "peers")
         if site is None:
-            raise InputError(f"the calibration saw nothing enter {weight}: --ignore {weight} keeps it as it is")
-        raise InputError(f"only the first {self._options.warmup} prompts reached {weight}: take a smaller --warmup")
+            raise InputError(f"the calibration has no input activations of {weight}", ignoring(weight))
+        raise InputError(
+            f"{weight} has input activations in the first {self._options.warmup} prompts only, which warmup skips",
+            "choose a smaller --warmup",
+        )
 
     def _is_enough(self, site: Site, *, is_expert: bool) -> bool:
-        """Whether a site saw enough for a scale, also after the warm-up."""
+        """Whether a site has enough statistics for a scale, also without the warmup."""
         after = site.prompt_amax[self._options.warmup :]
         reached = bool(after.size and after.max()) or not site.amax
         return reached and not (is_expert and site.tokens < MIN_EXPERT_TOKENS)
@@ -171,14 +177,14 @@ class ActivationScales:
 
 
 def _attentions(roles: dict[str, str]) -> dict[str, dict[Kind, str]]:
-    """The attentions of a language model whose K and V are cached, and the weights that make them."""
+    """The attentions of a language model whose K and V are cached, and their projections."""
     found: dict[str, dict[Kind, str]] = {}
     for name, role in roles.items():
         attention, _, leaf = name.removesuffix(".weight").rpartition(".")
         if role not in _MAKES or not name.endswith(".weight") or leaf.startswith("in_proj"):  # of linear attention
             continue
         if leaf in _LATENT:
-            raise InputError(f"{attention} caches a latent, whose scale fp8pack does not know: pack without --kv-cache")
+            raise InputError(f"{attention} caches a latent vector, for which fp8pack has no scale", NO_KV_CACHE)
         for kind in _MAKES[role]:
             found.setdefault(attention, {})[kind] = name
     return found

@@ -1,12 +1,12 @@
-"""What a calibration holds: statistics of activations at every site of a model, and what follows from them.
+"""A calibration: statistics of the activations at every site of a model.
 
-A site is a place that activations pass; its points are the names it goes by. Points of a weight's module and of
-attention, under the checkpoint's own names:
+A site is a tensor of activations; its points are its names. Points of a weight's module and of attention, under the
+checkpoint's own names:
 
-    <module>.input    what enters a GEMM         <norm>.output   what leaves a norm
+    <module>.input    input of a GEMM            <norm>.output   output of a norm
     <attention>.k     K after rotary             <attention>.v   V
 
-Magnitudes are kept as BF16 bit patterns without the sign (0 to 0x7F7F): of two, the larger number is the larger value.
+Magnitudes are stored as BF16 bit patterns without the sign (0 to 0x7F7F), which order as their values do.
 """
 
 import math
@@ -23,9 +23,9 @@ from fp8pack.modelfacts.fused import storage_key
 
 NUM_MAGNITUDES = 1 << 15  # of BF16, the sign left out
 INFINITY = 0x7F80  # and above it NaN
-SPIKE_RATIO = 0.1  # a site whose 99.9 percentile is under this share of its amax has a spike
+SPIKE_RATIO = 0.1  # a site whose 99.9th percentile is below this share of its amax has outliers
 MIN_EXPERT_TOKENS = 32  # an expert with fewer routed tokens borrows its amax
-GREW = 1.01  # an amax that became larger than this grew
+GREW = 1.01  # an amax that became larger than this factor grew
 _LAST_QUARTER = 0.75
 
 
@@ -45,8 +45,8 @@ class Site:
 
     bins, counts: the histogram of magnitudes, sparse: uint16 ascending, and int64 above zero.
     channel_amax [K] uint16 magnitudes; channel_squares [K] float64, the sum of squares of each channel.
-    prompt_amax [P] uint16 magnitudes, in the order of the calibration's prompts; 0 where a prompt did not get there.
-    heads: of K and V, whose channels are those of one head after the other.
+    prompt_amax [P] uint16 magnitudes, in the order of the calibration's prompts; 0 where a prompt did not reach it.
+    heads: of K and V, whose channels are ordered by head.
     """
 
     points: tuple[str, ...]
@@ -89,12 +89,12 @@ class Site:
 
     @property
     def has_spike(self) -> bool:
-        """Whether few values are so large that a scale for them leaves the others few bits."""
+        """Whether there are outliers: few values so large that a scale for them leaves the others few bits."""
         return self.percentile(99.9) < SPIKE_RATIO * self.amax
 
     @property
     def growth(self) -> float:
-        """By which factor amax grew over the last quarter of the prompts: 1.0 where it did not."""
+        """The factor by which amax grew over the last quarter of the prompts: 1.0 if it did not."""
         first = self.prompt_amax[: math.ceil(self.prompt_amax.size * _LAST_QUARTER)]
         before = value_of(int(first.max())) if first.size else 0.0
         return self.amax / before if before else 1.0 if not self.amax else math.inf
@@ -102,11 +102,11 @@ class Site:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Statistics of a model over prompts; `all_experts` holds what every expert would see if all tokens reached it.
+    """Statistics of a model over prompts; `all_experts` is what every expert sees if all tokens reach it.
 
-    fingerprint: of the model, as in the plan; empty when a user's own loop did not say which model it ran.
-    prompts: digests, in order. num_tokens: of all of them, padding left out.
-    options: what decides the statistics besides the model and the prompts.
+    fingerprint: of the model, as in the plan; empty if a user's own loop did not name the model.
+    prompts: digests, in order. num_tokens: of all of them, without padding.
+    options: everything else that the statistics depend on.
     """
 
     fingerprint: str
@@ -134,7 +134,7 @@ class Calibration:
 
 
 def expert_of(point: str) -> tuple[str, str] | None:
-    """Return the experts' module and what the point is of each (`down_proj.input`); None for what is no expert's."""
+    """Return the experts' module and the point within each (`down_proj.input`); None for what is no expert's."""
     head, found, tail = point.partition(".experts.")
     index, dot, leaf = tail.partition(".")
     return (f"{head}.experts", leaf) if found and dot and index.isdecimal() else None

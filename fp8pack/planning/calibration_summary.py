@@ -1,4 +1,4 @@
-"""What a calibration says: prompts, convergence, outliers, experts that saw too little."""
+"""The summary of a calibration: prompts, convergence, outliers, experts with too few tokens."""
 
 import math
 from collections.abc import Mapping
@@ -9,12 +9,12 @@ from fp8pack.documents import Document, html_table
 from fp8pack.planning.calibration import GREW, MIN_EXPERT_TOKENS, Calibration, Site, expert_of
 
 NUM_WIDEST = 10
-_FEWEST_PROMPTS = 4  # with fewer, nothing can be said of the last quarter
+_FEWEST_PROMPTS = 4  # with fewer, there is no last quarter
 
 
 @dataclass(frozen=True, slots=True)
 class SiteSummary:
-    """The activations at one site: the names it goes by, tokens, channels, and magnitudes.
+    """The activations at one site: its names, tokens, channels, and magnitudes.
 
     percentile_99_9: what 99.9 % of the magnitudes stay below. width: amax over that, None where it is zero.
     spike: whether amax is over ten times that. head_amax: [heads], of K and V.
@@ -41,7 +41,7 @@ class RareExpert:
 
 @dataclass(frozen=True, slots=True)
 class CalibrationSummary(Document):
-    """What a calibration file holds.
+    """The content of a calibration file.
 
     growth_last_quarter: the largest growth of an amax over the last quarter of the prompts, None with fewer than 4.
     num_growing: amax that grew by more than 1 % there. num_reached_late: sites first reached there. widest: inputs by
@@ -111,7 +111,7 @@ def summarize(calibration: Calibration, *, output: Path, every_site: bool = Fals
 
 
 def summarize_site(site: Site) -> SiteSummary:
-    """Return what a site says."""
+    """Return the summary of a site."""
     usual = site.percentile(99.9)
     summary = SiteSummary(
         points=site.points,
@@ -127,5 +127,5 @@ def summarize_site(site: Site) -> SiteSummary:
 
 
 def _width(site: SiteSummary) -> float:
-    """Width for sorting: without bound where 99.9 % are zero and the rest is not."""
+    """Width for sorting: infinite where 99.9 % are zero and the rest is not."""
     return site.width or (math.inf if site.amax else 0.0)

@@ -1,4 +1,4 @@
-"""What a conversion takes over from its source as it is: FP8 bytes, and scales of activations."""
+"""What a conversion passes through unchanged: FP8 payloads, and scales of activations."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -15,9 +15,9 @@ from fp8pack.planning.recipe import Recipe
 
 
 def can_carry(spec: TensorSpec, quantized: Quantized, packing: Packing, *, powers_of_two: bool) -> bool:
-    """Say whether the bytes of a weight can stay: each region lies within one of the source.
+    """Say whether the payload of a weight can be passed through: each scale region is within one of the source.
 
-    powers_of_two: whether the source says so of all its scales; where the packing wants them, others do not do.
+    powers_of_two: whether the source declares this of all its scales; a packing may need it.
     """
     if quantized.format != packing.format:
         return False
@@ -28,7 +28,7 @@ def can_carry(spec: TensorSpec, quantized: Quantized, packing: Packing, *, power
 
 
 def agree(tensors: Sequence[TensorPlan]) -> list[TensorPlan]:
-    """Let the members of a fused module be carried together or not at all, where they are to share a tensor's scale."""
+    """Pass the parts of a fused module through together or not at all, if they share a tensor-wide scale."""
     anew = {
         tensor.packing.scale_group
         for tensor in tensors
@@ -45,11 +45,11 @@ def agree(tensors: Sequence[TensorPlan]) -> list[TensorPlan]:
 def activation_scales(
     tensors: Sequence[TensorPlan], contents: Contents, recipe: Recipe, method: QuantMethod
 ) -> Iterator[TensorPlan]:
-    """Yield the scales of activations that the source holds, under a convention's names, unless they are calibrated.
+    """Yield the activation scales of the source, under the names of a quant method, unless they are calibrated.
 
     Raises:
-        InputError: a weight is to have a static scale and has none, or a scale of K or V is not one number where the
-            convention holds one.
+        InputError: a weight needs a static input scale and has none, or the scale of K or V has one value per head,
+            which the quant method does not support.
     """
     if recipe.activations == "static":
         for tensor in tensors:
@@ -64,7 +64,8 @@ def activation_scales(
             continue
         if prod(spec.shape) > 1 and not method.holds_head_scales:
             raise InputError(
-                f"{spec.name} holds a scale for each head, which {method.name} does not: --calibration FILE --kv-cache"
+                f"{spec.name} has one scale per head, which {method.name} does not support",
+                "calibrate again: --calibration FILE --kv-cache",
             )
         owner = f"{attention}.{kind}_proj.weight"
         owner = owner if owner in names else f"{attention}.weight"
@@ -74,7 +75,7 @@ def activation_scales(
 def _input_scale(tensor: TensorPlan, method: QuantMethod) -> TensorPlan:
     name = tensor.spec.name
     if tensor.quantized is None or tensor.quantized.input_scale is None:
-        raise InputError(f"{name} has no input scale: --activations dynamic, or --calibration FILE")
+        raise InputError(f"{name} has no input scale", "--activations dynamic, or --calibration FILE")
     return _copy(tensor.quantized.input_scale, method.input_scale(name), name, f"scale of what enters {name}")
 
 

@@ -1,4 +1,4 @@
-"""What `auto` chooses: a scheme for the shapes, the model, and the engines that are named."""
+"""How `auto` chooses a scheme: by the shapes, the model, and the targets."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -28,6 +28,7 @@ from fp8pack.planning.recipe import (
 )
 from fp8pack.planning.shapes import shape_problem
 
+_PACK_TWICE = "pack once for each target"
 _LARGE_NBYTES = 16 * 10**9  # a model above this is served on several GPUs
 
 
@@ -57,18 +58,18 @@ _CHOICES = (
 
 @dataclass(frozen=True, slots=True)
 class _Trial:
-    """A scheme held against the targets: the weights that it leaves in BF16, and why a target cannot load it."""
+    """A scheme judged for the targets: how many weights remain in BF16, and why a target cannot load it."""
 
     scheme: Scheme
-    num_kept: int
+    num_ignored: int
     refusals: dict[str, str]
 
 
 def choose_scheme(request: Request, packed: Packed, facts: ModelFacts) -> tuple[Scheme, str]:
-    """Return the scheme and the fact that decided it; block scales unless something speaks against them.
+    """Return the scheme and the reason for it; block scales unless a shape, an engine or a target excludes them.
 
     Raises:
-        RecipeError: no scheme serves all engines that --target names, or --gpu names none that is known.
+        RecipeError: no scheme works for all targets, or the GPU is not known.
     """
     named = parse_scheme(request.scheme)
     if named is not None:
@@ -102,7 +103,7 @@ def _choose(request: Request, packed: Packed, facts: ModelFacts) -> tuple[Scheme
 
 
 def _overridden(choice: Scheme, request: Request) -> Scheme | None:
-    """Return a choice with the format and rounding that are asked for; None if it is not what is asked for."""
+    """Return a choice with the format and rounding that are asked for; None if the request excludes it."""
     method = request.quant_method or choice.quant_method
     if method != choice.quant_method or request.granularity not in (None, choice.granularity):
         return None
@@ -126,19 +127,19 @@ def _sizes(request: Request, packed: Packed) -> tuple[int, ...]:
 def _choose_for_targets(
     choices: Sequence[Scheme], request: Request, packed: Packed, facts: ModelFacts
 ) -> tuple[Scheme, str]:
-    """Return the first of the choices that every target loads and that leave the fewest weights in BF16."""
+    """Return the first choice that every target loads, and that leaves the fewest weights in BF16."""
     sizes = _sizes(request, packed)
-    if not request.tp:  # where heads do not spread, no scheme would help
+    if not request.tp:  # where heads cannot be sharded, no scheme helps
         sizes = tuple(tp for tp in sizes if tp_problem((), TENSOR, tp, facts) is None)
     trials: list[_Trial] = []
     for choice in choices:
         trials.append(_try(choice, request, packed, facts, sizes or (1,)))
-        if not trials[-1].refusals and not trials[-1].num_kept:
+        if not trials[-1].refusals and not trials[-1].num_ignored:
             break  # none can be better
     serving = [trial for trial in trials if not trial.refusals]
     if not serving:
-        raise RecipeError(_conflict(trials, request.targets))
-    best = min(serving, key=lambda trial: trial.num_kept)
+        raise _conflict(trials, request.targets)
+    best = min(serving, key=lambda trial: trial.num_ignored)
     return best.scheme, f"auto: {_reason(best, trials[0], packed, request.targets)}"
 
 
@@ -147,8 +148,8 @@ def _reason(best: _Trial, first: _Trial, packed: Packed, targets: Sequence[str])
     if best is not first:
         refused = next((f"{NAMES[target]}: {reason}" for target, reason in first.refusals.items()), None)
         return refused or _ragged(packed) or f"what {names} can load"
-    if best.num_kept:
-        return f"{best.num_kept} weights stay that do not fit the {best.scheme.granularity} of {names}"
+    if best.num_ignored:
+        return f"{best.num_ignored} weights stay that do not fit the {best.scheme.granularity} of {names}"
     if best.scheme.granularity == BLOCK_128:
         return "every packed dimension is a multiple of 128"
     return f"what {names} can load"
@@ -173,19 +174,20 @@ def _try(choice: Scheme, request: Request, packed: Packed, facts: ModelFacts, si
 
 
 def _held(granularity: Granularity, packed: Packed) -> Packed:
-    """Return the weights whose shapes the scales fit, without those that engines fuse with one that they do not fit."""
+    """Return the weights whose shapes fit the scales, without those that engines fuse with one that does not."""
     broken = {together(spec.name) or spec.name for spec, _ in packed if shape_problem(spec.shape, granularity)}
     return [(spec, role) for spec, role in packed if (together(spec.name) or spec.name) not in broken]
 
 
-def _conflict(trials: Sequence[_Trial], targets: Sequence[str]) -> str:
-    """Return which target nothing serves, or which two exclude each other, in words."""
+def _conflict(trials: Sequence[_Trial], targets: Sequence[str]) -> RecipeError:
+    """Return the error of a target that loads no scheme, or of two that exclude each other."""
     loaded = {target: [trial for trial in trials if target not in trial.refusals] for target in targets}
     for target in targets:
         if not loaded[target]:
-            return f"{NAMES[target]} loads no scheme of this model: {trials[0].refusals[target]}"
+            return RecipeError(f"{NAMES[target]} loads no scheme of this model: {trials[0].refusals[target]}")
     for one, other in combinations(targets, 2):
         if not any(trial in loaded[other] for trial in loaded[one]):
             of_one, of_other = loaded[other][0].refusals[one], loaded[one][0].refusals[other]
-            return f"no scheme serves both {NAMES[one]} ({of_one}) and {NAMES[other]} ({of_other}): pack twice"
-    return f"no scheme serves {', '.join(NAMES[target] for target in targets)} at once: pack twice"
+            both = f"{NAMES[one]} ({of_one}) and {NAMES[other]} ({of_other})"
+            return RecipeError(f"no scheme works for both {both}", _PACK_TWICE)
+    return RecipeError(f"no scheme works for {', '.join(NAMES[target] for target in targets)} at once", _PACK_TWICE)

@@ -1,5 +1,6 @@
-"""Which tensors are to be FP8: the policy, the rules of the request, and then what their shapes allow."""
+"""Which tensors are quantized: by the policy, the patterns of the request, and the shapes."""
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -13,12 +14,12 @@ from fp8pack.numerics.granularity import CHANNEL, Granularity
 from fp8pack.planning.plan import QuantMethod
 from fp8pack.planning.recipe import Recipe, Request, Rule, RuleAction
 
-MAX_GRANULE_NBYTES = 16 << 20  # rows of one region above this are cut into columns
+MAX_GRANULE_NBYTES = 16 << 20  # rows of one region above this are split by columns
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """Whether the policy and the rules want a tensor packed, before its shape is held against the recipe."""
+    """Whether the policy and the request quantize a tensor, before its shape is checked."""
 
     spec: TensorSpec
     role: str
@@ -28,14 +29,14 @@ class Decision:
 
 
 def decide(contents: Contents, request: Request) -> list[Decision]:
-    """Return what the policy and the request's rules say of each tensor; where some are FP8, those take its place.
+    """Return the decision of policy and request about each tensor; of a source with FP8 weights, those are quantized.
 
     Raises:
-        RecipeError: a pattern matches nothing, or a rule packs what cannot be packed.
+        RecipeError: a pattern matches nothing, or a rule packs a tensor that cannot be quantized.
     """
-    ignore = Matcher(request.ignore, "--ignore")
-    only = Matcher(request.only, "--only")
-    pack = Matcher(request.pack, "--pack")
+    ignore = Matcher(request.ignore, "ignore")
+    only = Matcher(request.only, "only")
+    pack = Matcher(request.pack, "pack")
     rules = Matcher(tuple(rule.pattern for rule in request.rules), "rule")
     by_pattern = {rule.pattern: rule for rule in reversed(request.rules)}
     last = contents.facts.num_layers or 1 + max((layer_of(spec.name) or 0 for spec in contents.tensors), default=0)
@@ -67,20 +68,24 @@ def decide(contents: Contents, request: Request) -> list[Decision]:
     for matcher in (ignore, only, pack, rules):
         matcher.check()
     if idle:
-        raise RecipeError(f"--pack {min(pattern.text for pattern in idle)!r} matches nothing that can be packed")
+        text = min(pattern.text for pattern in idle)
+        raise RecipeError(
+            f"pack pattern {text!r} matches no tensor that can be quantized",
+            f"name 2-D float weights; --pack {shlex.quote('?' + text)} also accepts no match",
+        )
     return decisions
 
 
 def settle(decisions: Sequence[Decision], contents: Contents, recipe: Recipe, method: QuantMethod) -> list[Decision]:
-    """Keep what the convention cannot hold, and with it everything that engines fuse it with."""
+    """Leave weights unquantized whose shape the quant method does not support, and all that engines fuse with them."""
     settled = [_check_shape(decision, contents, recipe, method) for decision in decisions]
     if recipe.quant_method != "fp8pack":
-        kept: dict[str, Decision] = {}
+        causes: dict[str, Decision] = {}
         for decision in settled:
             group = together(decision.spec.name)
             if group and not decision.packed:
-                kept.setdefault(group, decision)
-        settled = [_keep_with(decision, kept.get(together(decision.spec.name) or "")) for decision in settled]
+                causes.setdefault(group, decision)
+        settled = [_keep_with(decision, causes.get(together(decision.spec.name) or "")) for decision in settled]
     return _rejoin(settled)
 
 
@@ -103,20 +108,22 @@ def _apply(decision: Decision, rule: Rule, contents: Contents) -> Decision:
 
 
 def _overrule(decision: Decision, pattern: Pattern, reason: str, contents: Contents) -> Decision:
-    """Pack what a pattern means: a name must mean a matrix, a glob or expression passes over everything else."""
+    """Quantize what a pattern matches: a name must be of a matrix, a glob or regular expression skips the rest."""
     spec = decision.spec
     has_values = spec.dtype in FLOAT_DTYPES or spec.name in contents.quantized
     if len(spec.shape) == 2 and has_values and 0 not in spec.shape and spec.name.endswith(".weight"):
         return replace(decision, packed=True, reason=reason)
     if pattern.exact:
+        option = f"--pack {shlex.quote(pattern.text)}" if reason.startswith("--pack") else "the rule"
         raise RecipeError(
-            f"{spec.name}: {spec.dtype} {list(spec.shape)} cannot be packed ({reason}): only 2-D float weights can"
+            f"{spec.name} is {spec.dtype} {list(spec.shape)}, and only 2-D float weights can be quantized",
+            f"leave out {option}",
         )
     return decision
 
 
 def _rejoin(decisions: Sequence[Decision]) -> list[Decision]:
-    """Leave fused experts whole unless one of their parts is packed."""
+    """Join fused experts again unless one of their parts is quantized."""
     split = {decision.spec.part_of.name for decision in decisions if decision.spec.part_of and decision.packed}
     whole: dict[str, Decision] = {}
     for decision in decisions:
@@ -140,7 +147,7 @@ def _check_shape(decision: Decision, contents: Contents, recipe: Recipe, method:
     granularity = granularity_of(decision, recipe)
     quantized = contents.quantized.get(decision.spec.name)
     if quantized and quantized.granularity == granularity and granularity.rows != 1:
-        return decision  # whole tensors and blocks, which the source holds with the same edges
+        return decision  # whole tensors and blocks, with the same edges in the source
     row_nbytes = decision.spec.nbytes // decision.spec.shape[0]
     if granularity == CHANNEL and row_nbytes > MAX_GRANULE_NBYTES:
         return replace(

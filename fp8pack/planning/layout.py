@@ -1,9 +1,9 @@
 """Where each byte of the output goes.
 
-Order inside a shard: payloads and copies whose size is a multiple of 16 first, so that every FP8 payload lies
+Order inside a shard: payloads and copies whose size is a multiple of 16 first, so that every FP8 payload is
 16-byte aligned; then 64- and 32-bit tensors, scales of activations last; then 16-bit tensors, then the odd rest. Within
-each, members of a fused module lie next to each other in the order of the engines, payloads and scales alike, so that a
-fused weight is one view.
+each, parts of a fused module are adjacent in the order of the engines, payloads and scales alike, so that a fused
+weight is one view.
 """
 
 from collections.abc import Iterable, Mapping
@@ -17,7 +17,7 @@ ALIGNMENT = 16
 
 @dataclass(frozen=True, slots=True)
 class Constant:
-    """A small output tensor whose bytes the plan itself knows."""
+    """A small output tensor whose bytes are in the plan."""
 
     stored: Stored
     data: bytes
@@ -40,7 +40,7 @@ class ShardPlan:
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """What a source tensor becomes: a payload or copy, its scale if it is packed, and small tensors that go with it."""
+    """The output of a source tensor: a payload or copy, its scale if it is quantized, and small tensors with it."""
 
     source: TensorSpec
     data: Stored
@@ -56,7 +56,7 @@ class Output:
 def arrange(outputs: Iterable[Output], max_shard_nbytes: int | None = None) -> tuple[ShardPlan, ...]:
     """Return the output shards: one for each source file, or as many as a size limit asks for.
 
-    With a limit, tensors are dealt out in the order of the engines; only a tensor over the limit makes a larger shard.
+    With a limit, shards are filled in the order of the engines; only a tensor over the limit makes a larger shard.
     """
     outputs = list(outputs)
     if max_shard_nbytes is None:

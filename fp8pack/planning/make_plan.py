@@ -1,5 +1,6 @@
-"""Making the plan: from decisions and a recipe to what is written where, from headers alone."""
+"""Makes the plan: from decisions and a recipe to the tensors of each output shard, from headers alone."""
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -10,13 +11,14 @@ from fp8pack.errors import InputError, RecipeError
 from fp8pack.modelfacts.contents import Contents, Quantized
 from fp8pack.modelfacts.fused import fused_module
 from fp8pack.modelfacts.model import ModelFacts
+from fp8pack.modelfacts.patterns import ignoring
 from fp8pack.modelfacts.roles import UNKNOWN_LINEAR, judge
 from fp8pack.modelfacts.spec import DTYPE_BITS, Stored, TensorSpec
 from fp8pack.modelfacts.storage import Storage
 from fp8pack.numerics.granularity import MX
 from fp8pack.numerics.scaling import ScaleRounding
 from fp8pack.numerics.swizzle import TILE
-from fp8pack.planning.activation_scales import ActivationScale, ActivationScales, Observed
+from fp8pack.planning.activation_scales import NO_KV_CACHE, ActivationScale, ActivationScales, Observed
 from fp8pack.planning.calibration import Calibration
 from fp8pack.planning.carry import activation_scales, agree, can_carry
 from fp8pack.planning.choose_scheme import choose_scheme
@@ -33,11 +35,11 @@ UNKNOWN_SHARE = 0.05
 def choose_recipe(
     decisions: Sequence[Decision], facts: ModelFacts, request: Request, calibration: Calibration | None = None
 ) -> Recipe:
-    """Return the recipe: the scheme asked for, or the one that `auto` finds right for these shapes and this model.
+    """Return the recipe: the scheme asked for, or the one that `auto` chooses for these shapes and this model.
 
     Raises:
-        RecipeError: a scheme is not known, scales of activations are asked for without a calibration, or a calibration
-            that nothing is asked of.
+        RecipeError: a scheme is not known, calibrated scales are asked for without a calibration, or a calibration is
+            given that is not used.
     """
     packed = [(decision.spec, decision.role) for decision in decisions if decision.packed]
     usual = USUAL_GRANULARITY.get(request.quant_method or "")
@@ -60,20 +62,20 @@ def make_plan(
 
     Raises:
         RecipeError: nothing is left to pack, or a named target cannot load the result.
-        InputError: the source holds a tensor that bears the name of a scale, or the calibration does not fit it.
+        InputError: the source already has a tensor with the name of a scale, or the calibration lacks a weight.
     """
     planner = _Planner(recipe, method, contents)
     tensors = agree([planner.plan(decision) for decision in settle(decisions, contents, recipe, method)])
     if not any(tensor.packing for tensor in tensors):
-        raise RecipeError(_nothing_to_pack(tensors))
+        raise _nothing_to_pack(tensors)
     keeps_inputs = contents.activations == "static" and request.activations is None and request.scheme == "auto"
     tensors, notes = _calibrate(tensors, recipe, method, inputs=recipe.activations == "static" and not keeps_inputs)
     tensors += activation_scales(tensors, contents, recipe, method)
     tensors = _mark(tensors, recipe.storage, method)
     _check_names(tensors)
     packed = [(tensor.spec, tensor.role) for tensor in tensors if tensor.packing]
-    kept = _kept_linears(tensors, contents.facts)
-    engines = judge_engines(recipe.storage, packed, contents.facts, tp=request.tp, gpu=request.gpu, kept=kept)
+    ignored = _ignored_modules(tensors, contents.facts)
+    engines = judge_engines(recipe.storage, packed, contents.facts, tp=request.tp, gpu=request.gpu, ignored=ignored)
     check_targets(engines, recipe.storage, request.targets)
     metadata = method.metadata(tensors, recipe.storage)
     shards = arrange(_outputs(tensors), max_shard_nbytes)
@@ -86,7 +88,7 @@ def make_plan(
         (*([] if contents.quantized else _warnings(tensors)), *notes),
         recipe,
         engines,
-        kept,
+        ignored,
         request.targets,
         request.tp,
     )
@@ -108,7 +110,7 @@ def make_unpack_plan(contents: Contents, dtype: str, *, max_shard_nbytes: int | 
     shards = arrange(_outputs(tensors), max_shard_nbytes)
     inputs = [quantized.input_scale.name for quantized in contents.quantized.values() if quantized.input_scale]
     scales = [*inputs, *(spec.name for spec in contents.kv_scales.values()), *contents.other_scales]
-    notes = [f"{len(scales)} scales of activations are left out, such as {scales[0]}"] if scales else []
+    notes = [f"{len(scales)} activation scales are dropped, such as {scales[0]}"] if scales else []
     return Plan(contents.facts, tuple(tensors), shards, {"unpack": dtype}, {}, tuple(notes))
 
 
@@ -159,16 +161,22 @@ def _unpack(spec: TensorSpec, role: str, reason: str, quantized: Quantized, dtyp
     return TensorPlan(spec, Action.UNPACKED, role, reason, data, rows, cols, quantized=quantized)
 
 
-def _nothing_to_pack(tensors: Sequence[TensorPlan]) -> str:
+def _nothing_to_pack(tensors: Sequence[TensorPlan]) -> RecipeError:
+    """The error, with the commonest reason; an option in it becomes the hint."""
     reasons = [tensor.reason for tensor in tensors if len(tensor.spec.shape) == 2]
     dragged = [reason for reason in reasons if reason.startswith("kept with")]
-    common = Counter(dragged or reasons).most_common(1)
-    why = f"; {common[0][1]} matrices: {common[0][0]}" if common else ""
-    return f"nothing to pack: no tensor is a linear weight that the policy and the rules let be packed{why}"
+    sentence = "nothing to pack: no linear weight is left to quantize"
+    if not reasons:
+        return RecipeError(sentence)
+    [(reason, count)] = Counter(dragged or reasons).most_common(1)
+    why, remedy, option = reason.partition(": --")
+    words = re.sub(r"(?<![\w-])--(?=[a-z])", "", why)
+    hint = f"--{option.rstrip(')')}" if remedy else ""
+    return RecipeError(f"{sentence}; {count} matrices: {words}{')' if option.endswith(')') else ''}", hint)
 
 
 def _mark(tensors: Sequence[TensorPlan], storage: Storage, method: QuantMethod) -> list[TensorPlan]:
-    """Add the small tensors by which a convention announces packed weights."""
+    """Add the small tensors that declare FP8 weights, if the quant method has them."""
     marked = []
     first = next((tensor for tensor in tensors if tensor.packing), None)
     for tensor in tensors:
@@ -184,17 +192,19 @@ def _mark(tensors: Sequence[TensorPlan], storage: Storage, method: QuantMethod) 
 def _calibrate(
     tensors: list[TensorPlan], recipe: Recipe, method: QuantMethod, *, inputs: bool
 ) -> tuple[list[TensorPlan], list[str]]:
-    """Add the scales of activations to the tensors that they are stored beside; return also what is worth knowing.
+    """Add activation scales to the tensors that they are stored with; return also notes.
 
-    inputs: whether what enters weights is among them.
+    inputs: whether the input scales of weights are among them.
     """
     if recipe.calibration is None:
         return tensors, []
     scales = ActivationScales(recipe.calibration, recipe.activation_options, recipe.format)
     added: dict[str, list[ActivationScale]] = {}
-    notes = [] if recipe.calibration.fingerprint else ["the calibration does not say which model it is of"]
+    notes = (
+        [] if recipe.calibration.fingerprint else ["the calibration file names no model; it must be one of this model"]
+    )
     if recipe.activation_options.percentile is not None:
-        notes.append("--percentile clips what lies above it, which mostly costs FP8 accuracy: amax is the default")
+        notes.append("activations above the percentile are clipped, which usually lowers accuracy; the default is amax")
     if recipe.kv_cache:
         roles = {tensor.spec.name: tensor.role for tensor in tensors}
         added |= scales.of_kv_cache(roles, method.kv_scale)
@@ -212,14 +222,14 @@ def _calibration_notes(inputs: dict[str, Observed]) -> list[str]:
     spikes = [name for name, observed in inputs.items() if observed.has_spike]
     if spikes:
         notes.append(
-            f"what enters {len(spikes)} weights has an amax over ten times what 99.9 % stay below, such as "
+            f"input activations of {len(spikes)} weights have outliers (amax > 10x the 99.9th percentile), such as "
             f"{', '.join(spikes[:3])}: --ignore keeps them in BF16, --scheme FP8_DYNAMIC scales each token"
         )
-    for source, whose in (("peers", "their peers"), ("all_experts", "the run of all tokens")):
+    for source, whose in (("peers", "the other experts of the layer"), ("all_experts", "a run of all tokens")):
         if names := [name for name, observed in inputs.items() if observed.source == source]:
             more = ": calibrate with more prompts or --all-experts" if source == "peers" else ""
             notes.append(
-                f"{len(names)} weights of experts saw too few tokens, so their scales are of {whose}, such as "
+                f"{len(names)} expert weights got too few tokens; their input scales are from {whose}, such as "
                 f"{', '.join(names[:3])}{more}"
             )
     return notes
@@ -234,26 +244,26 @@ def _band_shape(spec: TensorSpec, rows: int, cols: int) -> tuple[int, int]:
 
 
 def _check_names(tensors: Sequence[TensorPlan]) -> None:
-    """Refuse a source that holds a tensor by the name of one that is to be written beside it."""
+    """Refuse a source that already has a tensor with the name of a scale or marker."""
     names = {tensor.data.name for tensor in tensors}
     for tensor in tensors:
         if tensor.packing and tensor.packing.scale.name in names:
-            raise InputError(f"{tensor.packing.scale.name} is in the source already: {_keeps(tensor)}")
+            raise _taken(tensor.packing.scale, ignoring(tensor.spec.name))
         for activation in tensor.activations:
             if activation.stored.name in names:
-                remedy = _keeps(tensor) if activation.kind == "input" else "pack without --kv-cache"
-                raise InputError(f"{activation.stored.name} is in the source already: {remedy}")
+                hint = ignoring(tensor.spec.name) if activation.kind == "input" else NO_KV_CACHE
+                raise _taken(activation.stored, hint)
         for marker in tensor.markers:
             if marker.stored.name in names:
-                raise InputError(f"{marker.stored.name} is in the source already: {_keeps(tensor)}")
+                raise _taken(marker.stored, ignoring(tensor.spec.name))
 
 
-def _keeps(tensor: TensorPlan) -> str:
-    return f"--ignore {tensor.spec.name} keeps its weight"
+def _taken(stored: Stored, hint: str) -> InputError:
+    return InputError(f"{stored.name} is already a tensor of the source", hint)
 
 
 def _outputs(tensors: Sequence[TensorPlan]) -> list[Output]:
-    """What becomes of each tensor; scales that are carried lie beside their weight, wherever they lay."""
+    """The output of each tensor; scales that are passed through are stored in the shard of their weight."""
     names = {tensor.spec.name for tensor in tensors}
     beside: dict[str, list[Stored]] = {}
     for tensor in tensors:
@@ -271,21 +281,21 @@ def _outputs(tensors: Sequence[TensorPlan]) -> list[Output]:
     ]
 
 
-def _kept_linears(tensors: Sequence[TensorPlan], facts: ModelFacts) -> tuple[str, ...]:
-    """The modules that engines would take for FP8 linears unless they are listed: all but norms and embeddings."""
-    kept = [
+def _ignored_modules(tensors: Sequence[TensorPlan], facts: ModelFacts) -> tuple[str, ...]:
+    """The modules that engines would load as FP8 linears unless they are ignored: all but norms and embeddings."""
+    ignored = [
         tensor.spec.name.removesuffix(".weight")
         for tensor in tensors
         if tensor.packing is None
         and tensor.role not in ("norm", "embedding", "bias", "rotary")
         and (tensor.role == "experts" or (tensor.spec.name.endswith(".weight") and len(tensor.spec.shape) == 2))
     ]
-    kept += [name.rpartition(".")[0] for name in kept if name.rpartition(".")[0].endswith("experts")]
+    ignored += [name.rpartition(".")[0] for name in ignored if name.rpartition(".")[0].endswith("experts")]
     if facts.tied:
         masked = any(tensor.spec.name.startswith("cls.predictions.") for tensor in tensors)
-        kept += ["lm_head", *(["cls.predictions.decoder"] if masked else [])]  # tied, so the file does not hold them
+        ignored += ["lm_head", *(["cls.predictions.decoder"] if masked else [])]  # tied, so the file does not have them
     aliased = facts.wrapper or any(tensor.role in ("tower", "projector", "logits") for tensor in tensors)
-    names = [spelling for name in kept for spelling in (spellings(name) if aliased else [name])]
+    names = [spelling for name in ignored for spelling in (spellings(name) if aliased else [name])]
     return tuple(dict.fromkeys(names))
 
 
@@ -295,6 +305,4 @@ def _warnings(tensors: Sequence[TensorPlan]) -> tuple[str, ...]:
     if sum(spec.nbytes for spec in unknown) <= UNKNOWN_SHARE * total:
         return ()
     names = ", ".join(spec.name for spec in unknown[:5])
-    return (
-        f"{len(unknown)} packed weights have a role that fp8pack does not know, such as {names}: --ignore keeps them",
-    )
+    return (f"{len(unknown)} quantized weights have an unknown role, such as {names}: --ignore keeps them in BF16",)

@@ -1,4 +1,4 @@
-"""The plan, as values: every decision about every tensor. Nothing after it looks at a tensor's name."""
+"""The plan, as values: every decision about every tensor. Nothing after it decides by a tensor's name."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ class Action(StrEnum):
 class Packing:
     """How a weight [N, K] is packed; `scale_group` names the tensors that share a tensor-wide scale.
 
-    carried: the FP8 bytes are those of the source, and only its scales are written anew. tiled: the scales are stored
+    carried: the payload is passed through from the source, and only scales are converted. tiled: the scales are stored
     in the order of numerics/swizzle.py.
     """
 
@@ -55,7 +55,7 @@ class TensorPlan:
 
     A band has `band_rows` rows and `band_cols` columns of a weight, all columns unless its rows are very long; of
     anything copied, `band_rows` bytes. `data` is the payload or copy as it is stored; `quantized` says how FP8 bytes of
-    the source become values, None where they are floats or are copied. `beside` names a weight whose shard it shares.
+    the source are dequantized, None if they are floats or are copied. `beside` names a weight whose shard it shares.
     """
 
     spec: TensorSpec
@@ -84,15 +84,15 @@ class TensorPlan:
 
     @property
     def constants(self) -> tuple[Constant, ...]:
-        """The small tensors that are stored with it."""
+        """Small tensors that are stored with it: activation scales and markers."""
         return (*(Constant(activation.stored, activation.data) for activation in self.activations), *self.markers)
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What writing a checkpoint will do: each tensor, each output shard, and how the manifest records what was asked.
+    """How a checkpoint is written: each tensor, each output shard, and the recipe as the manifest stores it.
 
-    recipe_data decides the bytes of a tensor, selection which tensors are meant.
+    recipe_data decides the bytes of a tensor, selection which tensors are quantized.
     """
 
     facts: ModelFacts
@@ -120,17 +120,17 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class PackPlan(Plan):
-    """A plan whose output is FP8: its recipe, who can load it, the ignored modules, and the targets that were named."""
+    """A plan whose output is FP8: its recipe, the engines that load it, the ignored modules, and the targets."""
 
     recipe: Recipe
     engines: tuple[EngineVerdict, ...]
-    kept_linears: tuple[str, ...]
+    ignored_modules: tuple[str, ...]
     targets: tuple[str, ...] = ()
     tp: int | None = None
 
 
 class QuantMethod(Protocol):
-    """An on-disk convention; `checkpoint/quant_methods/` holds one file for each."""
+    """An on-disk convention; `checkpoint/quant_methods/` has one file for each."""
 
     @property
     def name(self) -> str:
@@ -139,15 +139,15 @@ class QuantMethod(Protocol):
 
     @property
     def holds_head_scales(self) -> bool:
-        """Whether K and V may have a scale for each head."""
+        """Whether K and V may have one scale per head."""
         ...
 
     def expresses(self, storage: Storage) -> bool:
-        """Say whether the convention can hold weights that are stored so."""
+        """Say whether the quant method supports this storage."""
         ...
 
     def problem(self, shape: tuple[int, ...], granularity: Granularity) -> str | None:
-        """Return why no engine reads a weight of this shape in this convention, None if engines do."""
+        """Return why no engine reads a weight of this shape in this quant method, None if engines do."""
         ...
 
     def payload(self, spec: TensorSpec, format: Float8Format) -> Stored:
@@ -155,7 +155,7 @@ class QuantMethod(Protocol):
         ...
 
     def scale(self, spec: TensorSpec, granularity: Granularity) -> Stored:
-        """Return name, dtype and shape of the scale tensor beside a weight."""
+        """Return name, dtype and shape of the scale of a weight."""
         ...
 
     def is_tiled(self, granularity: Granularity) -> bool:
@@ -163,7 +163,7 @@ class QuantMethod(Protocol):
         ...
 
     def input_scale(self, name: str) -> Stored:
-        """Return name, dtype and shape of the static scale of what enters a weight."""
+        """Return name, dtype and shape of the static input scale of a weight."""
         ...
 
     def kv_scale(self, attention: str, kind: Kind, owner: str) -> Stored:
@@ -171,11 +171,11 @@ class QuantMethod(Protocol):
         ...
 
     def markers(self, spec: TensorSpec, storage: Storage, *, is_first: bool) -> tuple[Constant, ...]:
-        """Return the small tensors that announce a packed weight; `is_first`: of all."""
+        """Return the small tensors that declare an FP8 weight; `is_first`: of all."""
         ...
 
     def metadata(self, tensors: Sequence[TensorPlan], storage: Storage) -> dict[str, str]:
-        """Return what the header of every file says, as free text, of the tensors of all."""
+        """Return the free text of every header, about the tensors of all files."""
         ...
 
     def config(self, plan: PackPlan) -> dict[str, Any] | None:
@@ -183,5 +183,5 @@ class QuantMethod(Protocol):
         ...
 
     def files(self, plan: PackPlan) -> dict[str, dict[str, Any]]:
-        """Return the JSON files that stand beside config.json, by name."""
+        """Return the JSON files beside config.json, by name."""
         ...

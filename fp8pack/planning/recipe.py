@@ -1,4 +1,4 @@
-"""The recipe: what to do with a checkpoint, as data."""
+"""The recipe: how a checkpoint is quantized, as data."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
@@ -34,7 +34,12 @@ MAX_TP = 1024
 ACTIVATIONS = ("dynamic", "static", "none")
 ROUNDINGS = tuple(rounding.value for rounding in ScaleRounding)
 MAX_MARGIN = 8
-USUAL_GRANULARITY = {"mxfp8": MX, "torchao": CHANNEL, "comfyui": TENSOR, "comfyui-scaled": TENSOR}  # holding no blocks
+USUAL_GRANULARITY = {
+    "mxfp8": MX,
+    "torchao": CHANNEL,
+    "comfyui": TENSOR,
+    "comfyui-scaled": TENSOR,
+}  # without block scales
 WRITABLE = (
     "fp8",
     "compressed-tensors",
@@ -49,7 +54,7 @@ WRITABLE = (
 
 
 class RuleAction(StrEnum):
-    """What a rule does with the tensors that its pattern means."""
+    """What a rule does with the tensors that its pattern matches."""
 
     KEEP = "keep"
     PACK = "pack"
@@ -67,13 +72,13 @@ class Rule:
 
 @dataclass(frozen=True, slots=True, init=False)
 class Request:
-    """What is asked for, before anything is known of the checkpoint; None leaves the choice to the scheme.
+    """The options of a pack, before the checkpoint is read; None leaves the choice to the scheme.
 
     Every value may be given as text, as a person types it: `granularity="block:128x128"`, `ignore="*.o_proj"`,
     `targets="vllm,sglang"`. It is checked and stored as its own type.
 
     Raises:
-        RecipeError: a value is not of its kind, out of range, or names nothing that is known.
+        RecipeError: a value is not of its kind, out of range, or not known.
     """
 
     scheme: str
@@ -151,7 +156,7 @@ def _parsed(value: T | str | None, kind: type[T], parse: Callable[[str], T]) -> 
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
-    """A named whole: the parts of a recipe that engines know under one name."""
+    """A preset: format, granularity, activations and quant method under one name."""
 
     name: str
     format: Float8Format
@@ -189,12 +194,12 @@ class Recipe:
 
     @property
     def storage(self) -> Storage:
-        """What an engine sees of it."""
+        """The part of it that an engine sees."""
         parts = (self.quant_method, self.format, self.granularity, self.activations)
         return Storage(*parts, self.scale_rounding != ScaleRounding.NONE, self.kv_cache, self.spelling)
 
     def as_data(self) -> dict[str, Any]:
-        """Return the recipe as it stands in the manifest."""
+        """Return the recipe as the manifest stores it."""
         return {
             "scheme": self.scheme,
             "reason": self.reason,
@@ -221,7 +226,7 @@ class Recipe:
 
 
 def selection_of(request: Request) -> dict[str, Any]:
-    """Return which tensors a request selects, as it stands in the manifest."""
+    """Return which tensors a request selects, as the manifest stores it."""
     named = {"ignore": request.ignore, "only": request.only, "pack": request.pack}
     selection: dict[str, Any] = {
         flag: [pattern.text for pattern in patterns] for flag, patterns in named.items() if patterns
@@ -260,32 +265,33 @@ def _scheme_key(text: str) -> str:
 
 
 def resolve(request: Request, scheme: Scheme, reason: str, calibration: Calibration | None = None) -> Recipe:
-    """Return the scheme with the parts that the request overrides; a changed part makes it a scheme of its own.
+    """Return the scheme with the parts that the request overrides; a changed part makes it `custom`.
 
     Raises:
-        RecipeError: scales of activations are asked for without a calibration, or the other way round.
+        RecipeError: calibrated scales are asked for without a calibration, or the other way round.
     """
     check_calibration(request, request.activations or scheme.activations, calibration)
     return _override(scheme, request, reason, calibration)
 
 
 def resolve_conversion(request: Request, storage: Storage, calibration: Calibration | None = None) -> Recipe:
-    """Return the recipe of a conversion: what is not asked for stays as the source has it.
+    """Return the recipe of a conversion: what is not asked for is the same as in the source.
 
     Raises:
-        RecipeError: nothing is asked for, or scales of activations without a calibration.
+        RecipeError: nothing is asked for, or calibrated scales without a calibration.
     """
     scheme = parse_scheme(request.scheme)
     parts = (request.format, request.granularity, request.scale_rounding, request.activations, request.quant_method)
     others = (request.kv_cache, request.targets, request.ignore, request.only, request.rules)
     if scheme is None and not any((*parts, *others)):
-        raise RecipeError("nothing to convert to: name a --scheme, a --quant-method or a --granularity, or --kv-cache")
+        raise RecipeError("nothing to convert to", "choose a --scheme, --quant-method, --granularity, or --kv-cache")
     if scheme is None:
         same_regions = request.granularity in (None, storage.granularity)
         rounding = ScaleRounding.UP if storage.powers_of_two and same_regions else ScaleRounding.NONE
-        kept = (storage.format, storage.granularity, rounding, storage.activations)
-        method = storage.quant_method if storage.quant_method in WRITABLE else _method_of(*kept)
-        scheme = Scheme("", *kept, method, _suffix(*kept[:2], storage.activations))
+        parts_of_source = (storage.format, storage.granularity, rounding, storage.activations)
+        method = storage.quant_method if storage.quant_method in WRITABLE else _method_of(*parts_of_source)
+        suffix = _suffix(storage.format, storage.granularity, storage.activations)
+        scheme = Scheme("", *parts_of_source, method, suffix)
     activations = request.activations or scheme.activations
     has_scales = activations == "static" and storage.activations == "static"
     if request.kv_cache or calibration is not None or not has_scales:
@@ -296,18 +302,25 @@ def resolve_conversion(request: Request, storage: Storage, calibration: Calibrat
 
 
 def check_calibration(request: Request, activations: str, calibration: Calibration | None) -> None:
-    """Raise RecipeError if a request asks for scales of activations and has no calibration, or the other way round."""
+    """Raise RecipeError if calibrated scales are asked for without a calibration, or the other way round."""
     what = "static activations" if activations == "static" else "KV-cache scales" if request.kv_cache else ""
     if what and calibration is None:
-        raise RecipeError(f"{what} need a calibration: run `fp8pack calibrate`, then --calibration FILE")
+        raise RecipeError(f"{what} need a calibration", "run `fp8pack calibrate MODEL`, then use --calibration FILE")
     options = request.percentile is not None or request.margin or request.warmup
-    if not what and (calibration is not None or options):
+    if not what and calibration is not None:
         raise RecipeError(
-            "a calibration serves static activations (--scheme FP8) and KV-cache scales (--kv-cache): ask for either"
+            "a calibration is for static activations or KV-cache scales, and neither is asked for",
+            "add --scheme FP8 or --kv-cache, or leave out --calibration",
+        )
+    if not what and options:
+        raise RecipeError(
+            "percentile, margin and warmup change calibrated scales, and none are asked for",
+            "add --calibration FILE with --scheme FP8 or --kv-cache",
         )
     if request.percentile is not None and request.warmup:
         raise RecipeError(
-            "--warmup leaves prompts out, which the histogram behind --percentile cannot: take one of them"
+            "percentile and warmup exclude each other: the histogram covers all prompts",
+            "leave out --percentile, or --warmup",
         )
 
 
@@ -348,7 +361,7 @@ def _suffix(format: Float8Format, granularity: Granularity, activations: str) ->
 
 
 def spelling_of(request: Request, method: str, granularity: Granularity) -> str:
-    """Return the spelling of a storage: transformers has names of its own for tensor scales under `fp8`."""
+    """Return which tensor names a storage uses: transformers has its own for tensor scales under `fp8`."""
     is_for_transformers = method == "fp8" and granularity == TENSOR and "transformers" in request.targets
     return "transformers" if is_for_transformers else ""
 

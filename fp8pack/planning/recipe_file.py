@@ -17,13 +17,13 @@ from fp8pack.planning.recipe import SCHEMES, Request, Rule, RuleAction
 DEFAULTS: dict[str, object] = {name: given.default for name, given in signature(Request).parameters.items()}
 _RULE_KEYS = ("match", "action", "format", "granularity")
 _MAX_NBYTES = 1 << 30
-_OF_A_RESULT = ("reason", "spelling", "calibration", "unpack")  # what a manifest says of its recipe, and no keyword
+_OF_A_RESULT = ("reason", "spelling", "calibration", "unpack")  # in the recipe of a manifest, but no keyword
 
 
 def make_request(recipe: str | Path | Mapping[str, object] | None = None, **given: object) -> Request:
-    """Return the request of a recipe, a file or a mapping, and the values given beside it, which overrule it.
+    """Return the request of a recipe, a file or a mapping; the values given with it override it.
 
-    A value that is given as the keyword's default leaves the recipe's.
+    A value that equals the keyword's default does not override.
 
     Raises:
         RecipeError: the recipe cannot be read, has a key that is not known, or a value is wrong.
@@ -49,11 +49,11 @@ def read_recipe(path: Path) -> Mapping[str, object]:
     if document is None:
         return {}
     if not isinstance(document, Mapping):
-        raise RecipeError(f"{path.name} is not a recipe: it holds no keys", "write one `key: value` on each line")
+        raise RecipeError(f"{path.name} is not a recipe: it has no keys", "write one `key: value` on each line")
     if isinstance(document.get("fp8pack"), Mapping) and isinstance(document.get("recipe"), Mapping):
         return _of_manifest(document["recipe"])
     calibration = document.get("calibration")
-    if isinstance(calibration, str) and calibration:  # beside the recipe, so that both can move
+    if isinstance(calibration, str) and calibration:  # relative to the recipe, so that both can move
         return {**document, "calibration": path.parent / calibration}
     return document
 
@@ -73,13 +73,13 @@ def _parse(text: str, name: str) -> Any:
 
 
 def _of_manifest(recipe: Mapping[str, object]) -> Mapping[str, object]:
-    """The keys that pack the same again; a calibration is recorded by its digest, so its file is named anew."""
-    kept = {key: value for key, value in recipe.items() if key not in _OF_A_RESULT and value is not None}
-    if kept.get("scheme") not in {scheme.name for scheme in SCHEMES}:
-        kept.pop("scheme", None)  # its parts say everything
+    """The keys that pack the same again; a calibration is stored as its digest, so its file must be given again."""
+    found = {key: value for key, value in recipe.items() if key not in _OF_A_RESULT and value is not None}
+    if found.get("scheme") not in {scheme.name for scheme in SCHEMES}:
+        found.pop("scheme", None)  # its parts define it
     if recipe.get("spelling") == "transformers":
-        kept["targets"] = ["transformers"]
-    return kept
+        found["targets"] = ["transformers"]
+    return found
 
 
 def _checked(document: Mapping[str, object], where: str) -> dict[str, Any]:

@@ -1,11 +1,11 @@
-"""Which weights [N, K] scales of a granularity can be stored for, so that FP8 kernels take them."""
+"""Which weights [N, K] FP8 kernels support with scales of a granularity."""
 
 from fp8pack.modelfacts.tensor_parallel import GEMM_MULTIPLE
 from fp8pack.numerics.granularity import CHANNEL, TENSOR, Granularity
 
 
 def shape_problem(shape: tuple[int, ...], granularity: Granularity) -> str | None:
-    """Return why a weight stays: a region that reaches over its edge, or dimensions that no FP8 GEMM takes."""
+    """Return why a weight cannot be FP8: a scale region beyond its edge, or dimensions that no FP8 GEMM supports."""
     n, k = shape
     if granularity not in (TENSOR, CHANNEL) and not granularity.fits(shape):
         if granularity.rows == 1:

@@ -189,7 +189,7 @@ def _verdicts(
         for spec in split.tensors
         if spec.name in split.quantized and len(spec.shape) == 2
     ]
-    verdicts = judge_engines(storage, packed, contents.facts, tp=tp, gpu=gpu, kept=contents.kept)
+    verdicts = judge_engines(storage, packed, contents.facts, tp=tp, gpu=gpu, ignored=contents.ignored)
     return tuple(verdict for verdict in verdicts if not targets or verdict.engine in targets)
 
 

@@ -202,7 +202,7 @@ def test_a_file_that_is_not_there_and_one_that_is_something_else_are_refused(tmp
     with pytest.raises(InputError, match=r"absent\.safetensors does not exist"):
         merge([tmp_path / "absent.safetensors"], tmp_path / "out.safetensors")
     weights = next(DEMO.glob("*.safetensors"))
-    with pytest.raises(InputError, match="no calibration"):
+    with pytest.raises(InputError, match="is not a calibration file"):
         merge([weights], tmp_path / "out.safetensors")
     with pytest.raises(InputError):
         merge([DEMO], tmp_path / "out.safetensors")

@@ -465,7 +465,7 @@ def test_a_weights_file_is_no_calibration(tmp_path: Path) -> None:
     file.key = "format"
     path = file.write(tmp_path / "model.safetensors")
     assert not is_calibration(path)
-    assert "no calibration" in refusal(path, lambda: read_calibration(path))
+    assert "is not a calibration file" in refusal(path, lambda: read_calibration(path))
 
 
 def test_a_file_of_a_terabyte_is_refused_without_being_read(tmp_path: Path) -> None:

@@ -104,7 +104,7 @@ def test_a_scale_of_a_shape_that_fits_nothing_is_refused(name: str, shape: tuple
     wrong = np.ones(shape, case.tensors[scale].dtype)
     write_shard(folder / "model.safetensors", case.tensors | {scale: wrong})
     message = refusal(folder)
-    assert "fit no region" in message
+    assert "match no known scale region" in message
     assert str(list(shape)) in message
 
 
@@ -217,7 +217,7 @@ def test_tiles_that_are_not_padded_are_refused_and_never_read_beyond_their_end(t
     wrong = np.full((160, 3), 127, np.uint8)
     write_shard(folder / "model.safetensors", {scale: wrong} | {n: t for n, t in case.tensors.items() if n != scale})
     options = WriteOptions(output=tmp_path / "out")
-    assert "fit no region" in refusal(folder, what=lambda path: verbs.unpack(path, options=options))
+    assert "match no known scale region" in refusal(folder, what=lambda path: verbs.unpack(path, options=options))
 
 
 def test_of_files_without_a_word_one_weight_that_lost_its_scale_is_not_taken_for_unscaled(tmp_path: Path) -> None:

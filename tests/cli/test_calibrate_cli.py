@@ -395,7 +395,7 @@ def test_code_of_a_tokenizer_is_not_run(
         ([str(next(DEMO.glob("*.safetensors")))], 3, "no config.json"),
         ([str(DEMO), "--prompts", "org/absent"], 3, "hf download --repo-type dataset org/absent"),
         ([str(DEMO), "--prompts", "absent.jsonl"], 3, "absent.jsonl"),
-        ([str(DEMO), "-o", str(DEMO / "c.safetensors")], 4, "lies in the source"),
+        ([str(DEMO), "-o", str(DEMO / "c.safetensors")], 4, "is inside the source"),
         ([str(DEMO), "-o", "/nowhere/c.safetensors"], 5, "no directory"),
     ],
 )

@@ -96,7 +96,7 @@ def test_a_dry_run_lists_every_tensor_with_its_reason_and_writes_nothing(
     [
         (["pack", "nowhere"], 3, "does not exist"),
         (["pack", "org/absent"], 3, "hf download org/absent"),
-        (["pack", str(DEMO), "--ignore", "absent"], 2, "--ignore 'absent' matches no tensor"),
+        (["pack", str(DEMO), "--ignore", "absent"], 2, "ignore pattern 'absent' matches no tensor"),
         (["pack", str(DEMO), "--scheme", "FP9"], 2, "FP8_BLOCK"),
         (["pack", str(DEMO), "--scheme", "fp8"], 2, "`fp8pack calibrate"),
         (["pack", str(DEMO), "--activations", "static"], 2, "`fp8pack calibrate"),
@@ -104,7 +104,7 @@ def test_a_dry_run_lists_every_tensor_with_its_reason_and_writes_nothing(
         (["pack", str(DEMO), "--margin", "1"], 2, "--kv-cache"),
         (["pack", str(DEMO), "--max-memory", "much"], 2, "256MiB"),
         (["pack", str(DEMO), "--target", "lmdeploy", "--scheme", "fp8-dynamic"], 2, "LMDeploy"),
-        (["pack", str(DEMO), "-o", str(DEMO / "inside")], 4, "lies in the source"),
+        (["pack", str(DEMO), "-o", str(DEMO / "inside")], 4, "is inside the source"),
         (["pack", str(DEMO), "-o", "/nowhere/out"], 5, "no directory"),
         (["pack", str(DEMO), "-o", "/tmp/never", "--device", "tpu"], 2, "choose cpu or cuda"),
         (["pack", str(DEMO), "-o", "/tmp/never", "--device", "cuda:77"], 1, "torch sees no "),

@@ -334,7 +334,7 @@ def test_each_engine_compares_the_list_in_its_own_way(
     kind: str | Storage, engine: str, entry: str, meant: bool
 ) -> None:
     packed = [weight(UP, 256, 256)]
-    verdict = judge(kind, engine, packed, kept=["lm_head", entry])
+    verdict = judge(kind, engine, packed, ignored=["lm_head", entry])
     assert bool(verdict.tp) != meant
     if meant:
         assert entry in verdict.reason or entry == UP
@@ -343,11 +343,11 @@ def test_each_engine_compares_the_list_in_its_own_way(
 
 
 def test_the_fused_name_counts_and_the_remedy_is_a_name_of_the_checkpoint() -> None:
-    verdict = judge(BLOCK, "vllm", [weight(UP, 256, 256)], kept=[f"{LAYER}.mlp.gate_up_proj"])
-    assert f"{LAYER}.mlp.gate_up_proj is FP8" in verdict.reason
+    verdict = judge(BLOCK, "vllm", [weight(UP, 256, 256)], ignored=[f"{LAYER}.mlp.gate_up_proj"])
+    assert f"also matches {LAYER}.mlp.gate_up_proj, which is FP8" in verdict.reason
     assert verdict.remedy == f"--ignore {UP}"
-    verdict = judge("modelopt tensor static", "vllm", kept=[f"{LAYER}.mlp.gate"])  # a router that hits gate_up_proj
-    assert "`model.layers.0.mlp.gate` in the list" in verdict.reason
+    verdict = judge("modelopt tensor static", "vllm", ignored=[f"{LAYER}.mlp.gate"])  # a router that hits gate_up_proj
+    assert "ignore entry `model.layers.0.mlp.gate` also matches" in verdict.reason
 
 
 @pytest.mark.parametrize(
@@ -360,9 +360,9 @@ def test_the_fused_name_counts_and_the_remedy_is_a_name_of_the_checkpoint() -> N
     ],
 )
 def test_an_entry_that_means_nothing_is_noted(kind: str | Storage, engine: str, entry: str) -> None:
-    verdict = judge(kind, engine, kept=[entry])
+    verdict = judge(kind, engine, ignored=[entry])
     assert verdict.tp
-    assert f"`{entry}` in the list of modules that stay means nothing to it" in verdict.note
+    assert f"ignore entry `{entry}` is no valid pattern for it" in verdict.note
 
 
 @pytest.mark.parametrize("kind", READ_BY)
@@ -371,11 +371,11 @@ def test_full_names_satisfy_every_engine(kind: str, prefix: str) -> None:
     """Routers, towers and logits as fp8pack lists them, in all of their spellings, mean no FP8 module."""
     names = [f"{prefix}layers.{n}.mlp.{leaf}" for n in (0, 1, 10) for leaf in ("gate", "shared_expert_gate")]
     names += [f"model.vision_tower.layers.0.{leaf}_proj" for leaf in "qkv"]
-    kept = [spelling for name in (*names, "model.visual.merger", "lm_head") for spelling in spellings(name)]
+    ignored = [spelling for name in (*names, "model.visual.merger", "lm_head") for spelling in spellings(name)]
     packed = [(replace(spec, name=spec.name.replace("model.", prefix, 1)), role) for spec, role in experts()]
     packed += [weight(f"{prefix}layers.{n}.mlp.shared_expert.gate_proj", 512, 2048) for n in (0, 1, 10)]
     tied = replace(QWEN, tied=True)
-    assert judge_engines(storage(kind), packed, tied, kept=kept) == judge_engines(storage(kind), packed, tied)
+    assert judge_engines(storage(kind), packed, tied, ignored=ignored) == judge_engines(storage(kind), packed, tied)
 
 
 def test_a_broken_expression_in_a_list_means_nothing() -> None:
@@ -388,31 +388,31 @@ def test_no_list_means_that_it_is_not_known() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kept", "packed"),
+    ("ignored", "packed"),
     [
         (f"{LAYER}.self_attn.q_proj", [weight(f"{LAYER}.self_attn.k_proj", 256, 256)]),
         (f"{LAYER}.mlp.gate_proj", [weight(f"{LAYER}.mlp.up_proj", 256, 256)]),
         (f"{LAYER}.mlp.experts.0.up_proj", [weight(f"{LAYER}.mlp.experts.1.down_proj", 256, 256)]),
     ],
 )
-def test_fused_modules_are_fp8_in_all_of_their_parts_or_in_none(kept: str, packed: Packed) -> None:
+def test_fused_modules_are_fp8_in_all_of_their_parts_or_in_none(ignored: str, packed: Packed) -> None:
     for engine in ("vllm", "sglang", "tensorrt-llm", "tgi", "lmdeploy"):
-        verdict = judge(BLOCK, engine, packed, kept=[kept])
+        verdict = judge(BLOCK, engine, packed, ignored=[ignored])
         assert verdict.tp == ()
-        assert f"{kept} is not, which it fuses into" in verdict.reason
+        assert f"{ignored} is not, but it fuses both into" in verdict.reason
         assert verdict.remedy == f"--ignore {packed[0][0].name.removesuffix('.weight')}"
-    assert judge(BLOCK, "transformers", packed, kept=[kept]).tp
+    assert judge(BLOCK, "transformers", packed, ignored=[ignored]).tp
 
 
 def test_vllm_wants_the_v_proj_in_the_list_that_a_shared_projection_does_not_have() -> None:
     attention, packed = f"{LAYER}.self_attn", [weight(UP, 256, 256)]
-    kept = [f"{attention}.q_proj", f"{attention}.k_proj"]
-    verdict = judge(DYNAMIC, "vllm", packed, kept=kept)
+    ignored = [f"{attention}.q_proj", f"{attention}.k_proj"]
+    verdict = judge(DYNAMIC, "vllm", packed, ignored=ignored)
     assert verdict.tp == ()
-    assert f"without {attention}.v_proj" in verdict.reason
+    assert f"but not {attention}.v_proj" in verdict.reason
     for added in (f"{attention}.v_proj", f"{attention}.qkv_proj", "re:.*self_attn.*"):
-        assert judge(DYNAMIC, "vllm", packed, kept=[*kept, added]).tp
-    assert judge(DYNAMIC, "sglang", packed, kept=kept).tp
+        assert judge(DYNAMIC, "vllm", packed, ignored=[*ignored, added]).tp
+    assert judge(DYNAMIC, "sglang", packed, ignored=ignored).tp
 
 
 @pytest.mark.parametrize(
@@ -421,11 +421,11 @@ def test_vllm_wants_the_v_proj_in_the_list_that_a_shared_projection_does_not_hav
 )
 def test_a_tied_head_must_be_listed(kind: str | Storage, engine: str) -> None:
     tied = replace(QWEN, tied=True)
-    verdict = judge(kind, engine, facts=tied, kept=[f"{LAYER}.linear_attn.b"])
+    verdict = judge(kind, engine, facts=tied, ignored=[f"{LAYER}.linear_attn.b"])
     assert verdict.tp == ()
     assert verdict.reason.startswith("lm_head is tied")
-    assert judge(kind, engine, facts=tied, kept=["lm_head"]).tp
-    assert judge(kind, engine, kept=[f"{LAYER}.linear_attn.b"]).tp
+    assert judge(kind, engine, facts=tied, ignored=["lm_head"]).tp
+    assert judge(kind, engine, ignored=[f"{LAYER}.linear_attn.b"]).tp
 
 
 def test_a_tied_head_cannot_be_fp8() -> None:
@@ -440,7 +440,7 @@ def test_lists_are_compared_fast_enough_for_a_mixture_of_experts() -> None:
     """One expert stands for all of its layer: the comparisons do not grow with their number."""
     entries = [f"model.layers.{n}.mlp.gate" for n in range(60)]
     packed = [weight(f"model.layers.{n}.mlp.experts.{i}.up_proj", 256, 256) for n in range(60) for i in range(64)]
-    assert judge("modelopt tensor static", "vllm", packed, kept=entries).tp
+    assert judge("modelopt tensor static", "vllm", packed, ignored=entries).tp
 
 
 # Scales of K and V.

@@ -57,8 +57,9 @@ def test_a_damaged_length_prefix_says_how_many_bytes_the_file_has(read: Callable
 
 
 def test_a_git_lfs_pointer_is_refused_with_the_command_that_mends_it(read: Callable[[bytes], Header]) -> None:
-    with pytest.raises(InputError, match="git lfs pull"):
+    with pytest.raises(InputError, match="is a Git LFS pointer") as caught:
         read(REFUSED["git-lfs-pointer"]())
+    assert caught.value.command_hint == "run `git lfs pull`"
 
 
 @pytest.mark.parametrize("cut", [0, 7, 8, 9, 40, -5, -4, -3, -1])

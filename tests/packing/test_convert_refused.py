@@ -64,8 +64,9 @@ def test_a_convention_that_is_not_known_is_refused_with_all_that_are(tmp_path: P
 
 def test_floats_alone_are_refused_with_the_way_out(tmp_path: Path) -> None:
     source = write_model(tmp_path / "source", float_weights() | others(), config_of())
-    with pytest.raises(InputError, match="fp8pack pack"):
+    with pytest.raises(InputError, match="has no FP8 weight") as caught:
         verbs.convert(source, asked(method="fp8", granularity="block:128x128"), WriteOptions(tmp_path / "out"))
+    assert caught.value.command_hint == "`fp8pack pack` makes an FP8 checkpoint of it"
 
 
 def test_the_commands_print_the_output_alone_and_an_error_is_one_line(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def test_a_file_that_is_no_calibration_is_refused(
 
 def test_weights_are_no_calibration(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     source = make_checkpoint()
-    with pytest.raises(InputError, match="no calibration"):
+    with pytest.raises(InputError, match="is not a calibration file"):
         pack_static(source, tmp_path / "out", source / "model.safetensors")
 
 

@@ -1,5 +1,6 @@
 """From a calibration to the scales that are stored, by sites small enough to count by hand."""
 
+import re
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -140,7 +141,7 @@ def test_warmup_leaves_prompts_out_of_amax_and_history() -> None:
 
 @pytest.mark.parametrize("warmup", [2, 3, 1000])
 def test_a_warmup_of_all_prompts_is_refused(warmup: int) -> None:
-    with pytest.raises(InputError, match=f"warmup {warmup} leaves no prompt of 2"):
+    with pytest.raises(InputError, match=f"^warmup {warmup} skips all 2 prompts$"):
         inputs_of(calibration(site("m.input", history=[1.0, 2.0])), "m", warmup=warmup)
 
 
@@ -310,9 +311,11 @@ def test_a_part_that_is_not_packed_has_no_say_in_the_scale_of_the_others() -> No
 
 def test_a_plan_refuses_a_weight_that_nothing_entered_and_the_flag_it_names_mends_it() -> None:
     sites = [found for found in llama_calibration().sites if "1.self_attn.q_proj" not in found.points[0]]
-    with pytest.raises(InputError, match=r"ignore model\.layers\.1\.self_attn\.q_proj\.weight"):
+    name = "model.layers.1.self_attn.q_proj.weight"
+    with pytest.raises(InputError, match="^the calibration has no input activations of " + re.escape(name)) as caught:
         plan_of(calibration(*sites), scheme="FP8")
-    plan = plan_of(calibration(*sites), scheme="FP8", ignore=(Pattern("model.layers.1.self_attn.q_proj.weight"),))
+    assert caught.value.command_hint == f"--ignore {name}"
+    plan = plan_of(calibration(*sites), scheme="FP8", ignore=(Pattern(name),))
     assert len(plan.packed) == 11
 
 
@@ -430,8 +433,12 @@ def test_a_source_that_holds_a_tensor_of_that_name_is_refused(asked: dict[str, A
     shapes = llama() | {name: ()}
     with pytest.raises(InputError, match=name.replace(".", r"\.")) as caught:
         plan_of(llama_calibration(), shapes, **asked)
-    if "--ignore " in caught.value.command_line:
-        named = caught.value.command_line.split("--ignore ")[1].split()[0]
+    if asked.get("kv_cache"):
+        assert caught.value.command_hint == "leave out --kv-cache; unless activations are static, also --calibration"
+        left = {key: value for key, value in asked.items() if key != "kv_cache"}
+        plan_of(llama_calibration() if asked["scheme"] == "FP8" else None, shapes, **left)
+    else:
+        named = caught.value.command_hint.removeprefix("--ignore ")
         plan_of(llama_calibration(), shapes, ignore=(Pattern(named),), **asked)
 
 
@@ -439,35 +446,39 @@ def test_a_source_that_holds_a_tensor_of_that_name_is_refused(asked: dict[str, A
 
 
 @pytest.mark.parametrize(
-    ("has_calibration", "asked", "words"),
+    ("has_calibration", "asked", "said", "hint"),
     [
-        (False, {"scheme": "FP8"}, "need a calibration"),
-        (False, {"activations": "static"}, "need a calibration"),
-        (False, {"kv_cache": True}, "need a calibration"),
-        (False, {"scheme": "FP8_DYNAMIC", "kv_cache": True}, "need a calibration"),
-        (False, {"percentile": 99.9}, "ask for either"),
-        (False, {"margin": 1}, "ask for either"),
-        (False, {"warmup": 1}, "ask for either"),
-        (True, {"scheme": "FP8_DYNAMIC"}, "ask for either"),
-        (True, {"scheme": "FP8_BLOCK"}, "ask for either"),
-        (True, {"scheme": "W8A16"}, "ask for either"),
-        (True, {"scheme": "FP8", "activations": "dynamic"}, "ask for either"),
-        (True, {"activations": "none"}, "ask for either"),
-        (True, {"scheme": "FP8_DYNAMIC", "percentile": 99.9}, "ask for either"),
-        (True, {"scheme": "FP8", "percentile": 99.9, "warmup": 1}, "--warmup"),
-        (True, {"kv_cache": True, "percentile": 99.9, "warmup": 1}, "--warmup"),
-        (True, {"scheme": "FP8", "quant_method": "mxfp8"}, "use --quant-method fp8 or compressed-tensors"),
-        (True, {"scheme": "FP8_DYNAMIC", "activations": "static", "quant_method": "quark"}, "channel"),
-        (True, {"scheme": "FP8_BLOCK", "activations": "static", "quant_method": "modelopt"}, "modelopt"),
-        (True, {"scheme": "FP8_DYNAMIC", "kv_cache": True, "quant_method": "fp8"}, "use --quant-method compressed"),
-        (True, {"scheme": "FP8", "format": E5M2, "quant_method": "modelopt"}, "modelopt"),
-        (True, {"scheme": "FP8", "targets": ("transformers",)}, "--quant-method compressed-tensors"),
+        (False, {"scheme": "FP8"}, "need a calibration", "--calibration FILE"),
+        (False, {"activations": "static"}, "need a calibration", "--calibration FILE"),
+        (False, {"kv_cache": True}, "need a calibration", "--calibration FILE"),
+        (False, {"scheme": "FP8_DYNAMIC", "kv_cache": True}, "need a calibration", "--calibration FILE"),
+        (False, {"percentile": 99.9}, "change calibrated scales", "--calibration FILE"),
+        (False, {"margin": 1}, "change calibrated scales", "--calibration FILE"),
+        (False, {"warmup": 1}, "change calibrated scales", "--calibration FILE"),
+        (True, {"scheme": "FP8_DYNAMIC"}, "neither is asked for", "leave out --calibration"),
+        (True, {"scheme": "FP8_BLOCK"}, "neither is asked for", "leave out --calibration"),
+        (True, {"scheme": "W8A16"}, "neither is asked for", "leave out --calibration"),
+        (True, {"scheme": "FP8", "activations": "dynamic"}, "neither is asked for", "leave out --calibration"),
+        (True, {"activations": "none"}, "neither is asked for", "leave out --calibration"),
+        (True, {"scheme": "FP8_DYNAMIC", "percentile": 99.9}, "neither is asked for", "leave out --calibration"),
+        (True, {"scheme": "FP8", "percentile": 99.9, "warmup": 1}, "exclude", "--warmup"),
+        (True, {"kv_cache": True, "percentile": 99.9, "warmup": 1}, "exclude", "--warmup"),
+        (True, {"scheme": "FP8", "quant_method": "mxfp8"}, "mxfp8 does not", "fp8 or compressed-tensors"),
+        (True, {"scheme": "FP8_DYNAMIC", "activations": "static", "quant_method": "quark"}, "channel", "--quant-"),
+        (True, {"scheme": "FP8_BLOCK", "activations": "static", "quant_method": "modelopt"}, "modelopt", "--quant-"),
+        (True, {"scheme": "FP8_DYNAMIC", "kv_cache": True, "quant_method": "fp8"}, "fp8", "compressed"),
+        (True, {"scheme": "FP8", "format": E5M2, "quant_method": "modelopt"}, "modelopt", "--quant-"),
+        (True, {"scheme": "FP8", "targets": ("transformers",)}, "cannot load", "--quant-method compressed-tensors"),
     ],
 )
-def test_what_cannot_be_is_refused_with_a_sentence(has_calibration: bool, asked: dict[str, Any], words: str) -> None:
+def test_what_cannot_be_is_refused_with_a_sentence(
+    has_calibration: bool, asked: dict[str, Any], said: str, hint: str
+) -> None:
     with pytest.raises(RecipeError) as caught:
         plan_of(llama_calibration() if has_calibration else None, **asked)
-    assert words in caught.value.command_line
+    assert said in str(caught.value)
+    assert hint in caught.value.command_hint
+    assert "--" not in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
@@ -572,7 +583,8 @@ def test_a_recipe_file_asks_for_the_same_as_the_flags(tmp_path: Path) -> None:
 def test_what_is_worth_knowing_of_the_scales_is_a_warning() -> None:
     calm = plan_of(llama_calibration(), scheme="FP8")
     assert calm.warnings == ()
-    assert any("--percentile" in text for text in plan_of(llama_calibration(), scheme="FP8", percentile=99).warnings)
+    clipped = plan_of(llama_calibration(), scheme="FP8", percentile=99)
+    assert any("above the percentile are clipped" in text for text in clipped.warnings)
     sites = [found for found in llama_calibration().sites if "0.mlp.down_proj" not in found.points[0]]
     spike = site(f"{LAYER}.mlp.down_proj.input", history=[64.0, 64.0], tokens=10_000, values={1.0: 9_999, 64.0: 1})
     assert any(f"{LAYER}.mlp.down_proj" in text for text in plan_of(calibration(*sites, spike), scheme="FP8").warnings)
@@ -589,8 +601,9 @@ def test_an_expert_that_only_the_warm_up_reached_takes_what_its_peers_saw() -> N
     found = scales.observed(f"{expert}.input", f"{expert}.weight")
     assert (found.amax, found.source) == (4.0, "peers")
     alone = ActivationScales(calibration(replace(sites[0], points=("a.input",))), ActivationOptions(warmup=1), E4M3)
-    with pytest.raises(InputError, match="smaller warmup"):
+    with pytest.raises(InputError, match="which warmup skips") as caught:
         alone.observed("a.input", "a.weight")
+    assert caught.value.command_hint == "choose a smaller --warmup"
 
 
 def test_the_names_that_a_recipe_may_keep_are_those_of_the_conventions_that_are_written() -> None:

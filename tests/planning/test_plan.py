@@ -126,8 +126,10 @@ def test_no_engine_loads_a_checkpoint_whose_config_names_no_architecture() -> No
 
 
 def test_a_pattern_of_pack_that_packs_nothing_is_an_error() -> None:
-    with pytest.raises(RecipeError, match="matches nothing that can be packed"):
+    with pytest.raises(RecipeError, match="matches no tensor that can be quantized") as caught:
         plan_of(model(), pack=(Pattern("*norm*"),))
+    assert caught.value.command_hint == "name 2-D float weights; --pack '?*norm*' also accepts no match"
+    plan_of(model(), pack=(Pattern("?*norm*"),))
 
 
 def test_only_a_part_of_a_fused_group_says_why_nothing_is_packed() -> None:
@@ -144,7 +146,7 @@ def test_a_ragged_member_keeps_its_whole_fused_group_under_fp8() -> None:
     )
     assert kept["model.layers.0.self_attn.q_proj.weight"].startswith("kept with k_proj, which engines fuse it with")
     assert "model.layers.0.self_attn.o_proj.weight" not in kept
-    assert {f"model.layers.0.self_attn.{leaf}_proj" for leaf in "qkv"} <= set(plan.kept_linears)
+    assert {f"model.layers.0.self_attn.{leaf}_proj" for leaf in "qkv"} <= set(plan.ignored_modules)
 
 
 def test_our_own_convention_packs_ragged_edges() -> None:
@@ -175,8 +177,9 @@ def test_first_and_last_layers_stay_when_the_recipe_says_so() -> None:
 
 
 def test_packing_what_is_no_matrix_is_an_error() -> None:
-    with pytest.raises(RecipeError, match=r"input_layernorm.weight: BF16 \[1024\] cannot be packed"):
+    with pytest.raises(RecipeError, match=r"input_layernorm.weight is BF16 \[1024\], and only 2-D float") as caught:
         plan_of(model(), pack=(Pattern("model.layers.0.input_layernorm"),))
+    assert caught.value.command_hint == "leave out --pack model.layers.0.input_layernorm"
 
 
 def test_a_glob_of_pack_passes_over_what_is_no_matrix() -> None:
@@ -184,8 +187,17 @@ def test_a_glob_of_pack_passes_over_what_is_no_matrix() -> None:
 
 
 def test_keeping_everything_is_an_error() -> None:
-    with pytest.raises(RecipeError, match="nothing to pack"):
+    with pytest.raises(RecipeError, match=r"^nothing to pack: no linear weight .*: ignore \*$"):
         plan_of(model(), ignore=(Pattern("*"),))
+
+
+def test_shapes_that_leave_nothing_to_pack_have_the_scheme_that_packs_them_as_a_hint() -> None:
+    shapes = {f"model.layers.0.mlp.{leaf}_proj.weight": (192, 192) for leaf in ("gate", "up", "down")}
+    with pytest.raises(RecipeError, match="192 x 192 is no multiple of 128") as caught:
+        plan_of(shapes, scheme="FP8_BLOCK")
+    assert caught.value.command_hint == "--scheme FP8_DYNAMIC packs it"
+    assert "--" not in str(caught.value)
+    plan_of(shapes, scheme="FP8_DYNAMIC")
 
 
 def test_rules_may_mix_granularities_under_our_own_convention_only() -> None:
@@ -193,8 +205,9 @@ def test_rules_may_mix_granularities_under_our_own_convention_only() -> None:
     plan = plan_of(model(), quant_method="fp8pack", granularity=TENSOR, rules=rules)
     found = {t.packing.granularity.name for t in plan.packed if t.packing and t.spec.name.endswith("down_proj.weight")}
     assert found == {"channel"}
-    with pytest.raises(RecipeError, match="use quant_method fp8pack"):
+    with pytest.raises(RecipeError, match="one format and granularity for all") as caught:
         plan_of(model(), rules=rules)
+    assert caught.value.hint == "use quant_method='fp8pack'"
 
 
 def test_a_recipe_file_is_a_request(tmp_path: Path) -> None:
@@ -218,14 +231,14 @@ def test_a_wrong_recipe_file_is_one_sentence(text: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "said", "hint"),
     [
-        ({"format": "e5m2", "quant_method": "fp8"}, "fp8 does not hold e5m2 with .* use quant_method fp8pack"),
-        ({"granularity": "group:64", "quant_method": "modelopt"}, "use quant_method compressed-tensors or fp8pack"),
-        ({"scheme": "FP8_BLOCK", "quant_method": "mxfp8"}, "use quant_method fp8 or compressed-tensors or modelopt"),
+        ({"format": "e5m2", "quant_method": "fp8"}, "fp8 does not support e5m2 with block", "fp8pack"),
+        ({"granularity": "group:64", "quant_method": "modelopt"}, "modelopt does not", "compressed-tensors or fp8pack"),
+        ({"scheme": "FP8_BLOCK", "quant_method": "mxfp8"}, "mxfp8 does not", "fp8 or compressed-tensors"),
     ],
 )
-def test_what_a_convention_cannot_express_is_refused(changes: dict[str, str], message: str) -> None:
+def test_what_a_convention_cannot_express_is_refused(changes: dict[str, str], said: str, hint: str) -> None:
     from fp8pack.numerics.formats import parse_format
 
     typed: dict[str, Any] = dict(changes)
@@ -233,15 +246,17 @@ def test_what_a_convention_cannot_express_is_refused(changes: dict[str, str], me
         typed["format"] = parse_format(typed["format"])
     if "granularity" in typed:
         typed["granularity"] = parse_granularity(typed["granularity"])
-    with pytest.raises(RecipeError, match=message):
+    with pytest.raises(RecipeError, match=said) as caught:
         plan_of(model(), **typed)
+    assert caught.value.command_hint.startswith(f"use --quant-method {hint}")
 
 
 def test_a_target_that_cannot_load_the_output_is_named_with_the_remedy() -> None:
     with pytest.raises(
-        RecipeError, match=r"LMDeploy cannot load channel scales in compressed-tensors: block scales only.*FP8_BLOCK"
-    ):
+        RecipeError, match=r"LMDeploy cannot load channel scales in compressed-tensors: block scales only$"
+    ) as caught:
         plan_of(model(), scheme="FP8_DYNAMIC", targets=("lmdeploy",))
+    assert caught.value.command_hint == "--scheme FP8_BLOCK"
 
 
 def test_payloads_are_aligned_and_fused_members_lie_side_by_side() -> None:
@@ -274,4 +289,4 @@ def test_a_size_limit_makes_shards_that_keep_scales_beside_their_weight() -> Non
 def test_many_unknown_linears_are_one_warning() -> None:
     plan = plan_of({f"model.layers.0.mixer.strange{i}.weight": (256, 256) for i in range(9)})
     assert len(plan.warnings) == 1
-    assert plan.warnings[0].startswith("9 packed weights have a role that fp8pack does not know")
+    assert plan.warnings[0].startswith("9 quantized weights have an unknown role, such as")

@@ -12,7 +12,7 @@ from fp8pack.numerics.metrics import LOST_DB
 
 
 def with_list(folder: Path, entries: list[str]) -> Path:
-    """A packed checkpoint by another tool, whose list of modules that stay says this."""
+    """A packed checkpoint by another tool, with these ignored modules."""
     source = write_model(folder / "source", llama_tensors(), llama_config())
     fp8pack.pack(source, folder / "out", scheme="FP8_DYNAMIC")
     (folder / "out" / "fp8pack.json").unlink()

@@ -13,6 +13,7 @@ from fp8pack.checkpoint.quant_methods.mxfp8 import Mxfp8
 from fp8pack.checkpoint.quant_methods.quark import Quark
 from fp8pack.checkpoint.quant_methods.torchao import TorchAo
 from fp8pack.errors import RecipeError
+from fp8pack.inputs import unknown
 from fp8pack.modelfacts.storage import Storage
 from fp8pack.planning.recipe import Recipe, Rule
 
@@ -34,13 +35,12 @@ def find_method(recipe: Recipe, rules: Sequence[Rule] = ()) -> Convention:
     """Return the convention of a recipe.
 
     Raises:
-        RecipeError: there is none of that name, it cannot express the recipe, or it cannot mix what the rules ask for;
-            the sentence names those that can.
+        RecipeError: it is not known, or does not support the recipe or the mix of granularities in the rules; the hint
+            names those that do.
     """
     found = {method.name: method for method in METHODS}.get(recipe.quant_method)
     if found is None:
-        names = ", ".join(method.name for method in METHODS)
-        raise RecipeError(f"quant method {recipe.quant_method!r} is not known: choose {names}")
+        raise unknown("quant_method", recipe.quant_method, [method.name for method in METHODS])
     method = _SPELLINGS.get((recipe.quant_method, recipe.spelling), found)
     _check(method, recipe.storage)
     for rule in rules:
@@ -51,7 +51,8 @@ def find_method(recipe: Recipe, rules: Sequence[Rule] = ()) -> Convention:
         )
         if own != recipe.storage and not method.holds_mixed:
             raise RecipeError(
-                f"rule {rule.pattern.text!r}: {method.name} holds one format and granularity: use quant_method fp8pack"
+                f"rule {rule.pattern.text!r}: {method.name} has one format and granularity for all weights",
+                "use --quant-method fp8pack",
             )
         _check(method, own)
     return method
@@ -62,5 +63,5 @@ def _check(method: Convention, storage: Storage) -> None:
         return
     able = [other.name for other in METHODS if other.expresses(storage)]
     what = f"{storage.format.name} with {storage.granularity} scales and {storage.activations} activations"
-    remedy = f"use --quant-method {' or '.join(able)}" if able else "mx scales are powers of two: --scale-rounding up"
-    raise RecipeError(f"quant method {method.name} does not hold {what}: {remedy}")
+    hint = f"use --quant-method {' or '.join(able)}" if able else "use --scale-rounding up"
+    raise RecipeError(f"quant method {method.name} does not support {what}", hint)

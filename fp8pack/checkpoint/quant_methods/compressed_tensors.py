@@ -71,7 +71,7 @@ class CompressedTensors(Convention):
             "format": format,
             "quantization_status": "compressed",
             "config_groups": {"group_0": group},
-            "ignore": list(plan.kept_linears),
+            "ignore": list(plan.ignored_modules),
             "kv_cache_scheme": {**_FLOAT8, "strategy": _kv_strategy(plan)} if plan.recipe.kv_cache else None,
             "version": _VERSION,
         }

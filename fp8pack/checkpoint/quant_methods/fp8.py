@@ -40,7 +40,7 @@ class Fp8(Convention):
             return {
                 "quant_method": "fp8",
                 "activation_scheme": recipe.activations,
-                "ignored_layers": list(plan.kept_linears),
+                "ignored_layers": list(plan.ignored_modules),
                 **kv_cache,
             }
         return {
@@ -49,7 +49,7 @@ class Fp8(Convention):
             "fmt": "e4m3",
             **({"scale_fmt": "ue8m0"} if recipe.scale_rounding != ScaleRounding.NONE else {}),
             "weight_block_size": [128, 128],
-            "modules_to_not_convert": list(plan.kept_linears),
+            "modules_to_not_convert": list(plan.ignored_modules),
             **kv_cache,
         }
 
@@ -76,6 +76,6 @@ class Fp8ForTransformers(Fp8):
             "activation_scheme": plan.recipe.activations,
             "fmt": "e4m3",
             "weight_block_size": None,
-            "modules_to_not_convert": list(plan.kept_linears),
+            "modules_to_not_convert": list(plan.ignored_modules),
             **({"kv_cache_scheme": "static"} if plan.recipe.kv_cache else {}),
         }

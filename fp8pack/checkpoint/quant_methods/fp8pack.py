@@ -38,6 +38,6 @@ class Fp8Pack(Convention):
             "format": plan.recipe.format.name,
             "granularity": plan.recipe.granularity.name,
             "activation_scheme": plan.recipe.activations,
-            "modules_to_not_convert": list(plan.kept_linears),
+            "modules_to_not_convert": list(plan.ignored_modules),
             **({"kv_cache_scheme": "static"} if plan.recipe.kv_cache else {}),
         }

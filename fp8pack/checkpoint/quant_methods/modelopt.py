@@ -65,7 +65,7 @@ class ModelOpt(Convention):
             "quant_algo": algorithm,
             **({"config_groups": groups} if algorithm == "FP8" else {}),
             **({"group_size": 32} if algorithm == "MXFP8" else {}),
-            "ignore": list(plan.kept_linears),
+            "ignore": list(plan.ignored_modules),
             **({"kv_cache_scheme": float8} if plan.recipe.kv_cache else {}),
             "producer": _PRODUCER,
         }
@@ -77,7 +77,7 @@ class ModelOpt(Convention):
             "quant_algo": algorithm,
             "kv_cache_quant_algo": "FP8" if plan.recipe.kv_cache else None,
             **({"group_size": 32} if algorithm == "MXFP8" else {}),
-            "exclude_modules": list(plan.kept_linears),
+            "exclude_modules": list(plan.ignored_modules),
         }
         return {"hf_quant_config.json": {"producer": _PRODUCER, "quantization": quantization}}
 

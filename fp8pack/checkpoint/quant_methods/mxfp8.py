@@ -34,6 +34,6 @@ class Mxfp8(Convention):
             "activation_scheme": "dynamic",
             "weight_block_size": [1, 32],
             "scale_fmt": "ue8m0",
-            "modules_to_not_convert": list(plan.kept_linears),
+            "modules_to_not_convert": list(plan.ignored_modules),
             **({"kv_cache_scheme": "static"} if plan.recipe.kv_cache else {}),
         }

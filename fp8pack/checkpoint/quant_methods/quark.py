@@ -63,7 +63,7 @@ class Quark(Convention):
             "global_quant_config": scheme,
             "layer_quant_config": {name: {**scheme, "output_tensors": cache} for name in projections},
             "layer_type_quant_config": {},
-            "exclude": list(plan.kept_linears),
+            "exclude": list(plan.ignored_modules),
             "algo_config": None,
             "softmax_quant_spec": None,
             "kv_cache_quant_config": {name: {**scheme, "output_tensors": cache} for name in projections},

@@ -50,7 +50,7 @@ class TorchAo(Convention):
         return {
             "quant_method": "torchao",
             "quant_type": {"default": _quant_type(plan.recipe.storage)},
-            "modules_to_not_convert": list(plan.kept_linears),
+            "modules_to_not_convert": list(plan.ignored_modules),
             "include_input_output_embeddings": False,
             "untie_embedding_weights": False,
         }
