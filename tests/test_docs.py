@@ -20,6 +20,7 @@ from fp8pack.cli.app import app
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+GENERATED = {"api.md", "cli.md", "engines.md"}
 TEXT = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
 
 
@@ -78,6 +79,21 @@ def _headings(page: Path) -> set[str]:
     """What a forge calls the headings of a page in links."""
     headings = re.findall(r"^#+ (.+)$", _prose(page), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")),
+        ROOT / "benchmarks" / "README.md",
+        *(page for page in sorted((ROOT / "docs").glob("*.md")) if page.name not in GENERATED | {"log.md"}),
+    ],
+    ids=lambda page: str(page.relative_to(ROOT)),
+)
+def test_prose_is_wrapped_at_100_characters(page: Path) -> None:
+    """Code, tables, and lines without a space to break at may be longer."""
+    lines = [line for line in _prose(page).splitlines() if not line.startswith("|")]
+    assert [line for line in lines if len(line) > 100 and " " in line.strip().removeprefix("- ")] == []
 
 
 def test_every_command_has_help_and_is_documented() -> None:
