@@ -29,6 +29,7 @@ def calibrate(
     output: str | Path | None = None,
     *,
     prompts: Texts = BUILT_IN,
+    text_column: str | None = None,
     num_prompts: int = DEFAULT_PROMPTS,
     max_length: int | None = None,
     batch_size: int = 1,
@@ -47,6 +48,7 @@ def calibrate(
 
     model: a directory, or the id of a repository in the hub cache. output: by default MODEL-calibration.safetensors.
     prompts: built-in, files (JSONL, Parquet, CSV, text) or data sets in the hub cache; taken from each in turn.
+    text_column: the column that has the text or the conversation; by default the first known one.
     num_prompts: 128 to 512 are usual. max_length: tokens of a prompt; by default the model's limit, at most 2048.
     batch_size: prompts in a call. all_experts: also run every token through every expert. until_converged: stop when no
         amax has grown by more than 1 % over 64 prompts. stream_layers: on, off or auto: one layer in memory at a time.
@@ -63,6 +65,7 @@ def calibrate(
     options = CalibrateOptions(
         output=output,
         prompts=prompts,
+        text_column=text_column,
         num_prompts=num_prompts,
         max_length=max_length,
         batch_size=batch_size,

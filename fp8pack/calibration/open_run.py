@@ -73,7 +73,7 @@ def open_run(model: Path, options: CalibrateOptions) -> Run:
     if output.suffix != ".safetensors":
         raise RecipeError(f"-o must name a .safetensors file, not {output.name}")
     check_output_file(output, source.path, overwrite=options.overwrite)
-    prompts = load_prompts(options.prompts, options.num_prompts)
+    prompts = load_prompts(options.prompts, options.num_prompts, text_column=options.text_column)
     if not prompts:
         raise InputError(f"{', '.join(options.prompts)} holds no prompt")
     device = _device(options.device)
@@ -93,6 +93,11 @@ def open_run(model: Path, options: CalibrateOptions) -> Run:
     loader.check_tokens({name: ids for name, (ids, _) in tokenized.items()})
     by_digest = {prompt_digest(ids): (tuple(ids), is_cut) for ids, is_cut in tokenized.values()}
     notes = _count_notes(len(by_digest), len(prompts), options)
+    if conversations := sum(not isinstance(prompt.content, str) for prompt in prompts):
+        if tokenizer.chat_template:
+            notes.append(f"{conversations} conversations are rendered with the tokenizer's chat template")
+        else:
+            notes.append(f"{conversations} conversations are run as plain text: the tokenizer has no chat template")
     if cut := sum(is_cut for _, is_cut in by_digest.values()):
         notes.append(f"{cut} prompts are cut to {max_length} tokens")
     notes += _unseen_notes(source, loader)

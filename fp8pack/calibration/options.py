@@ -30,6 +30,7 @@ class CalibrateOptions:
 
     output: Path | None
     prompts: tuple[str, ...]
+    text_column: str | None
     num_prompts: int
     max_length: int | None
     batch_size: int
@@ -47,6 +48,7 @@ class CalibrateOptions:
         *,
         output: str | Path | None = None,
         prompts: Texts = BUILT_IN,
+        text_column: str | None = None,
         num_prompts: int | str = DEFAULT_PROMPTS,
         max_length: int | str | None = None,
         batch_size: int | str = 1,
@@ -62,6 +64,7 @@ class CalibrateOptions:
         put = partial(object.__setattr__, self)
         put("output", None if output is None else parse_path("output", output))
         put("prompts", parse_texts("prompts", prompts) or (BUILT_IN,))
+        put("text_column", text_column)
         put("num_prompts", parse_count("num_prompts", num_prompts, least=1))
         put("max_length", None if max_length is None else parse_count("max_length", max_length, least=1))
         put("batch_size", parse_count("batch_size", batch_size, least=1))

@@ -36,6 +36,8 @@ class Progress:
     def start(self, done: int) -> None:
         """Begin with so many tokens done by an earlier run."""
         self.done = done
+        if done:
+            self._on_note(f"resumed  {done} of {self.total} tokens were done")
 
     def tick(self, tokens: int) -> bool:
         """Count the tokens of a batch; say whether the deadline has come."""

@@ -36,6 +36,10 @@ def calibrate(
             "[default: built-in]",
         ),
     ] = None,
+    text_column: Annotated[
+        str | None,
+        _prompts("--text-column", metavar="NAME", help="Column with the text [default: text, messages, prompt, …]"),
+    ] = None,
     num_prompts: Annotated[
         str, _prompts("--num-prompts", metavar="N", help="Number of prompts; use 128 to 512")
     ] = "256",

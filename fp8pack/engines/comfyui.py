@@ -14,7 +14,7 @@ COMFYUI = Engine(
             False,
             "ops.py",
             "it reads single files with its own markers",
-            "--quant-method comfyui --granularity tensor",
+            "--scheme FP8_SCALED",
         ),
     ),
     loads_whole=True,

@@ -17,68 +17,88 @@ _INSTALLED = Path(__file__).parents[1] / "_data" / "prompts.jsonl"
 _LOADERS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".txt": "text", ".arrow": "arrow"}
 _JSON = (".jsonl", ".ndjson", ".json")
 _ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
+_MORE_KEYS = ("name", "tool_calls", "tool_call_id", "reasoning_content")  # of a message, beside role and content
+_PROBE = "fp8pack-probe"
 _SHAPES = "text, article, prompt (and completion), messages, conversations, or instruction (and output)"
 
-Messages = list[dict[str, str]]
+Messages = list[dict[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A prompt as text, or as a conversation of {role, content}; `name` says where it came from."""
+    """A prompt as text, or as a conversation of {role, content, …}; `name` is its file and line, or data set and row.
+
+    tools: the functions that a conversation may call, as a chat template takes them.
+    """
 
     name: str
     content: str | Messages
+    tools: list[Any] | None = None
 
 
-def load_prompts(places: Sequence[str], count: int) -> list[Prompt]:
-    """Return the first `count` prompts of several places, taken from each in turn; fewer if they hold no more.
+def load_prompts(places: Sequence[str], count: int, *, text_column: str | None = None) -> list[Prompt]:
+    """Return the first `count` prompts of several places, one from each in turn; fewer if there are no more.
 
-    places: `built-in`, a JSONL, Parquet, CSV, Arrow or text file, or the id of a data set in the hub cache.
+    places: `built-in`, a JSONL, Parquet, CSV, Arrow or text file, a directory of such files or of `save_to_disk`, or
+    the id of a data set in the hub cache. text_column: the column that has the text or the conversation; by default
+    the first known one.
 
     Raises:
-        InputError: there is no such place, or a row has none of the shapes that are known.
+        InputError: a place is not found, or a row has no known shape.
     """
     sources = [((name, row) for name, row in _rows(place) if not _is_blank(row)) for place in places]
     rows = (found for turn in zip_longest(*sources) for found in turn if found is not None)
-    return [parse_row(row, name) for name, row in islice(rows, count)]
+    return [parse_row(row, name, text_column) for name, row in islice(rows, count)]
 
 
-def parse_row(row: Any, name: str) -> Prompt:
-    """Return the prompt of a row in one of the shapes in use; InputError names the row and the shapes."""
+def parse_row(row: Any, name: str, text_column: str | None = None) -> Prompt:
+    """Return the prompt of a row in one of the known shapes; InputError names the row and the shapes."""
+    found = ", ".join(map(repr, row))[:200] if isinstance(row, Mapping) and row else "nothing"
+    if text_column is not None:
+        content = row.get(text_column) if isinstance(row, Mapping) else None
+        if isinstance(content, list) and content:
+            return _conversation(content, row, name)
+        if isinstance(content, str) and content.strip():
+            return Prompt(name, content)
+        raise InputError(f"{name} has no text in column {text_column!r}: it has {found}", "--text-column NAME")
     if isinstance(row, Mapping):
         for key in ("messages", "conversations"):
             if isinstance(row.get(key), list) and row[key]:
-                return Prompt(name, [_parse_message(message, name) for message in row[key]])
+                return _conversation(row[key], row, name)
         for keys in (("text",), ("article",), ("prompt", "completion"), ("instruction", "input", "output")):
             if isinstance(row.get(keys[0]), str) and row[keys[0]].strip():
                 parts = (row.get(key) for key in keys)
                 return Prompt(name, "\n\n".join(part for part in parts if isinstance(part, str) and part))
             if keys[0] == "prompt" and isinstance(row.get("prompt"), list) and row["prompt"]:
-                return Prompt(name, [_parse_message(message, name) for message in row["prompt"]])
-    found = ", ".join(map(repr, row)) if isinstance(row, Mapping) else type(row).__name__
-    raise InputError(f"{name} is no prompt: it has {found[:200] or 'nothing'}, and needs text in one of {_SHAPES}")
+                return _conversation(row["prompt"], row, name)
+    else:
+        found = type(row).__name__
+    raise InputError(
+        f"{name} is not a prompt: it has {found}, not {_SHAPES}", "--text-column NAME names the column of the text"
+    )
 
 
 def tokenize(prompts: Iterable[Prompt], tokenizer: Any, max_length: int) -> list[tuple[list[int], bool]]:
     """Return the token ids of each prompt, cut to `max_length`, and whether it was cut.
 
-    A conversation goes through the tokenizer's chat template, which transformers renders in its sandbox; without one,
-    its contents follow each other.
+    A conversation goes through the tokenizer's chat template, which transformers renders in its sandbox: as strings, or
+    as lists of parts if the template reads no strings. Without a template, its contents are joined by blank lines.
 
     Raises:
         InputError: the template refuses a conversation, or nothing is left of a prompt.
     """
-    return [_tokenize(prompt, tokenizer, max_length) for prompt in prompts]
+    reads_strings = not tokenizer.chat_template or _reads_strings(tokenizer)
+    return [_tokenize(prompt, tokenizer, max_length, reads_strings) for prompt in prompts]
 
 
-def _tokenize(prompt: Prompt, tokenizer: Any, max_length: int) -> tuple[list[int], bool]:
+def _tokenize(prompt: Prompt, tokenizer: Any, max_length: int, reads_strings: bool) -> tuple[list[int], bool]:
     templated = isinstance(prompt.content, list) and bool(tokenizer.chat_template)
     if isinstance(prompt.content, str):
         text = prompt.content
     elif templated:
-        text = _render(prompt.content, tokenizer, prompt.name)
+        text = _render(prompt, tokenizer, reads_strings)
     else:
-        text = "\n\n".join(message["content"] for message in prompt.content)
+        text = "\n\n".join(filter(None, map(_plain_text, prompt.content)))
     try:
         ids = tokenizer(text, add_special_tokens=not templated, truncation=True, max_length=max_length)["input_ids"]
         cut = len(ids) >= max_length and len(tokenizer(text, add_special_tokens=not templated)["input_ids"]) > len(ids)
@@ -89,36 +109,95 @@ def _tokenize(prompt: Prompt, tokenizer: Any, max_length: int) -> tuple[list[int
     return [int(token) for token in ids], cut
 
 
-def _render(messages: Messages, tokenizer: Any, name: str) -> str:
-    asking = messages[-1]["role"] == "user"
-    try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asking))
-    except Exception as error:  # whatever a template raises; it is a program that came with the model
-        folded = _fold_system(messages)
-        if folded == messages:
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-            raise InputError(f"{name}: the tokenizer's chat template fails on it: {reason}") from None
-        return _render(folded, tokenizer, name)
+def _plain_text(message: Mapping[str, Any]) -> str:
+    """A message where there is no template: its content, and the calls in it as JSON."""
+    calls = message.get("tool_calls")
+    return "\n".join(filter(None, [message.get("content"), json.dumps(calls, ensure_ascii=False) if calls else ""]))
+
+
+def _reads_strings(tokenizer: Any) -> bool:
+    """Whether a chat template takes content as a string; those of some multimodal models take lists of parts only."""
+
+    def shows(content: Any) -> bool:
+        try:
+            asked = [{"role": "user", "content": content}]
+            return _PROBE in str(tokenizer.apply_chat_template(asked, tokenize=False))
+        except Exception:  # whatever a template raises
+            return False
+
+    return shows(_PROBE) or not shows([{"type": "text", "text": _PROBE}])
+
+
+def _render(prompt: Prompt, tokenizer: Any, reads_strings: bool) -> str:
+    messages = list(prompt.content) if isinstance(prompt.content, list) else []
+    with_content = [{"content": "", **message} for message in messages]  # some templates fail on a call without
+    failure: Exception | None = None
+    for form in (messages, with_content, _fold_system(with_content)):
+        shaped = form if reads_strings else [_in_parts(message) for message in form]
+        asking = form[-1]["role"] == "user"
+        try:
+            template = tokenizer.apply_chat_template
+            return str(template(shaped, prompt.tools, tokenize=False, add_generation_prompt=asking))
+        except Exception as error:  # whatever a template raises; it is a program that came with the model
+            failure = failure or error
+    reason = " ".join(f"{type(failure).__name__}: {failure}".split())[:200]
+    raise InputError(f"{prompt.name}: the tokenizer's chat template fails on it: {reason}")
 
 
 def _fold_system(messages: Messages) -> Messages:
-    """For templates that know no system role: its content goes before the first question."""
+    """For templates without a system role: its content goes before the first question."""
     if len(messages) < 2 or messages[0]["role"] != "system":
         return messages
     first = {**messages[1], "content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}
     return [first, *messages[2:]]
 
 
-def _parse_message(message: Any, name: str) -> dict[str, str]:
+def _in_parts(message: dict[str, Any]) -> dict[str, Any]:
+    return {**message, "content": [{"type": "text", "text": message.get("content", "")}]}
+
+
+def _conversation(messages: Sequence[Any], row: Mapping[str, Any], name: str) -> Prompt:
+    return Prompt(name, [_parse_message(message, name) for message in messages], _parse_tools(row.get("tools"), name))
+
+
+def _parse_tools(tools: Any, name: str) -> list[Any] | None:
+    """The functions of a row: a list, or the same as JSON, as tables have it."""
+    if isinstance(tools, str) and tools.strip():
+        try:
+            tools = json.loads(tools)
+        except (ValueError, RecursionError):
+            raise InputError(f"{name}: 'tools' is not JSON") from None
+    return tools if isinstance(tools, list) and tools else None
+
+
+def _parse_message(message: Any, name: str) -> dict[str, Any]:
+    """A message with its role and content first; what a template may read beside them stays, without nulls."""
     if isinstance(message, Mapping):
         role = message.get("role", message.get("from"))
         content = message.get("content", message.get("value"))
+        more = {key: message[key] for key in _MORE_KEYS if message.get(key)}
+        if calls := more.get("tool_calls"):
+            more["tool_calls"] = [_parse_call(call) for call in calls] if isinstance(calls, list) else calls
         if isinstance(content, list):  # parts, as multimodal data sets have them: their text is what can be run
             texts = [part.get("text") for part in content if isinstance(part, Mapping)]
             content = "\n".join(text for text in texts if isinstance(text, str))
         if isinstance(role, str) and isinstance(content, str):
-            return {"role": _ROLES.get(role, role), "content": content}
+            return {"role": _ROLES.get(role, role), "content": content, **more}
+        if isinstance(role, str) and content is None and more:  # no key: a template may write null as "None"
+            return {"role": _ROLES.get(role, role), **more}
     raise InputError(f"{name}: a message needs role and content (or from and value)")
+
+
+def _parse_call(call: Any) -> Any:
+    """A call of a function with its arguments as a mapping: templates write those as JSON, and text twice."""
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        arguments = json.loads(function["arguments"])
+    except (ValueError, RecursionError):
+        return call
+    return {**call, "function": {**function, "arguments": arguments}} if isinstance(arguments, dict) else call
 
 
 def _is_blank(row: Any) -> bool:
@@ -150,7 +229,7 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
                         row = json.loads(line)
                     except (ValueError, RecursionError):
                         raise InputError(
-                            f"{name} is no JSON object: one prompt a line, as `jq -c '.[]'` writes"
+                            f"{name} is not a JSON object", "write one prompt a line, as `jq -c '.[]'` does"
                         ) from None
                     yield name, row
     except (OSError, UnicodeDecodeError) as error:
@@ -158,20 +237,25 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _data_set(path: Path) -> Iterator[tuple[str, Any]]:
-    """Rows through `datasets`: of a file, or of a snapshot in the hub cache; nothing is ever downloaded."""
+    """Rows through `datasets`: of a file, a directory, or a snapshot in the hub cache; nothing is ever downloaded."""
     import datasets  # slow to import, and not needed for JSONL
 
     name = path.name
+    saved = any((path / marker).is_file() for marker in ("state.json", "dataset_dict.json"))  # by save_to_disk()
     if path.is_file():
         if path.suffix not in _LOADERS:
-            raise InputError(f"{path} is no prompt file: .jsonl, {', '.join(_LOADERS)}")
+            raise InputError(f"{path} is not a prompt file: .jsonl, {', '.join(_LOADERS)}")
         options: dict[str, Any] = {"delimiter": "\t"} if path.suffix == ".tsv" else {}
         options["data_files"] = glob.escape(os.path.abspath(path))
         kind = _LOADERS[path.suffix]
     else:
         kind, options = os.path.abspath(path) if path.is_dir() else _cached_data_set(path.as_posix()), {}
     try:
-        splits = datasets.load_dataset(kind, streaming=True, **options)
+        if saved:
+            found = datasets.load_from_disk(kind)
+            splits = found if isinstance(found, dict) else {"train": found}
+        else:
+            splits = datasets.load_dataset(kind, streaming=True, **options)
         split = splits.get("train") or next(iter(splits.values()))
         for number, row in enumerate(split, 1):
             yield f"{name}, row {number}", row
@@ -187,5 +271,6 @@ def _cached_data_set(name: str) -> str:
         return snapshot_download(name, repo_type="dataset", local_files_only=True)
     except (HFValidationError, LocalEntryNotFoundError):
         raise InputError(
-            f"{name} is neither a file nor a data set in the hub cache: run `hf download --repo-type dataset {name}`"
+            f"{name} is neither a file nor a data set in the hub cache",
+            f"run `hf download --repo-type dataset {name}`",
         ) from None

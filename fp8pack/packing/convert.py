@@ -47,7 +47,7 @@ def convert(
     checkpoint: a directory or `.safetensors` file of any convention that is read, from any tool. What is not asked for
         stays as the source has it. The FP8 bytes pass through unchanged where every region of the output lies within
         one of the source; elsewhere they are dequantized to float32 and requantized.
-    scheme: FP8_BLOCK, FP8_DYNAMIC, FP8, MXFP8, W8A16 or auto, as the source. format: e4m3 or e5m2.
+    scheme: FP8_BLOCK, FP8_DYNAMIC, FP8, MXFP8, W8A16, FP8_SCALED or auto, as the source. format: e4m3 or e5m2.
     granularity: tensor, channel, group:G, block:RxC or mx: the region of a weight [N, K] that shares a scale.
     quant_method: the on-disk convention: fp8, compressed-tensors, modelopt, mxfp8, quark, torchao, comfyui,
         comfyui-scaled or fp8pack. scale_rounding: none, up or floor, the last two to powers of two.

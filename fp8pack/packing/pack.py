@@ -49,7 +49,7 @@ def pack(
     """Pack a checkpoint into FP8.
 
     model: a directory, a `.safetensors` file, or the id of a repository in the hub cache.
-    scheme: FP8_BLOCK, FP8_DYNAMIC, FP8, MXFP8, W8A16 or auto, which chooses by shapes and targets.
+    scheme: FP8_BLOCK, FP8_DYNAMIC, FP8, MXFP8, W8A16, FP8_SCALED or auto, which chooses by shapes and targets.
     format: e4m3 or e5m2.
     granularity: tensor, channel, group:G, block:RxC or mx: the region of a weight [N, K] that shares a scale.
     quant_method: the on-disk convention: fp8, compressed-tensors, modelopt, mxfp8, quark, torchao, comfyui,

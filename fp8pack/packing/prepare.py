@@ -38,14 +38,13 @@ Verb = Literal["pack", "unpack", "convert"]
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """What is done, and how a directory and a single file that come of it are named, after the source.
+    """What is done, and what the output's name adds to that of the source.
 
     dtype: that of the floats, if it is another than config.json may say.
     """
 
     verb: Verb
     suffix: str
-    file_suffix: str
     dtype: str = ""
 
 
@@ -85,7 +84,7 @@ def prepare_pack(model: Path, request: Request, options: WriteOptions) -> Prepar
     method, limit = find_method(recipe, request.rules), _shard_limit(source, options)
     plan = make_plan(decisions, contents, request, recipe=recipe, method=method, max_shard_nbytes=limit)
     announcement = _Announcement(method.config(plan), method.files(plan))
-    return _place(source, plan, announcement, _Job("pack", recipe.suffix, "fp8"), options)
+    return _place(source, plan, announcement, _Job("pack", recipe.suffix), options)
 
 
 def prepare_convert(checkpoint: Path, request: Request, options: WriteOptions) -> Prepared:
@@ -106,7 +105,7 @@ def prepare_convert(checkpoint: Path, request: Request, options: WriteOptions) -
     plan = make_plan(decisions, contents, request, recipe=recipe, method=method, max_shard_nbytes=limit)
     announcement = _Announcement(method.config(plan), method.files(plan))
     suffix = f"{recipe.suffix}-{recipe.quant_method}" if request.quant_method else recipe.suffix
-    return _place(source, plan, announcement, _Job("convert", suffix, suffix), options)
+    return _place(source, plan, announcement, _Job("convert", suffix), options)
 
 
 def prepare_unpack(checkpoint: Path, dtype: str | None, options: WriteOptions) -> Prepared:
@@ -125,7 +124,7 @@ def prepare_unpack(checkpoint: Path, dtype: str | None, options: WriteOptions) -
         raise InputError(f"{source.path} has no FP8 weight to unpack")
     dtype = dtype or next(name for name, stored in UNPACKED_DTYPES.items() if stored == contents.source_dtype)
     plan = make_unpack_plan(contents, UNPACKED_DTYPES[dtype], max_shard_nbytes=_shard_limit(source, options))
-    job = _Job("unpack", UNPACKED_DTYPES[dtype], UNPACKED_DTYPES[dtype].lower(), dtype)
+    job = _Job("unpack", UNPACKED_DTYPES[dtype], dtype)
     return _place(source, plan, _Announcement(), job, options)
 
 
@@ -205,5 +204,5 @@ def _calibration(source: Source, request: Request, *, carries_static: bool = Fal
 
 def _default_output(source: Source, job: _Job) -> Path:
     if source.is_single_file:
-        return source.path.parent / f"{source.path.stem}-{job.file_suffix}.safetensors"
+        return source.path.parent / f"{source.path.stem}-{job.suffix}.safetensors"
     return beside(source, f"{source.name}-{job.suffix}")

@@ -19,6 +19,7 @@ from fp8pack.planning.recipe import (
     FP8,
     FP8_BLOCK,
     FP8_DYNAMIC,
+    FP8_SCALED,
     MXFP8,
     W8A16,
     Request,
@@ -45,7 +46,7 @@ _CHOICES = (
     _scheme("fp8", TENSOR),
     _scheme("compressed-tensors", TENSOR),
     _scheme("compressed-tensors", BLOCK_128),
-    _scheme("comfyui", TENSOR),
+    FP8_SCALED,
     MXFP8,
     _scheme("modelopt", MX),
     _scheme("mxfp8", MX),
@@ -65,7 +66,9 @@ class _Trial:
     refusals: dict[str, str]
 
 
-def choose_scheme(request: Request, packed: Packed, facts: ModelFacts) -> tuple[Scheme, str]:
+def choose_scheme(
+    request: Request, packed: Packed, facts: ModelFacts, *, is_diffusion: bool = False
+) -> tuple[Scheme, str]:
     """Return the scheme and the reason for it; block scales unless a shape, an engine or a target excludes them.
 
     Raises:
@@ -74,27 +77,28 @@ def choose_scheme(request: Request, packed: Packed, facts: ModelFacts) -> tuple[
     named = parse_scheme(request.scheme)
     if named is not None:
         return named, "asked for"
-    scheme, reason = _choose(request, packed, facts)
+    scheme, reason = _choose(request, packed, facts, is_diffusion)
     gpu, granularity = parse_gpu(request.gpu), request.granularity or scheme.granularity
     if gpu and gpu.wants_powers_of_two and granularity == BLOCK_128 and request.scale_rounding is None:
         return replace(scheme, scale_rounding=ScaleRounding.UP), f"{reason}, in powers of two for {gpu.name}"
     return scheme, reason
 
 
-def _choose(request: Request, packed: Packed, facts: ModelFacts) -> tuple[Scheme, str]:
+def _choose(request: Request, packed: Packed, facts: ModelFacts, is_diffusion: bool) -> tuple[Scheme, str]:
     static = request.activations == "static" or (request.calibration is not None and not request.kv_cache)
     activations = request.activations or ("static" if static else "dynamic")
     overridden = [_overridden(choice, request) for choice in _CHOICES if choice.activations == activations]
     choices = [choice for choice in overridden if choice is not None]
     if request.targets and choices:
         return _choose_for_targets(choices, request, packed, facts)
+    scaled = next((choice for choice in choices if choice.quant_method == FP8_SCALED.quant_method), None)
+    if is_diffusion and scaled:
+        return scaled, "auto: a diffusion model, as ComfyUI loads it"
     if static:
         return FP8, "auto: the calibration gives static activation scales"
-    if ragged := _ragged(packed):
-        return FP8_DYNAMIC, f"auto: {ragged}"
-    for tp in _sizes(request, packed):
-        if problem := tp_problem(packed, BLOCK_128, tp, facts):
-            return FP8_DYNAMIC, f"auto: {problem}"
+    problems = (tp_problem(packed, BLOCK_128, tp, facts) for tp in _sizes(request, packed))
+    if problem := _ragged(packed) or next(filter(None, problems), None):
+        return FP8_DYNAMIC, f"auto: {problem}"
     for engine in ENGINES:
         loader = engine.renaming.get(facts.architecture)
         if loader and (not request.targets or engine.id in request.targets):

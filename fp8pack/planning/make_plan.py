@@ -45,7 +45,8 @@ def choose_recipe(
     usual = USUAL_GRANULARITY.get(request.quant_method or "")
     if usual and request.granularity is None and parse_scheme(request.scheme) is None:
         request = replace(request, granularity=usual)
-    scheme, reason = choose_scheme(request, packed, facts)
+    is_diffusion = not facts.architecture and any(decision.role == "conditioning" for decision in decisions)
+    scheme, reason = choose_scheme(request, packed, facts, is_diffusion=is_diffusion)
     return resolve(request, scheme, reason, calibration)
 
 

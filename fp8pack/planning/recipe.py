@@ -172,7 +172,8 @@ FP8_BLOCK = Scheme("FP8_BLOCK", E4M3, BLOCK_128, ScaleRounding.NONE, "dynamic", 
 FP8_DYNAMIC = Scheme("FP8_DYNAMIC", E4M3, CHANNEL, ScaleRounding.NONE, "dynamic", "compressed-tensors", "FP8-dynamic")
 MXFP8 = Scheme("MXFP8", E4M3, MX, ScaleRounding.UP, "dynamic", "compressed-tensors", "MXFP8")
 W8A16 = Scheme("W8A16", E4M3, CHANNEL, ScaleRounding.NONE, "none", "compressed-tensors", "FP8-W8A16")
-SCHEMES = (FP8_BLOCK, FP8_DYNAMIC, FP8, MXFP8, W8A16)
+FP8_SCALED = Scheme("FP8_SCALED", E4M3, TENSOR, ScaleRounding.NONE, "dynamic", "comfyui", "fp8_scaled")
+SCHEMES = (FP8_BLOCK, FP8_DYNAMIC, FP8, MXFP8, W8A16, FP8_SCALED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,7 +291,7 @@ def resolve_conversion(request: Request, storage: Storage, calibration: Calibrat
         rounding = ScaleRounding.UP if storage.powers_of_two and same_regions else ScaleRounding.NONE
         parts_of_source = (storage.format, storage.granularity, rounding, storage.activations)
         method = storage.quant_method if storage.quant_method in WRITABLE else _method_of(*parts_of_source)
-        suffix = _suffix(storage.format, storage.granularity, storage.activations)
+        suffix = _suffix(storage.format, storage.granularity, storage.activations, storage.quant_method)
         scheme = Scheme("", *parts_of_source, method, suffix)
     activations = request.activations or scheme.activations
     has_scales = activations == "static" and storage.activations == "static"
@@ -343,7 +344,7 @@ def _override(scheme: Scheme, request: Request, reason: str, calibration: Calibr
         known.name if known else "custom",
         "asked for" if any(asked) else reason,
         *parts,
-        (known.suffix if known else _suffix(format, granularity, activations)) + kv,
+        (known.suffix if known else _suffix(format, granularity, activations, method)) + kv,
         request.kv_cache,
         calibration,
         ActivationOptions(request.percentile, request.margin, request.warmup),
@@ -355,7 +356,9 @@ def _parts(scheme: Scheme) -> tuple[Float8Format, Granularity, ScaleRounding, st
     return scheme.format, scheme.granularity, scheme.scale_rounding, scheme.activations, scheme.quant_method
 
 
-def _suffix(format: Float8Format, granularity: Granularity, activations: str) -> str:
+def _suffix(format: Float8Format, granularity: Granularity, activations: str, method: str) -> str:
+    if method == FP8_SCALED.quant_method and granularity == TENSOR:
+        return f"fp8_{format.name}_scaled"
     detail = granularity.name.replace(":", "-") + ("-static" if activations == "static" else "")
     return f"FP8-{detail}" if format == E4M3 else f"FP8-{format.name}-{detail}"
 

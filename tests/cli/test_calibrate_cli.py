@@ -19,7 +19,16 @@ from fp8pack.cli.app import app, main
 from fp8pack.planning.calibration import value_of
 
 CALIBRATE_OPTIONS = {
-    *("--output", "--prompts", "--num-prompts", "--max-length", "--batch-size", "--all-experts", "--until-converged"),
+    *(
+        "--output",
+        "--prompts",
+        "--text-column",
+        "--num-prompts",
+        "--max-length",
+        "--batch-size",
+        "--all-experts",
+        "--until-converged",
+    ),
     *("--stream-layers", "--device", "--trust-remote-code", "--resume", "--no-resume", "--deadline", "--overwrite"),
     *("--json", "--quiet", "--help"),
 }

@@ -532,10 +532,10 @@ def test_a_scale_that_is_no_multiplier_is_refused(reader: Reader, small: Path, v
 def test_a_single_file_is_read_with_the_manifest_beside_it(reader: Reader, tmp_path: Path) -> None:
     save_file(llama_tensors(), tmp_path / "x.safetensors")
     fp8pack.pack(tmp_path / "x.safetensors")
-    described = json.loads(reader("weights", tmp_path / "x-fp8.safetensors"))
-    assert described[WEIGHT]["file"] == "x-fp8.safetensors"
-    (tmp_path / "x-fp8.safetensors").rename(tmp_path / "z.safetensors")
-    (tmp_path / "x-fp8.fp8pack.json").rename(tmp_path / "z.fp8pack.json")
+    described = json.loads(reader("weights", tmp_path / "x-FP8-block.safetensors"))
+    assert described[WEIGHT]["file"] == "x-FP8-block.safetensors"
+    (tmp_path / "x-FP8-block.safetensors").rename(tmp_path / "z.safetensors")
+    (tmp_path / "x-FP8-block.fp8pack.json").rename(tmp_path / "z.fp8pack.json")
     assert "no file of this checkpoint" in reader.refusal("weights", tmp_path / "z.safetensors")
     assert "q.fp8pack.json" in reader.refusal("weights", tmp_path / "q.safetensors")
 

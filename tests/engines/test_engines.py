@@ -89,7 +89,7 @@ def test_what_an_engine_needs_besides(kind: str, engine: str, note: str) -> None
             "no reader for channel scales in fbgemm_fp8",
             "--scheme FP8_DYNAMIC --quant-method compressed-tensors",
         ),
-        ("fp8 block:128x128 dynamic", "comfyui", "single files", "--quant-method comfyui --granularity tensor"),
+        ("fp8 block:128x128 dynamic", "comfyui", "single files", "--scheme FP8_SCALED"),
         ("compressed-tensors channel none", "cublaslt", "multiplies FP8 by FP8", "--activations dynamic"),
         ("fp8pack group:64 dynamic", "cublaslt", "no such mode", "--granularity tensor"),
         ("fp8pack tensor dynamic", "vllm", "only load_packed() reads", "--scheme FP8_BLOCK or FP8_DYNAMIC"),

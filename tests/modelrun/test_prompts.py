@@ -167,6 +167,24 @@ def test_a_row_that_is_no_prompt_names_the_shapes_that_are(tmp_path: Path) -> No
     refusal(lambda: load_prompts([str(path)], 10), "question", "text", "messages", "conversations", "instruction")
 
 
+@pytest.mark.parametrize(
+    ("row", "content"),
+    [({"text": "a", "question": "b"}, "b"), ({"text": "a", "question": [USER]}, [USER])],
+    ids=["text", "messages"],
+)
+def test_a_column_that_is_named_goes_before_those_that_are_known(
+    row: dict[str, Any], content: str | list[dict[str, str]], tmp_path: Path
+) -> None:
+    path = write_lines(tmp_path / "p.jsonl", row)
+    assert [prompt.content for prompt in load_prompts([str(path)], 10, text_column="question")] == [content]
+
+
+@pytest.mark.parametrize("value", [None, 1, "", [], {"a": 1}], ids=["null", "number", "empty", "nothing", "object"])
+def test_a_column_without_text_is_a_sentence(value: Any, tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "p.jsonl", {"text": "a", "question": value})
+    refusal(lambda: load_prompts([str(path)], 10, text_column="question"), "line 1", "'question'", "'text'")
+
+
 @pytest.mark.parametrize("row", [{"prompt": "   "}, {"messages": "hello"}])
 def test_a_blank_prompt_is_not_mistaken_for_a_conversation(row: dict[str, Any]) -> None:
     message = refusal(lambda: parse_row(row, "here"), "here")
@@ -352,6 +370,25 @@ def test_a_directory_without_a_train_split_gives_what_it_has(tmp_path: Path) -> 
     assert texts(tmp_path) == ["a", "b, c", "é"]
 
 
+@pytest.mark.parametrize("splits", [False, True], ids=["one-set", "splits"])
+def test_a_directory_of_save_to_disk_is_read(splits: bool, tmp_path: Path) -> None:
+    import datasets
+
+    train = datasets.Dataset.from_list(ROWS)
+    saved = datasets.DatasetDict(test=datasets.Dataset.from_list([{"text": "no"}]), train=train) if splits else train
+    saved.save_to_disk(str(tmp_path / "set"))
+    assert texts(tmp_path / "set") == [row["text"] for row in ROWS]
+
+
+def test_a_directory_of_save_to_disk_without_its_data_is_a_sentence(tmp_path: Path) -> None:
+    import datasets
+
+    datasets.Dataset.from_list(ROWS).save_to_disk(str(tmp_path / "set"))
+    for path in (tmp_path / "set").glob("*.arrow"):
+        path.unlink()
+    refusal(lambda: load_prompts([str(tmp_path / "set")], 3), "set")
+
+
 @pytest.mark.parametrize("name", ["json", "csv", "text", "parquet", "set"])
 def test_a_directory_is_found_by_a_relative_name_of_any_sort(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -490,6 +527,65 @@ def test_a_template_without_system_role_gets_it_before_the_first_question(tokeni
     tokenizer.chat_template = NO_SYSTEM + TEMPLATE
     text = rendered(tokenizer, SYSTEM, USER, ASSISTANT)
     assert text == "<user>Be brief.\n\nWhy is the sky blue?\n<assistant>Scattering.\n"
+
+
+CALL = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Oslo"}'}}
+WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+AGENT = [
+    USER,
+    {"role": "assistant", "content": None, "tool_calls": [CALL], "function_call": None},
+    {"role": "tool", "tool_call_id": "1", "name": "weather", "content": "Rain."},
+]
+TOOLS_TEMPLATE = (
+    "{% for t in tools or [] %}[{{ t.function.name }}]{% endfor %}{% for m in messages %}<{{ m.role }}>"
+    "{{ m.content if m.content is not none else '' }}"
+    "{% for c in m.tool_calls or [] %}{{ c.function.name }}:{{ c.function.arguments | tojson }}{% endfor %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("tools", [[WEATHER], json.dumps([WEATHER])], ids=["list", "json"])
+def test_calls_of_tools_reach_the_template(tools: Any, tokenizer: Any) -> None:
+    tokenizer.chat_template = TOOLS_TEMPLATE
+    prompt = parse_row({"messages": AGENT, "tools": tools}, "line 3")
+    text = tokenizer.decode(ids_of([prompt], tokenizer, 1000)[0])
+    assert text == '[weather]<user>Why is the sky blue?<assistant>weather:{"city": "Oslo"}<tool>Rain.'
+
+
+def test_tools_that_are_no_json_are_a_sentence() -> None:
+    refusal(lambda: parse_row({"messages": [USER], "tools": "[{"}, "line 3"), "line 3", "tools")
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        TEMPLATE,  # writes None as a word
+        TEMPLATE.replace("m['content']", "m['content'] | trim"),  # as a word, too
+        TEMPLATE.replace("m['content']", "m['content'] + ''"),  # raises
+    ],
+    ids=["writes", "trims", "adds"],
+)
+def test_content_of_null_is_no_word_of_the_prompt(template: str, tokenizer: Any) -> None:
+    tokenizer.chat_template = template
+    text = tokenizer.decode(ids_of([parse_row({"messages": AGENT}, "line 3")], tokenizer, 1000)[0])
+    assert "None" not in text
+    assert "Rain." in text
+
+
+def test_a_template_that_reads_parts_only_gets_parts(tokenizer: Any) -> None:
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>"
+        "{% for p in m.content %}{% if p.type == 'text' %}{{ p.text }}{% endif %}{% endfor %}{% endfor %}"
+    )
+    rows = [{"messages": [USER]}, {"messages": [{"role": "user", "content": PARTS}]}]
+    found = ids_of([parse_row(row, "line 3") for row in rows], tokenizer, 1000)
+    assert [tokenizer.decode(ids) for ids in found] == ["<user>Why is the sky blue?", "<user>What is\nthis?"]
+
+
+def test_without_a_template_calls_are_json(tokenizer: Any) -> None:
+    tokenizer.chat_template = None
+    text = tokenizer.decode(ids_of([parse_row({"messages": AGENT}, "line 3")], tokenizer, 1000)[0])
+    assert '"name": "weather", "arguments": {"city": "Oslo"}' in text
+    assert "None" not in text
 
 
 @pytest.mark.parametrize("messages", [[SYSTEM], [SYSTEM, SYSTEM, USER]])

@@ -251,10 +251,31 @@ def test_a_single_file_gives_a_single_file(tmp_path: Path) -> None:
     save_file(llama_tensors(), tmp_path / "x.safetensors")
     before = (tmp_path / "x.safetensors").read_bytes()
     facts = fp8pack.pack(tmp_path / "x.safetensors")
-    assert facts.output == tmp_path / "x-fp8.safetensors"
-    assert {path.name for path in tmp_path.iterdir()} == {"x.safetensors", "x-fp8.safetensors", "x-fp8.fp8pack.json"}
+    assert facts.output == tmp_path / "x-FP8-block.safetensors"
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "x.safetensors",
+        "x-FP8-block.safetensors",
+        "x-FP8-block.fp8pack.json",
+    }
     assert (tmp_path / "x.safetensors").read_bytes() == before
     assert fp8pack.pack(tmp_path / "x.safetensors").already_complete
+
+
+def test_a_diffusion_model_is_packed_for_comfyui(tmp_path: Path) -> None:
+    """It has no architecture that another engine knows; what is asked for goes before."""
+    names = [f"double_blocks.0.img_attn.{leaf}.weight" for leaf in ("qkv", "proj")]
+    tensors = {name: random_weight((256, 256)) for name in (*names, "img_in.weight")}
+    save_file(tensors, tmp_path / "flux.safetensors")
+    result = fp8pack.pack(tmp_path / "flux.safetensors")
+    assert result.scheme is not None
+    assert (result.scheme.name, result.recipe["quant_method"]) == ("FP8_SCALED", "comfyui")
+    assert result.output == tmp_path / "flux-fp8_scaled.safetensors"
+    assert "ComfyUI" in result.scheme.reason
+    e5m2 = fp8pack.pack(tmp_path / "flux.safetensors", format="e5m2")
+    assert (e5m2.recipe["quant_method"], e5m2.output.name) == ("comfyui", "flux-fp8_e5m2_scaled.safetensors")
+    block = fp8pack.pack(tmp_path / "flux.safetensors", granularity="block:128x128")
+    assert block.recipe["quant_method"] == "fp8"
+    assert fp8pack.pack(tmp_path / "flux.safetensors", scheme="fp8-scaled").already_complete
 
 
 def test_the_manifest_is_its_own_proof(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
@@ -328,7 +349,7 @@ def test_a_group_with_a_nan_gets_no_scale_before_the_nan_is_mended(
     tensors[name] = mended.copy()
     tensors[name][50, 100] = np.nan
     source, asked = make_checkpoint(tensors), Request(granularity=parse_granularity("tensor"))
-    with pytest.raises(InputError, match="ignore"):
+    with pytest.raises(InputError, match="1 weight contains a NaN or infinity"):
         verbs.pack(source, asked, WriteOptions(tmp_path / "out"))
     save_file(tensors | {name: mended}, source / "model.safetensors", {"format": "pt"})
     facts = verbs.pack(source, asked, WriteOptions(tmp_path / "out"))

@@ -253,9 +253,9 @@ def test_a_single_file_gives_a_single_file(tmp_path: Path) -> None:
     before = (tmp_path / "x.safetensors").read_bytes()
     facts = fp8pack.unpack(tmp_path / "x.safetensors")
     output = Path(facts.output)
-    assert output == tmp_path / "x-bf16.safetensors"
+    assert output == tmp_path / "x-BF16.safetensors"
     check(read_tensors(output), deepseek())
-    assert {path.name for path in tmp_path.iterdir()} == {"x.safetensors", output.name, "x-bf16.fp8pack.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {"x.safetensors", output.name, "x-BF16.fp8pack.json"}
     assert (tmp_path / "x.safetensors").read_bytes() == before
     assert fp8pack.unpack(tmp_path / "x.safetensors").already_complete
 

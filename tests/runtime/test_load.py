@@ -90,7 +90,7 @@ def test_parts_in_two_shards_are_joined_by_a_copy(make_checkpoint: MakeCheckpoin
 def test_a_single_file_loads_by_its_own_path(tmp_path: Path) -> None:
     save_file(llama_tensors(), tmp_path / "x.safetensors")
     fp8pack.pack(tmp_path / "x.safetensors")
-    loaded = fp8pack.load_packed(tmp_path / "x-fp8.safetensors")
+    loaded = fp8pack.load_packed(tmp_path / "x-FP8-block.safetensors")
     assert isinstance(loaded["model.layers.0.mlp.up_proj.weight"], fp8pack.PackedTensor)
 
 
