@@ -79,7 +79,8 @@ if not TYPE_CHECKING:  # a checker knows the names above, and no others
         if name in _HOME:
             if _HOME[name] != "fp8pack.errors":
                 import_module("fp8pack.machine").check_system()
-            return getattr(import_module(_HOME[name]), name)
+            with import_module("fp8pack.quiet").quiet_imports():
+                return getattr(import_module(_HOME[name]), name)
         raise AttributeError(f"module 'fp8pack' has no attribute {name!r}")
 
 

@@ -106,6 +106,14 @@ def parse_duration(name: str, value: object) -> float:
     return seconds
 
 
+def parse_device(value: object, kinds: Sequence[str]) -> str:
+    """Return the name of a device, in lower case; cuda may have an index: `cuda:1`."""
+    text = str(value).strip().lower()
+    if text not in kinds and not ("cuda" in kinds and re.fullmatch(r"cuda:\d+", text)):
+        raise unknown("device", value, [kind for kind in kinds if ":" not in kind])
+    return text
+
+
 def unknown(name: str, value: object, choices: Sequence[str]) -> RecipeError:
     """Return the error of a value that is none of the choices, with the nearest one and all of them."""
     near = get_close_matches(value.lower(), [choice.lower() for choice in choices], 1) if isinstance(value, str) else []

@@ -11,6 +11,7 @@ FLOORS = {
     "inputs": 0,
     "documents": 0,
     "machine": 0,
+    "quiet": 0,
     "numerics": 1,
     "modelfacts": 2,
     "engines": 3,

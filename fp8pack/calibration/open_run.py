@@ -1,7 +1,6 @@
 """Everything that is decided before the first token is run."""
 
 import os
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,12 +123,8 @@ def open_run(model: Path, options: CalibrateOptions) -> Run:
     )
 
 
-def _device(text: str) -> torch.device:
-    if text == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not re.fullmatch(r"(cpu|cuda)(:\d+)?", text):
-        raise RecipeError(f"--device {text!r} is not known: choose auto, cpu or cuda")
-    return find_device(text)
+def _device(name: str) -> torch.device:
+    return find_device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
 
 
 def _count_notes(count: int, loaded: int, options: CalibrateOptions) -> list[str]:

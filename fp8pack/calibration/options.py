@@ -9,6 +9,7 @@ from fp8pack.inputs import (
     Texts,
     parse_choice,
     parse_count,
+    parse_device,
     parse_duration,
     parse_path,
     parse_switch,
@@ -17,6 +18,7 @@ from fp8pack.inputs import (
 from fp8pack.modelrun.prompts import BUILT_IN
 
 FEWEST_PROMPTS, DEFAULT_PROMPTS, MOST_PROMPTS = 128, 256, 512
+DEVICES = ("auto", "cpu", "cuda")
 STREAM_LAYERS = ("auto", "on", "off")
 
 
@@ -71,7 +73,7 @@ class CalibrateOptions:
         put("all_experts", parse_switch("all_experts", all_experts))
         put("until_converged", parse_switch("until_converged", until_converged))
         put("stream_layers", parse_choice("stream_layers", stream_layers, STREAM_LAYERS))
-        put("device", str(device).strip().lower())
+        put("device", parse_device(device, DEVICES))
         put("trust_remote_code", parse_switch("trust_remote_code", trust_remote_code))
         put("resume", parse_switch("resume", resume))
         put("overwrite", parse_switch("overwrite", overwrite))

@@ -8,6 +8,7 @@ import typer
 
 from fp8pack.cli import options
 from fp8pack.cli.output import emit, emit_document, say
+from fp8pack.quiet import quiet_imports
 
 
 def _prompts(*flags: str, help: str, metavar: str) -> Any:
@@ -91,7 +92,8 @@ def calibrate(
     typed = {name: value for name, value in typed.items() if value is not None}
     CalibrateOptions(**typed)  # a wrong value is refused before torch is imported
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # torch's threads spin, and starve all others on a shared machine
-    from fp8pack.calibration.calibrate import calibrate as run  # imports torch and transformers, which take seconds
+    with quiet_imports():
+        from fp8pack.calibration.calibrate import calibrate as run  # imports torch and transformers: seconds
     from fp8pack.report.calibration import summary_lines
     from fp8pack.report.progress import CALIBRATING, print_above, showing_progress
 

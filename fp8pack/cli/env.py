@@ -7,6 +7,7 @@ import typer
 
 from fp8pack.cli import options
 from fp8pack.cli.output import emit, emit_document, printing
+from fp8pack.quiet import quiet_imports
 
 _INCLUDE = Path(__file__).parents[1] / "_data" / "include"
 
@@ -26,7 +27,9 @@ def env(
         emit(str(_INCLUDE))
         return
     from fp8pack.report.environment import print_environment
-    from fp8pack.runtime.environment import environment  # imports torch, which --help must not wait for
+
+    with quiet_imports():
+        from fp8pack.runtime.environment import environment  # imports torch, which --help must not wait for
 
     found = environment()
     if as_json:

@@ -9,6 +9,7 @@ from fp8pack.inputs import (
     Size,
     Texts,
     parse_count,
+    parse_device,
     parse_duration,
     parse_path,
     parse_size,
@@ -18,6 +19,7 @@ from fp8pack.inputs import (
 
 DEFAULT_MEMORY = "256MiB"
 MAX_WORKERS = 4096
+_DEVICES = ("cpu", "cuda", "torch:cpu")
 
 
 @dataclass(frozen=True, slots=True, init=False)
@@ -59,7 +61,7 @@ class WriteOptions:
         put("workers", None if workers is None else parse_count("workers", workers, least=1, most=MAX_WORKERS))
         put("max_memory", parse_size("max_memory", DEFAULT_MEMORY if max_memory is None else max_memory))
         put("max_shard_size", None if max_shard_size is None else parse_size("max_shard_size", max_shard_size))
-        put("device", str(device).strip().lower())
+        put("device", parse_device(device, _DEVICES))
         put("copy", parse_texts("copy", copy))
         put("resume", parse_switch("resume", resume))
         put("overwrite", parse_switch("overwrite", overwrite))

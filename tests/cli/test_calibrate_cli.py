@@ -135,6 +135,24 @@ def test_quiet_says_nothing_but_the_path(fp8pack: Fp8Pack, prompts: Path, tmp_pa
     assert (ran.code, ran.stdout, ran.stderr) == (0, f"{tmp_path / 'd.safetensors'}\n", "")
 
 
+@pytest.mark.slow
+def test_nothing_of_other_packages_is_printed(prompts: Path, tmp_path: Path) -> None:
+    """Some warn when they are imported, torchao of its kernels, say: only a process of its own shows that."""
+    command = [
+        sys.executable,
+        "-m",
+        "fp8pack",
+        "calibrate",
+        DEMO,
+        "--prompts",
+        prompts,
+        "-o",
+        tmp_path / "c.safetensors",
+    ]
+    done = subprocess.run([*map(str, command), "-q"], capture_output=True, text=True, check=False, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_the_output_lies_beside_the_model_by_default(fp8pack: Fp8Pack, model: Path, prompts: Path) -> None:
     ran = fp8pack("calibrate", f"{model}/", "--prompts", prompts, "-q")
     assert (ran.code, ran.stdout) == (0, f"{model.parent / 'model-calibration.safetensors'}\n")
@@ -400,12 +418,12 @@ def test_code_of_a_tokenizer_is_not_run(
     [
         (["nowhere"], 3, "does not exist"),
         (["org/absent"], 3, "hf download org/absent"),
-        ([str(DEMO / "config.json")], 3, "no .safetensors file"),
+        ([str(DEMO / "config.json")], 3, "not a .safetensors file"),
         ([str(next(DEMO.glob("*.safetensors")))], 3, "no config.json"),
         ([str(DEMO), "--prompts", "org/absent"], 3, "hf download --repo-type dataset org/absent"),
         ([str(DEMO), "--prompts", "absent.jsonl"], 3, "absent.jsonl"),
         ([str(DEMO), "-o", str(DEMO / "c.safetensors")], 4, "is inside the source"),
-        ([str(DEMO), "-o", "/nowhere/c.safetensors"], 5, "no directory"),
+        ([str(DEMO), "-o", "/nowhere/c.safetensors"], 5, "not a directory"),
     ],
 )
 def test_what_is_not_there_is_refused_with_a_sentence(

@@ -294,7 +294,7 @@ def test_overwrite_leaves_a_directory_alone_that_is_no_checkpoint(small_bench: A
     (small_bench.output / "letters.txt").write_text("dear")
     refused = small_bench.run("--overwrite")
     assert refused.code == 4
-    small_bench.check_message(refused, "no checkpoint")
+    small_bench.check_message(refused, "not a checkpoint")
     assert [path.name for path in small_bench.output.iterdir()] == ["letters.txt"]
 
 

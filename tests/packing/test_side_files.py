@@ -109,7 +109,7 @@ def test_a_deadline_stops_a_copy_and_the_same_call_continues(
     with monkeypatch.context() as patched:
         patched.setattr(side_work, "_pieces", pieces)
         patched.setattr(Stop, "is_set", lambda stop: bool(over) or stop.event.is_set())
-        with pytest.raises(DeadlineError, match="the same command continues"):
+        with pytest.raises(DeadlineError, match="the deadline is reached"):
             run(model, tmp_path, workers=1)
     assert over == ["assets/large.bin.txt"]
     assert not (tmp_path / "out").exists()

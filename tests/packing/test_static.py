@@ -288,7 +288,7 @@ def test_a_mixture_of_experts_is_packed_whole(make_checkpoint: MakeCheckpoint, t
     ]
     facts = pack_static(source, tmp_path / "out", calibrate(source, sites=sites))
     assert facts.num_packed == 15
-    assert any("their peers" in text for text in facts.warnings)
+    assert any("the other experts of the layer" in text for text in facts.warnings)
     found = stored(tmp_path / "out")
     expected = {"gate_proj": [1.0, 2.0, 3.0, 3.0, 3.0], "down_proj": [16.0, 15.0, 16.0, 16.0, 16.0]}
     for i in range(5):
