@@ -275,7 +275,7 @@ def test_cuda_where_there_is_none_ends_with_1(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     flags = ("--prompts", prompts, "-o", tmp_path / "c.safetensors", "--device", "cuda")
     ran = fp8pack("calibrate", DEMO, *flags)
-    assert (ran.code, "torch sees no CUDA device here" in ran.message) == (1, True)
+    assert (ran.code, "torch finds no CUDA device" in ran.message) == (1, True)
 
 
 def test_a_merge_of_nothing_or_without_an_output_ends_with_2(fp8pack: Fp8Pack, tmp_path: Path) -> None:

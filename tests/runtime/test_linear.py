@@ -78,7 +78,7 @@ def test_what_does_not_fit_is_said(make_checkpoint: MakeCheckpoint, tmp_path: Pa
     with pytest.raises(ValueError, match="is several weights"):
         fp8pack.linear(torch.ones(2, 200), experts)
     for x in (torch.ones(2, 200).to(torch.float8_e4m3fn), torch.ones(2, 200, dtype=torch.int64)):
-        with pytest.raises(ValueError, match="bfloat16, float16 or float32"):
+        with pytest.raises(ValueError, match="bfloat16, float16 and float32"):
             fp8pack.FP8Linear(packed)(x)
     with pytest.raises(ValueError, match=r"out_dtype torch\.int8"):
         fp8pack.linear(torch.ones(2, 200), packed, out_dtype=torch.int8)
