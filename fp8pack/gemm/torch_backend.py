@@ -38,11 +38,8 @@ def torch_problem(scheme: GemmScheme, facts: DeviceFacts) -> str | None:
         return f"torch has no GEMM with {scheme.granularity} scales"
     match facts.kind:
         case "cpu":
-            return (
-                None
-                if scheme.granularity in (TENSOR, CHANNEL)
-                else f"torch supports {scheme.granularity} scales only on GPUs"
-            )
+            supported = scheme.granularity in (TENSOR, CHANNEL)
+            return None if supported else f"torch supports {scheme.granularity} scales only on GPUs"
         case "cuda":
             return _problem_on_nvidia(scheme, facts)
         case "hip":

@@ -95,7 +95,7 @@ def _multiply(
             _readable(a), a_scale, _readable(b), b_scale, bias, out, m, n, k, a.stride(0), b.stride(0),
             *((0, 0) if a_scale is None else a_scale.stride()), *b_scale.stride(), widths[0], rows, widths[1],
             ALONG_K=min(widths) < _WHOLE,
-            OPERAND=tl.float32 if a.device.type == "cpu" else operand,  # the only type that Triton's interpreter multiplies
+            OPERAND=tl.float32 if a.device.type == "cpu" else operand,  # the only type of Triton's interpreter
             E5M2=b.dtype == torch.float8_e5m2,
             EVEN_K=k % step == 0,
             BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=step, GROUP_M=_GROUP_M,
