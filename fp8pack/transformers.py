@@ -74,7 +74,7 @@ class FP8PackQuantizer(HfQuantizer):
         packed = load_source(self._source, "meta")
         self._names = names_of(model, packed)
         parameters = dict(model.named_parameters())
-        held = install(model, packed, self._names)
+        installed = install(model, packed, self._names)
         modules = dict(model.named_modules())
         self._experts = {path: module for path, module in modules.items() if isinstance(module, FP8Experts)}
         within = {inner for experts in self._experts.values() for inner in experts.modules()}
@@ -85,11 +85,11 @@ class FP8PackQuantizer(HfQuantizer):
         for path in self._layers:
             _replace(model, path, _Awaited(parameters[f"{path}.weight"], parameters.get(f"{path}.bias")))
         self._dequantized = [key for key, _ in model.named_parameters() if self._is_packed(packed, key)]
-        hidden = {*held, *(parameters.keys() - dict(model.named_parameters()).keys())}
+        hidden = {*installed, *(parameters.keys() - dict(model.named_parameters()).keys())}
         patterns = {f"^{re.sub(r'[0-9]+', '[0-9]+', re.escape(name))}$" for name in hidden} | {_SCALES}
         model._keys_to_ignore_on_load_unexpected = patterns.union(model._keys_to_ignore_on_load_unexpected or ())
         dequantized = (name for key in self._dequantized for name in self._names.of_parameter(key))
-        self._tensors = sorted({name for name in (*held, *dequantized) if name in packed})
+        self._tensors = sorted({name for name in (*installed, *dequantized) if name in packed})
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         packed: Any = load_source(self._source, self._device, tensors=self._tensors)

@@ -20,13 +20,13 @@ def env(
 ) -> None:
     """Show versions, devices, and which backend runs FP8 GEMMs.
 
-    Each backend is verified with a small GEMM before it counts.
+    Each backend is verified with a small GEMM.
     """
     if include_dir:
         emit(str(_INCLUDE))
         return
     from fp8pack.report.environment import print_environment
-    from fp8pack.runtime.environment import environment  # imports torch, which --help must not wait for
+    from fp8pack.runtime.environment import environment  # imports torch, not needed for --help
 
     found = environment()
     if as_json:

@@ -33,13 +33,13 @@ _RECIPES = {
 def torch_problem(scheme: GemmScheme, facts: DeviceFacts) -> str | None:
     """Return why torch has no GEMM for a scheme on a device, None if it should have one."""
     if scheme.activation is None:
-        return "torch has no GEMM for FP8 weights with BF16 activations"
+        return "no GEMM of FP8 weights with BF16 activations"
     if scheme.granularity not in _RECIPES:
-        return f"torch has no GEMM with {scheme.granularity} scales"
+        return f"no GEMM with {scheme.granularity} scales"
     match facts.kind:
         case "cpu":
             supported = scheme.granularity in (TENSOR, CHANNEL)
-            return None if supported else f"torch supports {scheme.granularity} scales only on GPUs"
+            return None if supported else f"no GEMM with {scheme.granularity} scales on CPUs"
         case "cuda":
             return _problem_on_nvidia(scheme, facts)
         case "hip":

@@ -168,7 +168,7 @@ def _check(expected: Mapping[str, Expected], digests: Digests) -> None:
 
 
 def _checked(device: torch.device, verify: bool, workers: int | None) -> torch.device:
-    """The device, after a check of what is asked of it."""
+    """The device, after a check of `verify` and `workers`."""
     if workers is not None and workers < 1:
         raise RecipeError(f"workers is {workers}, and must be at least 1")
     if device.type == "meta" and verify:

@@ -72,23 +72,23 @@ def install(model: PreTrainedModel, packed: PackedCheckpoint, names: Names) -> s
     Raises:
         InputError: the class does not merge experts that the checkpoint stores one by one.
     """
-    held: set[str] = set()
+    installed: set[str] = set()
     for path, module in list(model.named_modules()):
         if isinstance(module, nn.Linear):
-            held |= set() if _stays_wide(model, path) else _install_linear(model, path, module, packed, names)
+            installed |= set() if _needs_float32(model, path) else _install_linear(model, path, module, packed, names)
         elif is_experts(module):
-            held |= _install_experts(path, module, packed, names)
+            installed |= _install_experts(path, module, packed, names)
             _check_experts(model, path, module, names)
     if any(isinstance(module, FP8Experts) for module in model.modules()):
         model.set_experts_implementation("eager")  # the one that indexes experts one at a time
     vars(model)["kv_scales"] = packed.kv_scales
-    return held
+    return installed
 
 
-def _stays_wide(model: PreTrainedModel, path: str) -> bool:
+def _needs_float32(model: PreTrainedModel, path: str) -> bool:
     """Whether the class needs a linear in float32: such code reads the weight's dtype, as T5's does for `wo`."""
-    kept = [*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())]
-    return any(re.search(rf"(^|\.){name}($|\.)", path) for name in kept)
+    names = [*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())]
+    return any(re.search(rf"(^|\.){name}($|\.)", path) for name in names)
 
 
 def _check_experts(model: nn.Module, path: str, experts: nn.Module, names: Names) -> None:
@@ -117,9 +117,9 @@ def _install_linear(model: nn.Module, path: str, linear: nn.Linear, packed: Pack
 
 def _install_experts(path: str, module: nn.Module, packed: PackedCheckpoint, names: Names) -> set[str]:
     """Experts [E, N, K]; those that are stored transposed, or used in another way, are not replaced."""
-    held: set[str] = set()
+    installed: set[str] = set()
     if getattr(module, "is_transposed"):  # noqa: B009  (a mark of transformers' decorator, no attribute of nn.Module)
-        return held
+        return installed
     for leaf, parameter in list(module.named_parameters(recurse=False)):
         if parameter.ndim != 3:
             continue
@@ -127,8 +127,8 @@ def _install_experts(path: str, module: nn.Module, packed: PackedCheckpoint, nam
         if len(experts) == parameter.shape[0]:
             delattr(module, leaf)
             setattr(module, leaf, FP8Experts([[FP8Linear(part) for part in parts] for parts in experts]))
-            held |= set(names.of_parameter(f"{path}.{leaf}"))
-    return held
+            installed |= set(names.of_parameter(f"{path}.{leaf}"))
+    return installed
 
 
 def _experts_of(
