@@ -56,7 +56,7 @@ def calibrate(
     on_progress: called with (tokens done, tokens in all). on_note: called with one line of text.
 
     Raises:
-        RecipeError: an option is out of range, or contradicts another or the model.
+        RecipeError: an option is out of range, conflicts with another, or does not fit the model.
         InputError: the checkpoint, its tokenizer or the prompts are refused.
         OutputError: the output exists, is being written, or has an unfinished calibration of another model or options.
         SpaceError: no space left, or not writable. DeadlineError: the deadline was reached. The same call continues.

@@ -34,8 +34,8 @@ def load_model(
     """Return the transformers model of a packed checkpoint, ready for `generate()`.
 
     Packed linears and experts run in FP8 (`FP8Linear`, `FP8Experts`), everything else in BF16. An FP8 weight that the
-    class uses in another way is dequantized; `report_fp8` counts them. `model.kv_scales` are the scales of K and V by
-    attention module. verify, workers: as in `load_packed`. trust_remote_code: allow custom modeling code from the
+    class uses in another way is dequantized; `report_fp8` counts them. `model.kv_scales` are the scales of K and V, as
+    in PackedCheckpoint. verify, workers: as in `load_packed`. trust_remote_code: allow custom modeling code from the
     checkpoint.
     Raises:
         InputError: as `load_packed` does; or transformers does not know the architecture, or it needs custom modeling
