@@ -1,7 +1,7 @@
 """`import fp8pack.transformers` lets transformers load checkpoints whose `quant_method` is `fp8pack`.
 
-`AutoModelForCausalLM.from_pretrained` then gives a model whose linears and experts run in FP8. Without it, transformers
-would not know the method, and would load the bytes of weights without their scales.
+`AutoModelForCausalLM.from_pretrained` then returns a model whose linears and experts run in FP8. Without the import,
+transformers does not know the method and loads the bytes of weights without their scales.
 """
 
 import re
@@ -31,35 +31,35 @@ from fp8pack.runtime.packed_checkpoint import PackedCheckpoint
 from fp8pack.runtime.packed_tensor import PackedTensor
 
 METHOD = "fp8pack"
-_SCALES = r"_scale_inv$|\.(input|k|v)_scale$"  # under whatever name transformers gives their weight
+_SCALES = r"_scale_inv$|\.(input|k|v)_scale$"  # whatever name transformers gives their weight
 
 
 @register_quantization_config(METHOD)
 class FP8PackConfig(QuantizationConfigMixin):
-    """The `quantization_config` of a checkpoint; what it says is read from the files themselves."""
+    """The `quantization_config` of a checkpoint; its entries are ignored, since the files say the same."""
 
     def __init__(self, quant_method: str = METHOD, **entries: Any) -> None:
         self.quant_method: Any = quant_method
         self.entries = entries
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the entries as config.json has them."""
+        """Return the entries for config.json."""
         return {"quant_method": self.quant_method, **self.entries}
 
 
 @register_quantizer(METHOD)
 class FP8PackQuantizer(HfQuantizer):
-    """Leaves the packed layers of a model to `load_packed`, everything else to transformers."""
+    """Loads the packed layers of a model with `load_packed`; transformers loads everything else."""
 
     requires_calibration = False
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        """Raise InputError if a BF16 model is to be quantized: `fp8pack pack` does that."""
+        """Raise InputError if the model is to be quantized while it is loaded."""
         if not self.pre_quantized:
-            raise InputError("this checkpoint is not packed: `fp8pack pack` packs it")
+            raise InputError("the checkpoint has no FP8 weight", "`fp8pack pack` makes an FP8 checkpoint of it")
 
     def update_device_map(self, device_map: Any) -> Any:
-        """Return one device where transformers was left to choose: the GPU, if there is one."""
+        """Return one device if transformers is to choose: the GPU, if there is one."""
         if isinstance(device_map, str) and device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
             return {"": torch.device("cuda" if torch.cuda.is_available() else "cpu")}
         return device_map
@@ -68,13 +68,13 @@ class FP8PackQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, device_map: Any = None, **kwargs: Any
     ) -> None:
         if not checkpoint_files:
-            raise InputError("transformers named no files to load from")
+            raise InputError("transformers passed no checkpoint files", "give from_pretrained() a directory")
         self._source = open_checkpoint(Path(checkpoint_files[0]).parent)
         self._device = _only_device(device_map)
         packed = load_source(self._source, "meta")
         self._names = names_of(model, packed)
         parameters = dict(model.named_parameters())
-        held = install(model, packed, self._names)
+        installed = install(model, packed, self._names)
         modules = dict(model.named_modules())
         self._experts = {path: module for path, module in modules.items() if isinstance(module, FP8Experts)}
         within = {inner for experts in self._experts.values() for inner in experts.modules()}
@@ -85,11 +85,11 @@ class FP8PackQuantizer(HfQuantizer):
         for path in self._layers:
             _replace(model, path, _Awaited(parameters[f"{path}.weight"], parameters.get(f"{path}.bias")))
         self._dequantized = [key for key, _ in model.named_parameters() if self._is_packed(packed, key)]
-        hidden = {*held, *(parameters.keys() - dict(model.named_parameters()).keys())}
+        hidden = {*installed, *(parameters.keys() - dict(model.named_parameters()).keys())}
         patterns = {f"^{re.sub(r'[0-9]+', '[0-9]+', re.escape(name))}$" for name in hidden} | {_SCALES}
         model._keys_to_ignore_on_load_unexpected = patterns.union(model._keys_to_ignore_on_load_unexpected or ())
         dequantized = (name for key in self._dequantized for name in self._names.of_parameter(key))
-        self._tensors = sorted({name for name in (*held, *dequantized) if name in packed})
+        self._tensors = sorted({name for name in (*installed, *dequantized) if name in packed})
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         packed: Any = load_source(self._source, self._device, tensors=self._tensors)
@@ -99,7 +99,7 @@ class FP8PackQuantizer(HfQuantizer):
         for path, experts in self._experts.items():
             layers = ([FP8Linear(packed[part.name]) for part in parts] for parts in experts.parts())
             _replace(model, path, FP8Experts(list(layers)))
-        # over what transformers made of them: FP8 bytes, taken as values
+        # overwrites transformers' result, which is FP8 bytes cast to numbers
         load_parameters(model, self._names, self._dequantized, lambda name: plain(packed[name]), self._device)
         return model
 
@@ -107,7 +107,7 @@ class FP8PackQuantizer(HfQuantizer):
         return any(isinstance(packed.get(name), PackedTensor) for name in self._names.of_parameter(parameter))
 
     def is_serializable(self) -> bool:
-        """No: the packed checkpoint is there already."""
+        """No: the packed checkpoint exists already."""
         return False
 
     @property
@@ -117,7 +117,7 @@ class FP8PackQuantizer(HfQuantizer):
 
 
 class _Awaited(nn.Module):
-    """What stands for a layer while transformers loads the rest: tensors that its own initialization may write to."""
+    """The placeholder of a layer while transformers loads the rest: tensors that its initialization may write to."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
@@ -129,13 +129,16 @@ class _Awaited(nn.Module):
 def _only_device(device_map: Any) -> torch.device:
     names = {str(device) for device in (device_map or {"": "cpu"}).values()}
     if len(names) > 1 or names & {"disk", "meta"}:
-        raise InputError(f"fp8pack loads a model to one device, not to {', '.join(sorted(names))}: name one")
+        raise InputError(
+            f"device_map has {', '.join(sorted(names))}, and fp8pack loads a model to one CPU or GPU",
+            "device_map='cpu' or device_map='cuda'",
+        )
     name = names.pop()
     return find_device(f"cuda:{name}" if name.isdecimal() else name)
 
 
 def _replace(model: nn.Module, path: str, value: nn.Module | Tensor) -> None:
-    """Put a module, or a tensor that is no parameter, in the place of a module or of such a tensor."""
+    """Replace a module, or a tensor that is no parameter, with another."""
     parent, _, leaf = path.rpartition(".")
     module = model.get_submodule(parent)
     delattr(module, leaf)

@@ -9,7 +9,7 @@ import pytest
 from fp8pack import errors
 
 PACKAGE = Path(__file__).parents[1] / "fp8pack"
-NOT_YET = ("gemm", "modelrun", "calibration", "runtime", "reading", "report", "cli", "transformers")
+NOT_YET = ("modelrun/prompts.py", "reading/", "report/")
 ERRORS = {name for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, Exception)}
 
 
@@ -23,8 +23,9 @@ def sentences(tree: ast.AST) -> Iterator[tuple[int, str]]:
 
 def files() -> list[Path]:
     """Every file of the package whose room is done."""
-    found = {path: path.relative_to(PACKAGE).with_suffix("").parts[0] for path in PACKAGE.rglob("*.py")}
-    return sorted(path for path, room in found.items() if room not in NOT_YET)
+    return sorted(
+        path for path in PACKAGE.rglob("*.py") if not path.relative_to(PACKAGE).as_posix().startswith(NOT_YET)
+    )
 
 
 @pytest.mark.parametrize("path", files(), ids=lambda path: str(path.relative_to(PACKAGE)))

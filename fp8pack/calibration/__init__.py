@@ -1,1 +1,1 @@
-"""Calibration: BF16 runs of a model over prompts, and the statistics of its activations that they leave."""
+"""Calibration: BF16 runs of a model over prompts, and the statistics of its activations."""

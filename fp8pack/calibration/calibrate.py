@@ -1,4 +1,4 @@
-"""`calibrate`: a checkpoint and prompts in, a calibration file out."""
+"""`calibrate`: makes a calibration file from a checkpoint and prompts."""
 
 import resource
 import time
@@ -47,20 +47,22 @@ def calibrate(
     """Run a checkpoint in BF16 over prompts and write statistics of its activations.
 
     model: a directory, or the id of a repository in the hub cache. output: by default MODEL-calibration.safetensors.
-    prompts: built-in, files (JSONL, Parquet, CSV, text) or data sets in the hub cache; taken from each in turn.
-    text_column: the column that has the text or the conversation; by default the first known one.
-    num_prompts: 128 to 512 are usual. max_length: tokens of a prompt; by default the model's limit, at most 2048.
-    batch_size: prompts in a call. all_experts: also run every token through every expert. until_converged: stop when no
-        amax has grown by more than 1 % over 64 prompts. stream_layers: on, off or auto: one layer in memory at a time.
+    prompts: built-in, files (JSONL, Parquet, CSV, text) or data sets in the hub cache; mixed in turn.
+    text_column: the column with the text or the conversation; by default the first known one.
+    num_prompts: use 128 to 512. max_length: tokens per prompt; by default the model's limit, at most 2048.
+    batch_size: prompts per forward pass. all_experts: also run every token through every expert. until_converged: stop
+        when no amax has grown by more than 1 % over 64 prompts. stream_layers: keep one layer in memory at a time: on,
+        off, or auto, if the weights exceed half of the free memory.
     device: auto, cpu or cuda. trust_remote_code: allow custom modeling code from the checkpoint.
-    resume: continue unfinished work. deadline: such as "50m"; the same call continues.
-    on_progress: is told (tokens done, tokens in all). on_note: is told a line at a time.
+    resume: continue unfinished work. overwrite: replace an existing output. deadline: such as "50m".
+    on_progress: called with (tokens done, tokens in all). on_note: called with one line of text.
 
     Raises:
-        RecipeError: an option cannot be carried out.
+        RecipeError: an option is out of range, conflicts with another, or does not fit the model.
         InputError: the checkpoint, its tokenizer or the prompts are refused.
-        OutputError: the output exists, is being written, or holds an unfinished calibration of something else.
-        SpaceError, DeadlineError: finished work is kept, and the same call continues.
+        OutputError: the output exists, is being written, or has an unfinished calibration of another model or options.
+        SpaceError: no space left, or not writable. DeadlineError: the deadline was reached. The same call continues.
+        DeviceError: torch finds no such device.
     """
     options = CalibrateOptions(
         output=output,
@@ -84,7 +86,7 @@ def calibrate(
 def run_calibration(
     model: Path, options: CalibrateOptions, on_progress: OnProgress = ignore_progress, on_note: OnNote = ignore_note
 ) -> CalibrationSummary:
-    """Calibrate with options that were made already; raises as `calibrate` does."""
+    """Calibrate with checked options; raises as `calibrate` does."""
     with quiet_transformers(), torch.no_grad():
         return _calibrate(model, options, on_progress, on_note)
 
@@ -103,7 +105,7 @@ def _calibrate(model: Path, options: CalibrateOptions, on_progress: OnProgress, 
             if calibration is not None:
                 already_complete = True
                 with writing(staging.journal):
-                    staging.journal.unlink(missing_ok=True)  # left by a run that was cut off after its commit
+                    staging.journal.unlink(missing_ok=True)  # of a run that was killed after its commit
             else:
                 deadline = None if options.deadline is None else started + options.deadline
                 calibration = _carry_out(run, staging, Progress(run, deadline, on_progress, on_note))
@@ -120,7 +122,7 @@ def _calibrate(model: Path, options: CalibrateOptions, on_progress: OnProgress, 
 
 
 def _finished(run: Run) -> Calibration | None:
-    """The output, if it is there and is what this command would write."""
+    """The output, if it exists and is complete for these options."""
     if run.options.overwrite or not run.output.exists():
         return None
     try:
@@ -136,16 +138,16 @@ def _finished(run: Run) -> Calibration | None:
         )
     )
     if found is None or not complete or (found.fingerprint, found.options) != (run.source.fingerprint, run.decisive):
-        raise OutputError(f"{run.output} exists: choose another -o, or --overwrite replaces it")
+        raise OutputError(f"{run.output} exists", "choose another -o, or --overwrite replaces it")
     return found
 
 
 def _carry_out(run: Run, staging: Staging, progress: Progress) -> Calibration:
-    """Run what is not done yet, and make the file the output."""
+    """Run the unfinished part, and rename the file to the output."""
     journal, result = CalibrationJournal(staging.journal), staging.content / run.output.name
     if not journal.resume(run.head, throw_away=not run.options.resume):
         staging.clear_content()
-    if result.exists():  # an earlier run came as far as its commit
+    if result.exists():  # an earlier run ended before its commit
         calibration = read_calibration(result)
     else:
         calibration = _run(run, staging, journal, progress)
@@ -167,8 +169,9 @@ def _run(run: Run, staging: Staging, journal: CalibrationJournal, progress: Prog
         return calibration
     if journal.done == done:
         raise DeadlineError(
-            "the deadline came before a layer was finished; the same command continues, but give it more time than this"
+            "the deadline is reached before a layer was finished, so nothing was saved",
+            "allow more time with --deadline",
         )
     raise DeadlineError(
-        f"the deadline is reached with {progress.done} of {progress.total} tokens done; the same command continues"
+        f"the deadline is reached with {progress.done} of {progress.total} tokens done", "the same command continues"
     )

@@ -1,4 +1,4 @@
-"""What an unfinished calibration left behind, so that the same command goes on."""
+"""The journal of an unfinished calibration, with which the same command continues."""
 
 import json
 import os
@@ -13,22 +13,22 @@ _HEAD = {
     "fingerprint": "of another model",
     "prompts": "with other prompts",
     "options": "with other options",
-    "streamed": "whose --stream-layers was another: the opposite continues it",
+    "streamed": "with other layer streaming",
 }
 
 
 class CalibrationJournal:
-    """The journal of a calibration: what it is, then a line for each unit of work that is finished and on the disk."""
+    """The journal of a calibration: a head that identifies it, then a line for each finished unit of work on disk."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self.done = 0
 
     def resume(self, head: dict[str, Any], *, throw_away: bool) -> int:
-        """Return how many units are finished, after making sure that they belong to this calibration; 0 starts anew.
+        """Return the number of finished units of this calibration; 0 starts from the beginning.
 
         Raises:
-            OutputError: they belong to another model, or were made with other prompts or options.
+            OutputError: the journal is of another model, or of other prompts or options.
         """
         self.done = 0
         lines, whole = ([], 0) if throw_away else self._read()
@@ -40,26 +40,27 @@ class CalibrationJournal:
         for key, what in _HEAD.items():
             if lines[0].get(key) != head[key]:
                 changed = what if key != "options" else f"{what} ({_difference(lines[0].get(key), head[key])})"
-                raise OutputError(
-                    f"{self._path.parent} holds an unfinished calibration {changed}: --no-resume throws it away"
-                )
+                remedy = "--no-resume discards it"
+                if key == "streamed":
+                    remedy = f"--stream-layers {'on' if lines[0].get(key) else 'off'} continues it, {remedy}"
+                raise OutputError(f"{self._path.parent} has an unfinished calibration {changed}", remedy)
         with writing(self._path):
-            os.truncate(self._path, whole)  # so that more can follow a torn line
+            os.truncate(self._path, whole)  # remove an incomplete last line
         self.done = max((line["done"] for line in lines[1:]), default=0)
         return self.done
 
     def head(self) -> dict[str, Any]:
-        """Return what an unfinished calibration is, empty if there is none. It changes nothing: no lock is held."""
+        """Return the head of an unfinished calibration, empty if there is none. Reads only, without the lock."""
         lines, _ = self._read()
         return lines[0] if lines else {}
 
     def add(self, done: int) -> None:
-        """Note that so many units are finished."""
+        """Record the number of finished units."""
         self._append({"done": done})
         self.done = done
 
     def _read(self) -> tuple[list[dict[str, Any]], int]:
-        """The lines up to the first that is torn or malformed, and their bytes."""
+        """The lines before the first incomplete or malformed one, and their bytes."""
         try:
             text = self._path.read_bytes()
         except FileNotFoundError:

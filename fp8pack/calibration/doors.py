@@ -1,9 +1,9 @@
-"""What module hooks do not see in a transformers model: the experts of a layer, K after rotary, and V.
+"""Interception of activations that module hooks do not see in a transformers model: experts, K after rotary, and V.
 
-transformers asks two registries how to run experts and attention (`ExpertsInterface`, `AttentionInterface`). While a
-model is observed it asks for ours, which record and then compute what the model's own would: experts one at a time as
-in its eager implementation, attention through sdpa if the model had that, and else through its eager function. Another
-kernel, such as FlashAttention, is replaced by sdpa where the model supports it.
+transformers looks up how to run experts and attention in two registries (`ExpertsInterface`, `AttentionInterface`).
+While a model is observed it uses our functions, which record the activations and then compute the same as the model's
+own: experts one at a time as in its eager implementation, attention with sdpa if the model used it, else with its eager
+function. Another kernel, such as FlashAttention, is replaced by sdpa if the model supports it.
 """
 
 import warnings
@@ -31,33 +31,33 @@ from fp8pack.modelrun.transformers_internals import (
 
 
 class Recording(Protocol):
-    """What the doors need of an observation."""
+    """The part of an observation that interception needs."""
 
     @property
     def rows(self) -> Rows:
-        """Which prompt each row of the running call belongs to."""
+        """The prompt of each row of the running call."""
         ...
 
     @property
     def past(self) -> int | None:
-        """Tokens of a cache that the running call continues, None without a cache."""
+        """Tokens in the KV cache of the running call, None without a cache."""
         ...
 
     def wants(self, path: str) -> bool:
-        """Whether a module of this path in memory is observed."""
+        """Whether the module with this path in memory is observed."""
         ...
 
     @property
     def wants_all_experts(self) -> bool:
-        """Whether every token is to go through every expert as well."""
+        """Whether every token is also run through every expert."""
         ...
 
     def record(self, points: Sequence[str], value: Tensor, heads: int) -> None:
-        """Add a tensor [B, T, K], whose channels are those of so many heads."""
+        """Add a tensor [B, T, K] whose channels belong to this many heads."""
         ...
 
     def expect(self, points: Sequence[str], channels: int) -> None:
-        """Have a site of these points, even if nothing comes."""
+        """Create a site of these points, even if nothing is recorded."""
         ...
 
     def record_rows(self, points: Sequence[str], value: Tensor, rows: Rows, *, routed: bool) -> None:
@@ -65,10 +65,10 @@ class Recording(Protocol):
         ...
 
 
-def open_doors(model: Any, recording: Recording, names: Names, paths: dict[nn.Module, str], undo: ExitStack) -> None:
-    """Have attention and experts of a transformers model recorded until `undo` closes the doors again.
+def intercept(model: Any, recording: Recording, names: Names, paths: dict[nn.Module, str], undo: ExitStack) -> None:
+    """Record attention and experts of a transformers model until `undo` is closed.
 
-    paths: of every module, as `names` knows them.
+    paths: of every module, as in `names`.
     """
     before = implementations(model, "attn")
     ours: dict[str, str] = {}
@@ -88,13 +88,13 @@ def open_doors(model: Any, recording: Recording, names: Names, paths: dict[nn.Mo
 
 
 def _base(model: Any, original: str | None) -> str:
-    """What computes attention behind our door; all models have eager, with all that they add to it."""
+    """The attention implementation to compute with; every model has eager, with its own additions."""
     if original in ("sdpa", "eager", None):
         return original or "eager"
     if supports_sdpa(model):
         return "sdpa"
     warnings.warn(
-        f"{type(model).__name__} has no sdpa to stand in for {original}: its attention is eager while observed",
+        f"{type(model).__name__} does not support sdpa to replace {original}: eager attention is used while observed",
         UserWarning,
         stacklevel=2,
     )
@@ -109,7 +109,7 @@ def _attention(
     ) -> tuple[Tensor, Tensor | None]:
         place = names.of_place(paths[module])
         observed = (("k", key), ("v", value)) if recording.wants(paths[module]) else ()
-        for kind, states in observed:  # [B, heads, S, D], with a cache the new ones after those of the past
+        for kind, states in observed:  # [B, heads, S, D]; with a cache the new tokens come last
             first, length = recording.past, query.shape[2]
             new = states if first is None else states[:, :, min(first, states.shape[2] - length) :][:, :, :length]
             recording.record([f"{place}.{kind}"], new.transpose(1, 2).flatten(2), heads=new.shape[1])
@@ -122,7 +122,7 @@ def _attention(
 def _experts(recording: Recording, names: Names, paths: dict[nn.Module, str]) -> Callable[..., Tensor]:
     @cache
     def points(module: Any) -> tuple[list[list[str]], list[list[str]]]:
-        """What the points of each expert are: entering it, and entering its down projection."""
+        """The points of each expert: its input, and the input of its down projection."""
 
         def inputs(parameter: str) -> list[list[str]]:
             modules = names.of_experts(f"{paths[module]}.{parameter}", module.num_experts)
@@ -131,7 +131,7 @@ def _experts(recording: Recording, names: Names, paths: dict[nn.Module, str]) ->
         sides = inputs(_up_name(module)), inputs("down_proj")
         if recording.wants(paths[module]):
             for name, found in zip((_up_name(module), "down_proj"), sides, strict=True):
-                for each in found:  # also those that no token will ever reach
+                for each in found:  # also for experts without any token
                     recording.expect(each, getattr(module, name).shape[-2 if module.is_transposed else -1])
         return sides
 
@@ -143,14 +143,14 @@ def _experts(recording: Recording, names: Names, paths: dict[nn.Module, str]) ->
             slots, tokens = torch.where(mask[expert])
             if tokens.numel() == 0:
                 continue
-            entering = hidden_states[tokens]
-            inner = _up(module, entering, expert)
+            inputs_of_expert = hidden_states[tokens]
+            inner = _up(module, inputs_of_expert, expert)
             if recording.wants(paths[module]):
                 rows = recording.rows.take(tokens.cpu().numpy())
-                recording.record_rows(up[expert], entering, rows, routed=True)
+                recording.record_rows(up[expert], inputs_of_expert, rows, routed=True)
                 recording.record_rows(down[expert], inner, rows, routed=True)
-            leaving = _down(module, inner, expert) * top_k_weights[tokens, slots, None]
-            result.index_add_(0, tokens, leaving.to(result.dtype))
+            weighted = _down(module, inner, expert) * top_k_weights[tokens, slots, None]
+            result.index_add_(0, tokens, weighted.to(result.dtype))
         if recording.wants_all_experts and recording.wants(paths[module]):
             recording.record_rows(
                 [point for found in up for point in found], hidden_states, recording.rows, routed=False
@@ -168,16 +168,14 @@ def _up_name(module: Any) -> str:
 
 
 def _up(module: Any, value: Tensor, expert: int) -> Tensor:
-    product = _linear(module, _up_name(module), value, expert)
-    return activate_expert(module, product)
+    return activate_expert(module, _linear(module, _up_name(module), value, expert))
 
 
 def _down(module: Any, value: Tensor, expert: int) -> Tensor:
-    product = _linear(module, "down_proj", value, expert)
-    return norm_expert(module, product)
+    return norm_expert(module, _linear(module, "down_proj", value, expert))
 
 
 def _linear(module: Any, name: str, value: Tensor, expert: int) -> Tensor:
     weight = getattr(module, name)[expert]
-    product = nn.functional.linear(value, weight.T if module.is_transposed else weight)
-    return product + getattr(module, f"{name}_bias")[expert] if module.has_bias else product
+    out = nn.functional.linear(value, weight.T if module.is_transposed else weight)
+    return out + getattr(module, f"{name}_bias")[expert] if module.has_bias else out

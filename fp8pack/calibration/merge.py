@@ -1,4 +1,4 @@
-"""`merge`: several calibrations of one model as one."""
+"""`merge`: joins calibration files of one model."""
 
 import os
 from collections.abc import Iterable, Sequence
@@ -21,13 +21,13 @@ Paths = str | Path | Iterable[str | Path]
 def merge(calibrations: Paths, output: str | Path, *, overwrite: bool = False) -> CalibrationSummary:
     """Write the union of calibration files of one model.
 
-    Prompts stand in the order of the files. amax, histograms and counts are exact in any order; sums of squares agree
+    Prompts are in the order of the files. amax, histograms and counts are exact in any order; sums of squares agree
     to 1e-12 of their value.
 
     Raises:
-        InputError: a file is no calibration, they are of two models or were made with different options, or two of
-            them hold the same prompt.
-        OutputError: the output exists. RecipeError: the output is no .safetensors file.
+        InputError: a file is not a calibration file, two files are of different models or options, or contain the same
+            prompt.
+        OutputError: the output exists. RecipeError: the output is not a .safetensors file.
     """
     files = [calibrations] if isinstance(calibrations, str | Path) else list(calibrations)
     paths = [parse_path("calibrations", file) for file in files]
@@ -58,7 +58,9 @@ def join(calibrations: Sequence[tuple[str, Calibration]]) -> Calibration:
             raise InputError(f"{other_name} was made with other options than {name}: {', '.join(keys)[:200]!r} differ")
         for digest in other.prompts:
             if digest in seen:
-                raise InputError(f"{other_name} and {seen[digest]} share prompt {digest[:19]}…: merge each prompt once")
+                raise InputError(
+                    f"{other_name} and {seen[digest]} contain the same prompt {digest[:19]}…", "merge each prompt once"
+                )
         seen.update(dict.fromkeys(other.prompts, other_name))
     found = [calibration for _, calibration in calibrations]
     counts = [len(calibration.prompts) for calibration in found]
@@ -73,7 +75,7 @@ def join(calibrations: Sequence[tuple[str, Calibration]]) -> Calibration:
 
 
 def _join_sites(found: list[tuple[Site, ...]], counts: list[int]) -> tuple[Site, ...]:
-    """A site that only some have, as of an expert that others never routed to, saw nothing in the others' prompts."""
+    """Join the sites by name; a site that a file lacks, as of an expert without tokens, has zeros for its prompts."""
     by_name: dict[str, list[Site | None]] = {}
     for i, sites in enumerate(found):
         for site in sites:
@@ -87,8 +89,8 @@ def _join(parts: list[Site | None], counts: list[int]) -> Site:
     for site in sites[1:]:
         if site.points != first.points or site.channel_amax.shape != first.channel_amax.shape:
             raise InputError(
-                f"{first.points[0]} shares its input with other modules in one of them than in another: observe both "
-                "alike, with torch.no_grad() rather than inference_mode()"
+                f"{first.points[0]} shares its input with different modules, or has different channels, in the files",
+                "observe both with torch.no_grad() instead of torch.inference_mode()",
             )
     bins = np.unique(np.concatenate([site.bins for site in sites]))
     histogram = np.zeros(bins.size, np.int64)

@@ -1,8 +1,7 @@
-"""`observe`: statistics of what passes through a model, recorded by hooks while somebody runs it.
+"""`observe`: activation statistics of a model, recorded while it runs.
 
-What enters each linear and what leaves each norm is seen by module hooks. What enters the experts of a layer, and K
-after rotary and V, is not: transformers is given an experts implementation and an attention function that record and
-then do what the model's own would have done.
+Module hooks record the input of each linear and the output of each norm. The inputs of experts, K after rotary, and V
+are recorded by functions that replace transformers' experts implementation and attention (doors.py).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -34,14 +33,17 @@ def observe(model: nn.Module, names: Mapping[str, str | Sequence[str]] | None = 
 
     Any nn.Module can be observed, in any dtype (values are rounded to BF16), on any device. Each sequence of each call
     of the model itself is a prompt: a row of [B, T] token ids, or of [B, T, K] or [B, C, H, W] values; [T, K] is one.
-    Padding that an `attention_mask` announces is left out. Rows that are no tokens, as of images, belong to all prompts
-    of their call. A tensor that enters a module twice in a call counts once.
+    Padding in an `attention_mask` is skipped. Rows that are not tokens, as of images, count for all prompts of their
+    call. A tensor that is input of a module twice in a call counts once.
 
-    names: from parameters in memory to the checkpoint's tensors, where they differ; models of transformers need none.
+    names: parameters in memory -> the checkpoint's tensors, if they differ; not needed for transformers models.
+
+    Raises:
+        InputError: `names` has a parameter that the model does not have.
     """
     if names is not None:
         if unknown := names.keys() - model.state_dict().keys():
-            raise InputError(f"names: the model has no parameter {min(unknown)!r}")
+            raise InputError(f"the model has no parameter {min(unknown)!r}, which is in `names`")
         given = {name: [tensor] if isinstance(tensor, str) else tensor for name, tensor in names.items()}
         return Observation(model, Names(given))
     tensors: dict[str, tuple[str, ...]] = {name: (name,) for name in model.state_dict()}
@@ -54,9 +56,9 @@ def observe(model: nn.Module, names: Mapping[str, str | Sequence[str]] | None = 
 
 @dataclass(slots=True)
 class _Batch:
-    """The sequences of one call: [B, T] tokens, or [B] of something else.
+    """The sequences of one call: [B, T] tokens, or [B] of other inputs.
 
-    past: tokens of a cache that the call continues, None without one.
+    past: tokens in the KV cache of the call, None without one.
     """
 
     shape: tuple[int, ...]
@@ -76,7 +78,7 @@ class Observation:
         all_experts: bool = False,
         wants: Callable[[str], bool] = lambda path: True,
     ) -> None:
-        """Observe the modules whose path in memory `wants` says yes to."""
+        """Observe the modules whose path in memory `wants` accepts."""
         self.prompts: list[str] = []
         self._repeats: dict[str, int] = {}
         self._num_tokens = 0
@@ -89,7 +91,7 @@ class Observation:
         self._threads = Threads(1)
 
     def __enter__(self) -> "Observation":
-        self._threads = Threads(max(1, torch.get_num_threads() // 2))  # torch's own go on spinning for a while
+        self._threads = Threads(max(1, torch.get_num_threads() // 2))  # torch's own threads keep spinning for a while
         try:
             self._attach()
         except BaseException:
@@ -106,24 +108,28 @@ class Observation:
         self._threads.close()
 
     def calibration(self, fingerprint: str = "", options: Mapping[str, Any] | None = None) -> Calibration:
-        """Return what was recorded so far.
+        """Return the statistics recorded so far.
 
         Raises:
-            InputError: a site saw a NaN or infinity.
+            InputError: an activation was NaN or infinite.
         """
         self._routed.close()
         sites = (self._sites(self._routed), self._sites(self._unrouted))
         return Calibration(fingerprint, tuple(self.prompts), dict(options or {}), *sites, num_tokens=self._num_tokens)
 
     def save(self, path: str | Path, model: str | Path | None = None) -> None:
-        """Write what was recorded as a calibration file; `model` is the checkpoint that ran, if it is one."""
+        """Write the recorded statistics as a calibration file; `model` is the path of the checkpoint, if it has one.
+
+        Raises:
+            InputError: the model was not called, or an activation was NaN or infinite. SpaceError: not writable.
+        """
         if not self.prompts:
-            raise InputError("nothing was observed: call the model inside `with observe(model)`")
+            raise InputError("the model was not called while it was observed", "call it inside `with observe(model)`")
         fingerprint = open_checkpoint(Path(model)).fingerprint if model is not None else ""
         write_calibration(Path(path), self.calibration(fingerprint))
 
     def restore(self, calibration: Calibration) -> None:
-        """Go on where a calibration of the same model stands."""
+        """Continue from a calibration of the same model."""
         self.prompts, self._repeats = list(calibration.prompts), dict.fromkeys(calibration.prompts, 1)
         self._num_tokens = calibration.num_tokens
         self._routed.restore(calibration.sites)
@@ -134,7 +140,7 @@ class Observation:
         return [recorder.prompt_amax(len(self.prompts)) for recorder in self._routed]
 
     def record(self, points: Sequence[str], value: Tensor, heads: int = 1) -> None:
-        """Add a tensor [..., K] to the site of these points; K are the channels of so many heads."""
+        """Add a tensor [..., K] to the site of these points; the channels K belong to this many heads."""
 
         def add(recorder: Recorder) -> None:
             recorder.heads = max(recorder.heads, heads)
@@ -143,33 +149,33 @@ class Observation:
         self._routed.see(points, value, add)
 
     def record_rows(self, points: Sequence[str], value: Tensor, rows: Rows, *, routed: bool) -> None:
-        """Add a tensor [R, K] of these rows; it enters nothing else."""
+        """Add a tensor [R, K] of these rows, which is no input of another module."""
         recorders = self._routed if routed else self._unrouted
         self._add_rows(recorders.get(points, value.shape[-1]), value, rows)
 
     def expect(self, points: Sequence[str], channels: int) -> None:
-        """Have a site of these points, even if nothing comes."""
+        """Create a site of these points, even if nothing is recorded."""
         self._routed.get(points, channels)
 
     @property
     def rows(self) -> Rows:
-        """Which prompt each row of the running call belongs to."""
+        """The prompt of each row of the running call."""
         return self._running.rows
 
     @property
     def past(self) -> int | None:
-        """Tokens of a cache that the running call continues, None without a cache."""
+        """Tokens in the KV cache of the running call, None without a cache."""
         return self._running.past
 
     @property
     def wants_all_experts(self) -> bool:
-        """Whether every token is to go through every expert as well."""
+        """Whether every token is also run through every expert."""
         return self._all_experts
 
     @property
     def _running(self) -> _Batch:
         if self._batch is None:
-            raise RuntimeError("a part of the observed model was called by itself: call the model that is observed")
+            raise RuntimeError("a submodule of the observed model was called directly: call the model that is observed")
         return self._batch
 
     def _sites(self, recorders: Recorders) -> tuple[Site, ...]:
@@ -178,14 +184,14 @@ class Observation:
             if site.bins.size and site.bins[-1] >= INFINITY:
                 first = int(np.flatnonzero(site.prompt_amax >= INFINITY)[0])
                 raise InputError(
-                    f"{site.points[0]} saw a NaN or infinity in prompt {first + 1} ({self.prompts[first][:19]}…): "
-                    "the model does not run in BF16, or the prompt is not one for it"
+                    f"{site.points[0]} is NaN or infinite in prompt {first + 1} ({self.prompts[first][:19]}…)",
+                    "check that the model runs in BF16, and that the prompts suit it",
                 )
         return tuple(sites)
 
     def _attach(self) -> None:
         parts = transformers_parts(self._model)
-        callable_parts = filter(is_transformers_model, self._model.modules())  # as the encoder, to generate()
+        callable_parts = filter(is_transformers_model, self._model.modules())  # generate() calls the encoder
         for module in dict.fromkeys((self._model, *callable_parts)):
             self._hook(module.register_forward_pre_hook(self._begin, with_kwargs=True))
             self._hook(module.register_forward_hook(self._end, always_call=True))
@@ -199,20 +205,20 @@ class Observation:
                 points = [f"{name}.input" for name in self._names.of_linear(path)]
                 self._hook(module.register_forward_pre_hook(self._before_linear(points), with_kwargs=True))
         if parts:
-            from fp8pack.calibration.doors import open_doors  # transformers, which made these parts
+            from fp8pack.calibration.doors import intercept  # imports transformers
             from fp8pack.modelrun.transformers_internals import num_cached_tokens
 
             self._num_cached_tokens = num_cached_tokens
             paths = {module: path for path, module in self._model.named_modules()}
             for _, part in parts:
-                open_doors(part, self, self._names, paths, self._undo)
+                intercept(part, self, self._names, paths, self._undo)
 
     def _hook(self, handle: Any) -> None:
         self._undo.callback(handle.remove)
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if module is self._model:
-            self._depth = 0  # a call before this one may have been broken off
+            self._depth = 0  # an earlier call may have raised
         self._depth += 1
         if self._depth > 1:
             return
@@ -221,7 +227,7 @@ class Observation:
         tensors = {name: value for name, value in tensors.items() if isinstance(value, Tensor) and value.ndim}
         main = tensors.get("input_ids", next((value for name, value in tensors.items() if name not in _NOT_IDS), None))
         if main is None:
-            raise ValueError("the observed model was called without a tensor: nothing can be told of its prompts")
+            raise ValueError("the observed model was called without a tensor, so its prompts are unknown")
         others = [value for name, value in tensors.items() if value is not main and name not in _NOT_IDS]
         main, shape = _sequences(main)
         mask = tensors.get("attention_mask")
@@ -241,7 +247,7 @@ class Observation:
             self._batch = None
 
     def _add_prompt(self, digest: str) -> int:
-        """A prompt that comes again, as in a loop that generates, gets a digest of its own."""
+        """Add a prompt; a repeated one, as in a generation loop, gets another digest."""
         repeats = self._repeats.get(digest, 0)
         self._repeats[digest] = repeats + 1
         self.prompts.append(f"blake3:{blake3(f'{digest} {repeats}'.encode()).hexdigest()}" if repeats else digest)
@@ -284,8 +290,8 @@ class Observation:
 
 
 def observable(model: nn.Module, names: Names) -> set[str]:
-    """Return the checkpoint's modules whose inputs an observation sees, and the 3-D tensors of experts among them."""
-    from fp8pack.modelrun.transformers_internals import is_experts  # transformers, which made the model
+    """Return the checkpoint's modules whose inputs are recorded, including 3-D tensors of experts."""
+    from fp8pack.modelrun.transformers_internals import is_experts  # imports transformers
 
     seen: set[str] = set()
     for path, module in model.named_modules():
@@ -298,13 +304,13 @@ def observable(model: nn.Module, names: Names) -> set[str]:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    """Whether a module multiplies by a matrix of its own: nn.Linear, and whatever looks like it."""
+    """Whether a module has a 2-D weight: nn.Linear and similar classes, no embeddings."""
     weight = module._parameters.get("weight")
     return weight is not None and weight.ndim == 2 and not isinstance(module, nn.Embedding | nn.EmbeddingBag)
 
 
 def _sequences(main: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-    """What a call is given, a sequence a row, and their shape: [B, T], or [B] where there are no tokens."""
+    """The input of a call, one sequence per row, and its shape: [B, T], or [B] if it has no tokens."""
     if not main.is_floating_point():
         main = main.long()  # the same prompt has the same digest in every type
     for _ in range((3 if main.is_floating_point() else 2) - main.ndim):
@@ -314,7 +320,7 @@ def _sequences(main: Tensor) -> tuple[Tensor, tuple[int, ...]]:
 
 
 def _has_heads_first(value: Tensor, batch: tuple[int, ...]) -> bool:
-    """Whether a tensor is [B, heads, T, K]; with as many heads as tokens, the order in memory tells."""
+    """Whether a tensor is [B, heads, T, K]; with as many heads as tokens, the strides decide."""
     sequences, first, second = value.shape[:3]
     if (sequences, second) != batch:
         return False
@@ -329,7 +335,7 @@ def _bf16(value: Tensor) -> Tensor:
 
 
 def _digests(main: Tensor, keep: NDArray[np.bool_], others: list[Tensor]) -> list[str]:
-    """The digest of each sequence: over its tokens, padding left out, and whatever else the call was given."""
+    """The digest of each sequence: of its tokens without padding, and of the other inputs of the call."""
     common = blake3()
     for tensor in others:
         common.update(_raw(tensor))
@@ -343,7 +349,7 @@ def _digests(main: Tensor, keep: NDArray[np.bool_], others: list[Tensor]) -> lis
 
 
 def prompt_digest(ids: Sequence[int]) -> str:
-    """Return the digest under which a prompt of these token ids is known: that of its int64 bytes."""
+    """Return the digest of a prompt: BLAKE3 of its token ids as little-endian int64."""
     return f"blake3:{blake3(np.array(ids, '<i8').tobytes()).hexdigest()}"
 
 

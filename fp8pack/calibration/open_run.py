@@ -1,6 +1,7 @@
-"""Everything that is decided before the first token is run."""
+"""Opens a calibration run: checkpoint, prompts, device, and how layers are loaded."""
 
 import os
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ _DEFAULT_LENGTH = 2048
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Everything that is known before the first token is run."""
+    """A calibration run before its first token."""
 
     source: Source
     loader: ModelLoader
@@ -42,7 +43,7 @@ class Run:
 
     @property
     def head(self) -> dict[str, Any]:
-        """What makes an unfinished calibration the same as this one."""
+        """The journal's head: an unfinished calibration with an equal head is continued."""
         prompts = blake3("".join(self.digests).encode()).hexdigest()
         head = {"fingerprint": self.source.fingerprint, "prompts": prompts, "options": self.decisive}
         return {**head, "streamed": self.stack is not None}
@@ -53,7 +54,7 @@ class Run:
         return sum(map(len, self.ids))
 
     def batches(self) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
-        """Yield the number of tokens and the arguments of each call, padded on the right where lengths differ."""
+        """Yield the number of tokens and the arguments of each call, padded on the right if lengths differ."""
         for start in range(0, len(self.ids), self.options.batch_size):
             rows = self.ids[start : start + self.options.batch_size]
             length = max(map(len, rows))
@@ -70,16 +71,19 @@ def open_run(model: Path, options: CalibrateOptions) -> Run:
     source = open_checkpoint(model)
     output = Path(os.path.abspath(options.output or beside(source, f"{source.name}-calibration.safetensors")))
     if output.suffix != ".safetensors":
-        raise RecipeError(f"-o must name a .safetensors file, not {output.name}")
+        raise RecipeError(
+            f"the output {output.name} is not a .safetensors file", f"-o {shlex.quote(output.name + '.safetensors')}"
+        )
     check_output_file(output, source.path, overwrite=options.overwrite)
     prompts = load_prompts(options.prompts, options.num_prompts, text_column=options.text_column)
     if not prompts:
-        raise InputError(f"{', '.join(options.prompts)} holds no prompt")
+        raise InputError(f"{', '.join(options.prompts)} has no prompt")
     device = _device(options.device)
     loader = ModelLoader(source, trust_remote_code=options.trust_remote_code, device=device)
     if loader.model.config.is_encoder_decoder:
         raise InputError(
-            f"{source.facts.architecture} wants more than a prompt: record with fp8pack.observe() in your own loop"
+            f"{source.facts.architecture} is an encoder-decoder, which needs more input than a prompt",
+            "run it in your own loop inside `with fp8pack.observe(model)`",
         )
     for config in (loader.model.config, loader.model.config.get_text_config()):
         config.use_cache = False
@@ -87,7 +91,10 @@ def open_run(model: Path, options: CalibrateOptions) -> Run:
     longest = min(_DEFAULT_LENGTH, loader.max_positions or _DEFAULT_LENGTH)
     max_length = options.max_length or longest
     if loader.max_positions and max_length > loader.max_positions:
-        raise RecipeError(f"--max-length {max_length} is more than the {loader.max_positions} positions of the model")
+        raise RecipeError(
+            f"max length {max_length} exceeds the {loader.max_positions} positions of the model",
+            f"use --max-length {loader.max_positions} or less",
+        )
     tokenized = dict(zip((prompt.name for prompt in prompts), tokenize(prompts, tokenizer, max_length), strict=True))
     loader.check_tokens({name: ids for name, (ids, _) in tokenized.items()})
     by_digest = {prompt_digest(ids): (tuple(ids), is_cut) for ids, is_cut in tokenized.values()}
@@ -98,11 +105,11 @@ def open_run(model: Path, options: CalibrateOptions) -> Run:
         else:
             notes.append(f"{conversations} conversations are run as plain text: the tokenizer has no chat template")
     if cut := sum(is_cut for _, is_cut in by_digest.values()):
-        notes.append(f"{cut} prompts are cut to {max_length} tokens")
+        notes.append(f"{cut} prompts are truncated to {max_length} tokens")
     notes += _unseen_notes(source, loader)
     stack, why = _choose_stack(loader, options, _was_streamed(source, output, options))
     if why:
-        notes.append(f"the whole model is loaded: {why}")
+        notes.append(f"the whole model is loaded, not one layer at a time: {why}")
     decisive = {
         "max_length": max_length,
         "batch_size": options.batch_size,
@@ -128,21 +135,17 @@ def _device(name: str) -> torch.device:
 
 
 def _count_notes(count: int, loaded: int, options: CalibrateOptions) -> list[str]:
-    notes = [f"{loaded - count} prompts came twice and are run once"] if loaded > count else []
+    notes = [f"{loaded - count} duplicate prompts are skipped"] if loaded > count else []
     if loaded < options.num_prompts:
-        notes.append(
-            f"{', '.join(options.prompts)} holds {loaded} prompts, fewer than the {options.num_prompts} asked for"
-        )
+        notes.append(f"{', '.join(options.prompts)} has {loaded} prompts, fewer than {options.num_prompts}")
     if not FEWEST_PROMPTS <= count <= MOST_PROMPTS:
-        effect = (
-            "scales may miss what the model really sees" if count < FEWEST_PROMPTS else "more rarely change a scale"
-        )
-        notes.append(f"{count} prompts: {FEWEST_PROMPTS} to {MOST_PROMPTS} are usual, {effect}")
+        effect = "fewer may miss large activations" if count < FEWEST_PROMPTS else "more rarely change a scale"
+        notes.append(f"{count} prompts: use {FEWEST_PROMPTS} to {MOST_PROMPTS}, {effect}")
     return notes
 
 
 def _unseen_notes(source: Source, loader: ModelLoader) -> list[str]:
-    """Weights that pack would take and whose input nothing will see: better said before the run than after it."""
+    """The note on weights that pack would quantize and whose input activations cannot be recorded."""
     seen = observable(loader.model, loader.names)
     unseen = [
         spec.name
@@ -152,12 +155,11 @@ def _unseen_notes(source: Source, loader: ModelLoader) -> list[str]:
     ]
     if not unseen:
         return []
-    some = f"{len(unseen)} weights, such as {unseen[0]},"
-    return [f"what enters {some} cannot be seen in this model: they will have no static scales"]
+    return [f"input activations of {len(unseen)} weights cannot be recorded, such as {unseen[0]}: no static scales"]
 
 
 def _was_streamed(source: Source, output: Path, options: CalibrateOptions) -> bool | None:
-    """How an unfinished run of this model went, which `auto` continues; None if there is none."""
+    """Whether an unfinished run of this model streamed layers, which `auto` continues; None if there is none."""
     head = CalibrationJournal(Staging(output).journal).head() if options.resume else {}
     return head.get("streamed") if head.get("fingerprint") == source.fingerprint else None
 
@@ -165,7 +167,7 @@ def _was_streamed(source: Source, output: Path, options: CalibrateOptions) -> bo
 def _choose_stack(
     loader: ModelLoader, options: CalibrateOptions, was_streamed: bool | None
 ) -> tuple[Stack | None, str]:
-    """The layers to be read one at a time; None for a resident run, and why, if that is not what was asked for."""
+    """The layers to load one at a time; None for a resident run, with the reason if streaming was requested."""
     if options.stream_layers == "off":
         return None, ""
     if options.stream_layers == "auto":
@@ -174,8 +176,10 @@ def _choose_stack(
             return None, ""
     if options.until_converged:
         if options.stream_layers == "on":
-            raise RecipeError("--until-converged needs all layers of a prompt before the next: --stream-layers off")
-        return None, "--until-converged runs prompt by prompt"
+            raise RecipeError(
+                "until converged needs every layer for each prompt, so layers cannot be streamed", "--stream-layers off"
+            )
+        return None, "a run until converged needs every layer for each prompt"
     found = find_stack(loader.model, least_share=0.5 if options.stream_layers == "auto" else 0.0)
     if isinstance(found, str):
         return None, found
@@ -187,5 +191,5 @@ def _choose_stack(
 
 
 def _free_memory(device: torch.device) -> int:
-    """The bytes that this process can still take, of the device's memory or of this machine's."""
+    """The free bytes of the device's memory, or of this machine's for a CPU."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else usable_memory()

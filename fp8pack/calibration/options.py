@@ -1,4 +1,4 @@
-"""How to calibrate, as asked; nothing heavy is imported for it."""
+"""The options of a calibration, without imports of torch or transformers."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -24,10 +24,10 @@ STREAM_LAYERS = ("auto", "on", "off")
 
 @dataclass(frozen=True, slots=True, init=False)
 class CalibrateOptions:
-    """How to calibrate. None stands for the default: max_length for the model's, 2048 at most.
+    """The options of a calibration, checked. max_length None: the model's limit, at most 2048.
 
     Raises:
-        RecipeError: a value is not of its kind, or out of range.
+        RecipeError: a value has a wrong type or is out of range.
     """
 
     output: Path | None

@@ -1,4 +1,4 @@
-"""How far a run is, when it will end, and whether its time is up."""
+"""Progress of a run: tokens done, the estimated time left, and the deadline."""
 
 import time
 from collections.abc import Callable
@@ -7,25 +7,25 @@ from fp8pack.calibration.open_run import Run
 from fp8pack.calibration.options import FEWEST_PROMPTS
 from fp8pack.units import format_seconds
 
-_ESTIMATE_SECONDS = 3.0  # after which the pace is known
+_ESTIMATE_SECONDS = 3.0  # of run time before the estimate
 
 OnProgress = Callable[[int, int], None]  # tokens done, tokens in all
 OnNote = Callable[[str], None]
 
 
 def ignore_progress(done: int, total: int) -> None:
-    """Tell nobody."""
+    """Do nothing."""
 
 
 def ignore_note(note: str) -> None:
-    """Tell nobody."""
+    """Do nothing."""
 
 
 class Progress:
-    """Counts the tokens of a run; streamed, a token counts once for each layer, and once for the rest."""
+    """Counts the tokens of a run; with streamed layers, a token counts once per layer, and once for the rest."""
 
     def __init__(self, run: Run, deadline: float | None, on_progress: OnProgress, on_note: OnNote) -> None:
-        """`deadline`: in the seconds of time.monotonic()."""
+        """`deadline`: in seconds of time.monotonic()."""
         self.total = run.num_tokens * (len(run.stack.layers) + 1 if run.stack else 1)
         self.done = 0
         self._run, self._deadline = run, deadline
@@ -34,16 +34,16 @@ class Progress:
         self._before: int | None = None
 
     def start(self, done: int) -> None:
-        """Begin with so many tokens done by an earlier run."""
+        """Begin with this number of tokens, done by an earlier run."""
         self.done = done
         if done:
             self._on_note(f"resumed  {done} of {self.total} tokens were done")
 
     def tick(self, tokens: int) -> bool:
-        """Count the tokens of a batch; say whether the deadline has come."""
+        """Count the tokens of a batch; return whether the deadline is reached."""
         now = time.monotonic()
         self.done += tokens
-        if self._before is None:  # the first batch warms up and is left out of the pace
+        if self._before is None:  # the first batch is a warm-up, skipped in the estimate
             self._before, self._began = self.done, now
         elif self._began is not None and now - self._began > _ESTIMATE_SECONDS:
             self._on_note(self._estimate((now - self._began) / (self.done - self._before)))

@@ -1,4 +1,4 @@
-"""Statistics while they grow: one recorder for each site."""
+"""Recorders, which accumulate the statistics of a site."""
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -11,20 +11,20 @@ from numpy.typing import NDArray
 from fp8pack.numerics.native import address_of, load_observer
 from fp8pack.planning.calibration import NUM_MAGNITUDES, Site, histogram_of
 
-_SPLIT_ELEMENTS = 1 << 18  # below, a second thread costs more than it saves
+_SPLIT_ELEMENTS = 1 << 18  # below, a second thread costs more time than it saves
 _I32 = np.dtype(np.int32)
 _NONE = 1 << 16  # above every magnitude
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Which prompt each row belongs to: its index, int32, -1 for padding."""
+    """The prompt of each row: its index, int32, -1 for padding."""
 
     prompts: NDArray[np.int32]
     address: int
-    num_prompts: int  # those that rows belong to, and all before them
-    num_tokens: int  # rows that are no padding
-    is_uniform: bool  # all of one prompt, none of them padding
+    num_prompts: int  # the largest index + 1
+    num_tokens: int  # rows that are not padding
+    is_uniform: bool  # all rows are of one prompt, none is padding
 
     @classmethod
     def of(cls, prompts: NDArray[np.int32]) -> "Rows":
@@ -35,18 +35,18 @@ class Rows:
         return cls(prompts, address, last + 1, int(np.count_nonzero(prompts >= 0)), is_uniform)
 
     def repeat(self, times: int) -> "Rows":
-        """Return the rows of a tensor with several for each of these, as one for each head."""
+        """Return the rows of a tensor that has several rows per row of these, such as one per head."""
         return self if times == 1 else Rows.of(self.prompts.repeat(times))
 
     def take(self, indices: NDArray[np.int64]) -> "Rows":
-        """Return the rows at these places."""
+        """Return the rows at these indices."""
         if self.is_uniform and indices.size <= self.prompts.size:
             return replace(self, num_tokens=indices.size)
         return Rows.of(self.prompts[indices])
 
 
 class Threads:
-    """Threads that share the columns of one call among them; the statistics do not depend on their number."""
+    """Threads that split the columns of a call; the statistics do not depend on their number."""
 
     def __init__(self, count: int) -> None:
         self._pool = ThreadPoolExecutor(count - 1) if count > 1 else None
@@ -71,7 +71,7 @@ class Threads:
                 jobs.append((self._pool.submit(self._observe, *columns), histogram, amax))
             ranges = [self._observe(values, rows.address, *places, n, k, recorder.capacity, 0, bounds[1])]
         finally:
-            wait([future for future, _, _ in jobs])  # also after Ctrl-C: they hold addresses of what would go
+            wait([future for future, _, _ in jobs])  # also after Ctrl-C: they use the addresses of these arrays
         for future, histogram, amax in jobs:
             ranges.append(future.result())
             recorder.add_counts(histogram, amax)
@@ -84,14 +84,14 @@ class Threads:
 
 
 class Recorder:
-    """The growing statistics of one site; `points` are the names it has gone by so far."""
+    """The statistics of one site so far; `points` are its names."""
 
     def __init__(self, points: Sequence[str], channels: int) -> None:
         self.points = list(points)
         self.tokens = 0
         self.num_tensors = 0
         self.heads = 1
-        self._histogram = np.zeros(NUM_MAGNITUDES, np.int64)  # pages that no magnitude falls on are never touched
+        self._histogram = np.zeros(NUM_MAGNITUDES, np.int64)  # pages without a magnitude are never touched
         self._least, self._most = _NONE, 0
         self._channels = (np.zeros(channels, np.uint16), np.zeros(channels, np.float64))
         self._prompt_amax = np.zeros(64, np.uint16)
@@ -99,7 +99,7 @@ class Recorder:
 
     @classmethod
     def of_site(cls, site: Site) -> "Recorder":
-        """Go on where a site stands."""
+        """Return a recorder that continues a site."""
         recorder = cls(site.points, site.channel_amax.size)
         recorder.tokens = recorder.num_tensors = site.tokens
         recorder.heads = site.heads
@@ -114,33 +114,33 @@ class Recorder:
 
     @property
     def capacity(self) -> int:
-        """Prompts that there is room for."""
+        """Number of prompts with allocated space."""
         return self._prompt_amax.size
 
     def add(self, values: int, shape: tuple[int, int], rows: Rows, threads: Threads) -> None:
-        """Add values [T, K], contiguous BF16 bits at an address, of rows that belong to these prompts."""
+        """Add values [T, K], contiguous BF16 bits at an address, of these rows."""
         if shape[1] != self._channels[0].size:
             raise ValueError(f"{self.points[0]} had {self._channels[0].size} channels, now {shape[1]}")
         if shape[0] > rows.prompts.size:
-            raise ValueError(f"{self.points[0]} has {shape[0]} rows, of {rows.prompts.size} is known whose they are")
+            raise ValueError(f"{self.points[0]} has {shape[0]} rows, and prompts are known for {rows.prompts.size}")
         self._reserve(rows.num_prompts)
         least, most = threads.observe(values, rows, shape, self)
         self._least, self._most = min(self._least, least), max(self._most, most)
         self.tokens += rows.num_tokens
 
     def add_counts(self, histogram: NDArray[np.int64], prompt_amax: NDArray[np.uint16]) -> None:
-        """Add what another thread counted."""
+        """Add the counts of another thread."""
         np.add(self._histogram, histogram, out=self._histogram)
         np.maximum(self._prompt_amax, prompt_amax, out=self._prompt_amax)
 
     def spread(self, prompts: Sequence[int]) -> None:
-        """Let each of these prompts have the largest amax among them: their rows could not be told apart."""
+        """Set the amax of these prompts to the largest among them, since it is unknown which rows are whose."""
         self._reserve(max(prompts) + 1)
         chosen = np.array(prompts)
         self._prompt_amax[chosen] = self._prompt_amax[chosen].max()
 
     def copy_to(self, other: "Recorder | None") -> "Recorder":
-        """Return a copy; `other`, if it has as many channels, is made one instead of a new one."""
+        """Return a copy; `other` is reused for it if it has as many channels."""
         if other is None or other._channels[0].size != self._channels[0].size:
             other = Recorder(self.points, self._channels[0].size)
         other._histogram[other._used] = 0
@@ -157,16 +157,16 @@ class Recorder:
 
     @property
     def _used(self) -> slice:
-        """The bins that are not zero, but for that of zero itself."""
+        """The range of bins with counts, except the bin of zero."""
         return slice(self._least, self._most + 1)
 
     def prompt_amax(self, num_prompts: int) -> NDArray[np.uint16]:
-        """The amax of each prompt [P], as magnitudes; 0 where a prompt did not get here."""
+        """Return the amax of each prompt [P], as magnitudes; 0 for a prompt without values here."""
         self._reserve(num_prompts)
         return self._prompt_amax[:num_prompts]
 
     def site(self, num_prompts: int) -> Site:
-        """Return the statistics as they stand after this many prompts."""
+        """Return the statistics after this many prompts."""
         channel_amax, channel_squares = self._channels[0].copy(), self._channels[1].copy()
         amax = self.prompt_amax(num_prompts).copy()
         histogram = histogram_of(self._histogram)
@@ -180,7 +180,7 @@ class Recorder:
             self.addresses = self._find_addresses()
 
     def _find_addresses(self) -> tuple[int, int, int, int]:
-        """Where the arrays lie, for the kernel: asking NumPy anew for each tensor costs as much as a small tensor."""
+        """The addresses of the arrays, cached: getting them from NumPy takes as long as a small tensor."""
         amax, squares = self._channels
         return _place(amax), _place(squares), _place(self._histogram), _place(self._prompt_amax)
 

@@ -1,4 +1,4 @@
-"""The whole model in memory: one batch after the other through all of it."""
+"""Calibration with the whole model in memory: batch by batch through all layers."""
 
 import time
 from pathlib import Path
@@ -11,13 +11,13 @@ from fp8pack.checkpoint.calibration_file import read_calibration, write_calibrat
 from fp8pack.planning.calibration import Calibration, has_converged
 
 CONVERGENCE_WINDOW = 64
-_SAVE_SHARE = 50  # a save may cost one part in so many of the time since the last
+_SAVE_SHARE = 50  # saving takes at most 1/50 of the time
 
 
 def run_resident(run: Run, folder: Path, journal: CalibrationJournal, progress: Progress) -> Calibration | None:
-    """Run every batch that is not done; return None if the deadline came.
+    """Run every batch that is not done; return None if the deadline is reached.
 
-    folder: where the state is saved, at the end of a batch, as often as it costs next to nothing.
+    folder: where the state is saved after a batch, if saving takes a small share of the time.
     """
     run.loader.load_all()
     state = folder / "state.safetensors"

@@ -1,9 +1,9 @@
-"""Which tensors are the same one: what enters several modules is recorded once.
+"""Shared recorders: a tensor that is the input of several modules is recorded once.
 
-Points whose tensors were the same ones ever since share a recorder. A tensor is the same if it lies where the other did
-and was not changed meanwhile; those just seen are kept alive, so that nothing else can lie there. A point that sees
-something else, or misses something, goes its own way from there, with exactly what it saw: before each tensor the
-recorder of a shared site is copied, and points that missed the tensor go on with the copy.
+Points share a recorder while all their tensors are the same. A tensor is the same if it has the same address and was
+not changed since; the last ones are kept alive, so that no other tensor gets their address. A point with another
+tensor, or without one, is split off with its own statistics: before each tensor the recorder of a shared site is
+copied, and points without that tensor continue with the copy.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,12 +15,12 @@ from fp8pack.calibration.recorder import Recorder
 from fp8pack.modelfacts.roles import layer_of
 from fp8pack.planning.calibration import Site
 
-_MAX_OPEN = 4  # tensors that may still enter another module: a norm's output enters q, k and v
+_MAX_OPEN = 4  # tensors that may be the input of another module, as a norm's output of q, k and v
 
 
 @dataclass(slots=True, eq=False)
 class _Seen:
-    """A tensor that was just recorded, and the points that saw it; `before` is the recorder as it stood before that."""
+    """A tensor that was just recorded, and its points; `before` is a copy of the recorder without it."""
 
     value: Tensor
     address: int
@@ -45,19 +45,19 @@ class Recorders:
         return iter(dict.fromkeys(self._by_point.values()))
 
     def restore(self, sites: Iterable[Site]) -> None:
-        """Go on where sites stand."""
+        """Continue from these sites."""
         self._by_point = {}
         for site in sites:
             self._by_point.update(dict.fromkeys(site.points, Recorder.of_site(site)))
 
     def get(self, points: Sequence[str], channels: int) -> Recorder:
-        """Return the recorder of points that go by the first one's; a new one, if they were never seen."""
+        """Return the recorder of the first point; a new one of all points if it has none."""
         if points[0] not in self._by_point:
             self._by_point.update(dict.fromkeys(points, Recorder(points, channels)))
         return self._by_point[points[0]]
 
     def see(self, points: Sequence[str], value: Tensor, add: Callable[[Recorder], None]) -> None:
-        """Let points see a tensor [..., K]; `add` puts it into a recorder, unless it is there already."""
+        """Record a tensor [..., K] for points; `add` adds it to a recorder, unless it is recorded already."""
         block = self._block(points[0])
         seen = next((seen for seen in self._open if seen.block == block and _is_same(seen, value)), None)
         if seen is not None:
@@ -81,7 +81,7 @@ class Recorders:
             self._close(self._open[0])
 
     def close(self) -> None:
-        """Let go of all tensors: nothing sees them any more."""
+        """Release all tensors: they are no inputs any more."""
         while self._open:
             self._close(self._open[0])
 
@@ -97,16 +97,16 @@ class Recorders:
         self._spare.append(seen.before)
 
     def _block(self, point: str) -> int | None:
-        """The block that a point lies in: sites are shared within one, since a streamed run sees one at a time."""
+        """The layer of a point: sites are shared only within a layer, since a streamed run has one at a time."""
         if point not in self._blocks:
             self._blocks[point] = layer_of(f"{point}.")
         return self._blocks[point]
 
 
 def _is_same(seen: _Seen, value: Tensor) -> bool:
-    """Whether a tensor is the one that was seen, unchanged, in another shape perhaps.
+    """Whether a tensor is a recorded one, unchanged; its shape may differ.
 
-    Inference tensors do not say whether they were changed, so they are never the same.
+    Inference tensors have no version that would show a change, so they are never the same.
     """
     known = seen.value
     if seen.address != value.data_ptr() or value.is_inference():

@@ -1,4 +1,4 @@
-"""One layer of the model in memory: all prompts through it, then the next."""
+"""Calibration with one layer in memory: all prompts through it, then the next layer."""
 
 import ctypes
 from contextlib import suppress
@@ -20,9 +20,9 @@ _M_MMAP_THRESHOLD = -3  # of mallopt(3)
 def run_streamed(
     run: Run, stack: Stack, folder: Path, journal: CalibrationJournal, progress: Progress
 ) -> Calibration | None:
-    """Run every layer that is not done, and what lies outside the layers last; return None if the deadline came.
+    """Run every layer that is not done, then the modules outside of layers; return None if the deadline is reached.
 
-    folder: keeps the hidden states that enter the next layer, and the statistics of each finished one.
+    folder: for the hidden states that are the next layer's input, and the statistics of finished layers.
     """
     _return_memory_at_once()
     loader, rounds = run.loader, Rounds(stack, folder)
@@ -54,12 +54,12 @@ def run_streamed(
 
 
 def _return_memory_at_once() -> None:
-    """Let glibc map every large tensor by itself, and unmap it when it goes.
+    """Make glibc map every large tensor separately, and unmap it when it is freed.
 
-    Its threshold for that grows with what is freed, up to 32 MiB; then layers leave holes in the heap, and a process
-    that never held more than one of them grows to the size of ten.
+    Its threshold grows with freed blocks, up to 32 MiB; then layers fragment the heap, and a process with one layer at
+    a time grows to the size of ten.
     """
-    with suppress(AttributeError):  # another C library, which has no such threshold
+    with suppress(AttributeError):  # another C library, without mallopt
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
 
 

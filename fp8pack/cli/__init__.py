@@ -1,1 +1,1 @@
-"""The command line: each command builds a request, calls one function, and renders what it returns."""
+"""The command line: each command builds a request, calls one function, and prints its result."""

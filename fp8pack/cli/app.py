@@ -1,4 +1,4 @@
-"""The Typer application, and the one place where an error becomes a sentence and an exit code."""
+"""The Typer application; it prints errors as sentences and exits with their exit codes."""
 
 import os
 import signal
@@ -55,7 +55,7 @@ def _root(
 
 
 def main() -> NoReturn:
-    """Run the command line; an expected failure is one line on stderr and the exit code of its kind."""
+    """Run the command line; an expected failure is printed as one line on stderr and exits with its exit code."""
     open_streams()
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, _interrupt)
@@ -67,7 +67,7 @@ def main() -> NoReturn:
             traceback.print_exc()
         say(f"fp8pack: {error.command_line}")
         sys.exit(error.exit_code)
-    except OSError as error:  # of a disk or a stream that fails where nobody expects it
+    except OSError as error:  # an unexpected failure of a disk or a stream
         if os.environ.get("FP8PACK_DEBUG") == "1":
             traceback.print_exc()
         drop_stdout()

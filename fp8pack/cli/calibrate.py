@@ -51,7 +51,9 @@ def calibrate(
     batch_size: Annotated[
         str,
         _running(
-            "--batch-size", metavar="N", help="Prompts per forward pass; above 1 padding changes statistics a bit"
+            "--batch-size",
+            metavar="N",
+            help="Prompts per forward pass; more than 1 pads, which changes statistics slightly",
         ),
     ] = "1",
     all_experts: Annotated[
@@ -83,8 +85,8 @@ def calibrate(
 ) -> None:
     """Record activation statistics in BF16 for static scales.
 
-    Runs the model over prompts and stores amax and histograms of every input activation, K and V. The file serves
-    every format, and `fp8pack merge` joins several.
+    Runs the model over prompts and stores amax and histograms of every input activation, K and V. The file can be used
+    for every format; `fp8pack merge` joins several.
     """
     from fp8pack.calibration.options import CalibrateOptions
 

@@ -53,13 +53,13 @@ def convert(
 ) -> None:
     """Convert an FP8 checkpoint to another convention or format.
 
-    What is not asked for stays as in the source. FP8 bytes pass through unchanged where only the container differs or
-    scales become finer. Elsewhere weights are dequantized and requantized, and the SQNR against the source is printed.
+    Options that are not given follow the source. FP8 bytes are passed through unchanged if only the convention changes
+    or scales become finer. Other weights are dequantized and requantized, and their SQNR against the source is printed.
 
-    A PATTERN is a tensor or module name, a glob over the whole name, or re: and a regular expression. One that matches
-    nothing is an error, unless ? stands before it.
+    A PATTERN is a tensor or module name, a glob over the whole name, or re: and a regular expression. A pattern that
+    matches nothing is an error, unless it begins with ?.
     """
-    from fp8pack.cli.write import write  # these import NumPy and BLAKE3, which --help must not wait for
+    from fp8pack.cli.write import write  # imports NumPy and BLAKE3, not needed for --help
     from fp8pack.packing.options import WriteOptions
     from fp8pack.packing.prepare import prepare_convert
     from fp8pack.planning.recipe_file import make_request

@@ -17,9 +17,9 @@ def diff(
 ) -> None:
     """Compare two checkpoints tensor by tensor.
 
-    Formats, scales, the share of equal bytes, and the SQNR of B's values against A's.
+    Prints formats, scales, the share of equal bytes, and the SQNR of B's values against A's.
     """
-    from fp8pack.reading.bounds import check_bounds, parse_bounds  # NumPy and LLVM, which --help must not wait for
+    from fp8pack.reading.bounds import check_bounds, parse_bounds  # imports NumPy and LLVM, not needed for --help
     from fp8pack.reading.diff import compare
     from fp8pack.report.diff import print_diff
 

@@ -21,7 +21,7 @@ def env(
 ) -> None:
     """Show versions, devices, and which backend runs FP8 GEMMs.
 
-    Each backend is verified with a small GEMM before it counts.
+    Each backend is verified with a small GEMM.
     """
     if include_dir:
         emit(str(_INCLUDE))

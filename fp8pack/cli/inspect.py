@@ -32,8 +32,8 @@ def inspect(
     gpu: Annotated[str | None, typer.Option(metavar="NAME", help="GPU to check, e.g. h100, b200 or mi300x")] = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Show what a checkpoint holds and which engines load it."""
-    from fp8pack.checkpoint.calibration_file import is_calibration  # NumPy and LLVM, which --help must not wait for
+    """Show the tensors of a checkpoint and which engines load it."""
+    from fp8pack.checkpoint.calibration_file import is_calibration  # imports NumPy and LLVM, not needed for --help
     from fp8pack.inputs import parse_texts
     from fp8pack.reading.bounds import check_bounds, check_targets, parse_bounds
     from fp8pack.reading.inspect import inspect_calibration, look

@@ -19,7 +19,7 @@ def merge(
     quiet: options.Quiet = False,
 ) -> None:
     """Merge calibration files made from different prompts."""
-    from fp8pack.calibration.merge import merge as join  # imports NumPy and pydantic, which --help must not wait for
+    from fp8pack.calibration.merge import merge as join  # imports NumPy and pydantic, not needed for --help
     from fp8pack.report.calibration import summary_lines
 
     summary = join(calibrations, output, overwrite=overwrite)

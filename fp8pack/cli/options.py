@@ -1,4 +1,4 @@
-"""Options that several commands share, each declared once. Commands forward what was typed; the values check it."""
+"""Options that several commands share, each declared once. Commands forward values unchecked; requests check them."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,7 +22,7 @@ def completing(values: Sequence[str]) -> Callable[[str], list[str]]:
 
 
 def recipe_option(*flags: str, help: str, values: Sequence[str] = (), metavar: str = "NAME") -> Any:
-    """Return an option that decides what the output holds."""
+    """Return an option that changes the bytes of the output."""
     complete = completing(values) if values else None
     return typer.Option(*flags, help=help, metavar=metavar, autocompletion=complete, rich_help_panel=RECIPE)
 
@@ -71,7 +71,7 @@ CalibrationFile = Annotated[
     ),
 ]
 KvCache = Annotated[
-    bool, typer.Option("--kv-cache", help="Add calibrated scales of the K and V cache", rich_help_panel=RECIPE)
+    bool, typer.Option("--kv-cache", help="Add calibrated scales for an FP8 KV cache", rich_help_panel=RECIPE)
 ]
 Percentile = Annotated[
     str | None,
@@ -90,7 +90,7 @@ RecipeFile = Annotated[
     recipe_option(
         "--recipe",
         metavar="FILE",
-        help="Recipe in YAML, or fp8pack.json of an earlier output; other options overrule it",
+        help="Recipe in YAML, or fp8pack.json of an earlier output; other options override it",
     ),
 ]
 Ignore = Annotated[
@@ -119,9 +119,7 @@ Targets = Annotated[
         values=tuple(NAMES),
     ),
 ]
-TensorParallel = Annotated[
-    str | None, recipe_option("--tp", metavar="N", help="Tensor-parallel size that the targets must load it at")
-]
+TensorParallel = Annotated[str | None, recipe_option("--tp", metavar="N", help="Tensor-parallel size of the targets")]
 GpuName = Annotated[
     str | None, recipe_option("--gpu", help="Target GPU, e.g. h100, b200 or mi300x", values=tuple(GPUS))
 ]
@@ -156,12 +154,12 @@ _WRITE = ("output", "workers", "max_memory", "max_shard_size", "device", "copy",
 
 
 def request_params(ctx: typer.Context) -> dict[str, Any]:
-    """Return the parameters of a command that make its request, as they were typed."""
+    """Return the parameters of a command for its request, as they were typed."""
     from fp8pack.planning.recipe_file import DEFAULTS
 
     return {name: value for name, value in ctx.params.items() if name in DEFAULTS and value is not None}
 
 
 def write_params(ctx: typer.Context) -> dict[str, Any]:
-    """Return the parameters of a command that say how to write, as they were typed."""
+    """Return the parameters of a command for writing, as they were typed."""
     return {name: value for name, value in ctx.params.items() if name in _WRITE and value is not None}

@@ -1,4 +1,4 @@
-"""What goes to stdout, what goes to stderr, and what ends the process from outside."""
+"""Printing to stdout and stderr, and signals that end the process."""
 
 import errno
 import json
@@ -17,7 +17,7 @@ from fp8pack.report.text import printable
 
 
 class Signalled(BaseException):
-    """A signal ended the command; not an Exception, so that nothing on the way swallows it."""
+    """A signal ended the command; not an Exception, so that `except Exception` does not catch it."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(signum)
@@ -25,7 +25,7 @@ class Signalled(BaseException):
 
 
 class _Messages(TextIOWrapper):
-    """Stderr that may be full: what it does not take is lost, and the work goes on."""
+    """Stderr that may be full: text that cannot be written is lost, and the work continues."""
 
     def write(self, text: str) -> int:
         """Write if possible."""
@@ -40,24 +40,24 @@ class _Messages(TextIOWrapper):
 
 
 def open_streams() -> None:
-    """Make stdin, stdout and stderr safe to use where one of them is closed: no file of ours may take its place.
+    """Make stdin, stdout and stderr safe to use if one of them is closed: no file of ours may get its number.
 
-    Writing to a closed stdout still fails, so that it is noticed; what goes to stderr is lost.
+    Writing to a closed stdout still fails, so that it is noticed; text for a closed stderr is lost.
     """
     for fd, flags in enumerate((os.O_RDONLY, os.O_RDONLY, os.O_WRONLY)):
         try:
             os.fstat(fd)
         except OSError:
-            os.open(os.devnull, flags)  # the lowest number that is free: this one
+            os.open(os.devnull, flags)  # gets the lowest free number: this one
     if sys.stdout is None:
         sys.stdout = os.fdopen(1, "w", encoding="utf-8", closefd=False)
-    if sys.stderr is sys.__stderr__:  # nobody else reads it
+    if sys.stderr is sys.__stderr__:  # not replaced by a caller
         messages = os.fdopen(2, "wb", closefd=False)
         sys.stderr = _Messages(messages, encoding="utf-8", errors="backslashreplace", line_buffering=True)
 
 
 def drop_stdout() -> None:
-    """Let go what stdout did not take, or Python would try again at its end and fail."""
+    """Discard unwritten stdout; otherwise Python would try again at exit and fail."""
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     os.close(null)
@@ -65,7 +65,7 @@ def drop_stdout() -> None:
 
 @contextmanager
 def printing() -> Iterator[None]:
-    """Print data on stdout; if its reader went away, end as SIGPIPE would end the process.
+    """Print data on stdout; if its reader is closed, end as SIGPIPE would end the process.
 
     Raises:
         Fp8PackError: stdout is closed or full.

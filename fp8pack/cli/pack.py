@@ -54,10 +54,10 @@ def pack(
 ) -> None:
     """Quantize a BF16, FP16 or FP32 checkpoint to FP8.
 
-    A PATTERN is a tensor or module name, a glob over the whole name, or re: and a regular expression. One that matches
-    nothing is an error, unless ? stands before it.
+    A PATTERN is a tensor or module name, a glob over the whole name, or re: and a regular expression. A pattern that
+    matches nothing is an error, unless it begins with ?.
     """
-    from fp8pack.cli.write import write  # these import NumPy and BLAKE3, which --help must not wait for
+    from fp8pack.cli.write import write  # imports NumPy and BLAKE3, not needed for --help
     from fp8pack.packing.options import WriteOptions
     from fp8pack.packing.prepare import prepare_pack
     from fp8pack.planning.recipe_file import make_request

@@ -35,7 +35,7 @@ def unpack(
 
     value = fp8 * scale in float32, rounded once to nearest even.
     """
-    from fp8pack.cli.write import write  # these import NumPy and BLAKE3, which --help must not wait for
+    from fp8pack.cli.write import write  # imports NumPy and BLAKE3, not needed for --help
     from fp8pack.packing.options import WriteOptions
     from fp8pack.packing.prepare import prepare_unpack
 

@@ -1,4 +1,4 @@
-"""What the commands that write a checkpoint do once it is prepared."""
+"""`write`: the common part of commands that write a checkpoint."""
 
 from fp8pack.cli.output import emit, emit_document, say
 from fp8pack.packing.prepare import Prepared

@@ -1,1 +1,1 @@
-"""FP8 GEMMs on a device: activations are quantized, sums accumulated in float32. Knows no files."""
+"""FP8 GEMMs on a device: activations are quantized, sums accumulated in float32. Reads no files."""

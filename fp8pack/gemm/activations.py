@@ -23,7 +23,8 @@ def quantize_activation(
         for `tensor`, [M', 1] for `channel` (a token each), [M', ceil(K'/G)] in columns for `group:G`, as cuBLASLt reads
         them; for `mx` exponents, uint8 [M', ceil(K'/32)], or in the tiles of numerics/swizzle.py if `tiled`.
     Numerics: as `torch_codec.quantize`; MX scales are rounded up to powers of two. scale: a static one, float32, one
-        element; what lies beyond it saturates. Where x is not finite, what is dequantized is not finite either.
+        element; values beyond its range saturate. A NaN or infinity in x makes all values that share its scale NaN;
+        with a static scale only itself.
     """
     kernels = _triton() if x.is_cuda and torch.version.hip is None else None
     if kernels is not None:
@@ -36,7 +37,7 @@ def quantize_activation(
 def quantize_in_torch(
     x: Tensor, granularity: Granularity, *, padded: tuple[int, int], scale: Tensor | None = None, tiled: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Return what `quantize_activation` does, in several passes; the reference of the kernel."""
+    """Return the same as `quantize_activation`, in several passes; the reference for the kernel."""
     wide = torch.nn.functional.pad(x, (0, padded[1] - x.shape[1], 0, padded[0] - x.shape[0]))
     if scale is not None or granularity == TENSOR:
         static = None if scale is None else scale.float().reshape(1, 1)
@@ -51,13 +52,13 @@ def quantize_in_torch(
 
 
 def float_scale_of(scale: Tensor) -> Tensor:
-    """Return scales as float32: floats as they are, exponents (uint8) as powers of two."""
+    """Return scales as float32: floats unchanged, exponents (uint8) as powers of two."""
     return scale.view(torch.float8_e8m0fnu).float() if scale.dtype == torch.uint8 else scale
 
 
 @cache
 def _triton() -> ModuleType | None:
-    """Our Triton kernels, None where Triton is not installed; only NVIDIA GPUs run them."""
+    """Our Triton kernels, None if Triton is not installed; only NVIDIA GPUs run them."""
     try:
         return import_module("fp8pack.gemm.triton_activations")
     except ImportError:

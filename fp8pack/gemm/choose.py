@@ -1,4 +1,4 @@
-"""Which backend multiplies: chosen once for each device and scheme, and verified with a small GEMM before use."""
+"""The backend of each device and scheme: chosen once, and verified with a small GEMM before use."""
 
 import logging
 from collections.abc import Iterator
@@ -22,30 +22,30 @@ from fp8pack.numerics.scaling import ScaleRounding
 
 logger = logging.getLogger("fp8pack")
 
-_M, _N, _K = 40, 384, 288  # of the GEMM that verifies a backend: several blocks of 128, and ragged ones
-_MAX_ERROR = 5e-3  # relative, Frobenius; rounding a result to BF16 is 1.7e-3 of it
+_M, _N, _K = 40, 384, 288  # of the GEMM that verifies a backend: several blocks of 128, and partial ones
+_MAX_ERROR = 5e-3  # relative, Frobenius; rounding the result to BF16 alone gives 1.7e-3
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A backend, and why it does not serve; None if it should."""
+    """A backend, and why it does not support a scheme; None if it should."""
 
     backend: Backend
     problem: str | None
 
 
 def candidates(scheme: GemmScheme, facts: DeviceFacts) -> Iterator[Candidate]:
-    """Yield the backends, the fastest first, with what rules know of them; the reference always serves.
+    """Yield the backends, the fastest first, each with the problem that rules find; the reference has none.
 
-    On a CPU the reference comes first: with the weight kept in BF16 it takes 1/50 (M = 1) to 1/5 (M = 128) of the time
-    of scaled_mm, which widens the weight to float32 for each GEMM (docs/log.md).
+    On a CPU the reference comes first: with the weight cached in BF16 it takes 1/50 (M = 1) to 1/5 (M = 128) of the
+    time of scaled_mm, which casts the weight to float32 for each GEMM (docs/log.md).
     """
     reference = Candidate(ReferenceBackend(), None)
     if facts.kind == "cpu":
         yield reference
     yield Candidate(TorchBackend(), torch_problem(scheme, facts))
     if facts.kind == "cuda" and find_spec("triton") is not None:
-        from fp8pack.gemm.triton_backend import TritonBackend, triton_problem  # imports Triton, which a CPU has not
+        from fp8pack.gemm.triton_backend import TritonBackend, triton_problem  # imports Triton
 
         yield Candidate(TritonBackend(), triton_problem(scheme, facts))
     if facts.kind != "cpu":
@@ -54,7 +54,7 @@ def candidates(scheme: GemmScheme, facts: DeviceFacts) -> Iterator[Candidate]:
 
 @cache
 def choose(device: torch.device, scheme: GemmScheme) -> Backend:
-    """Return the backend for a device and a scheme; that it is not the fastest is said once, with the reason."""
+    """Return the backend for a device and a scheme; log a warning, once, with the reason if it is not the fastest."""
     reasons: list[str] = []
     for candidate in candidates(scheme, describe(device)):
         problem = candidate.problem or verify(candidate.backend, scheme, device)
@@ -63,13 +63,13 @@ def choose(device: torch.device, scheme: GemmScheme) -> Backend:
                 logger.warning("%s on %s runs on %s: %s", scheme, device, candidate.backend.name, "; ".join(reasons))
             return candidate.backend
         reasons.append(f"{candidate.backend.name}: {problem}")
-    raise RuntimeError(f"no backend multiplies {scheme} on {device}: {'; '.join(reasons)}")
+    raise RuntimeError(f"no backend supports {scheme} on {device}: {'; '.join(reasons)}")
 
 
 def verify(backend: Backend, scheme: GemmScheme, device: torch.device) -> str | None:
-    """Multiply small random matrices; return what is wrong with the result, None if it is right.
+    """Multiply small random matrices; return why the result is wrong, None if it is correct.
 
-    Right is a relative error (Frobenius) of at most 5e-3 against the float64 GEMM of the operands as quantized.
+    Correct: a relative error (Frobenius) of at most 5e-3 against a float64 GEMM of the quantized operands.
     """
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(_M, _K, generator=generator, dtype=torch.bfloat16)
@@ -82,10 +82,10 @@ def verify(backend: Backend, scheme: GemmScheme, device: torch.device) -> str | 
         with torch.autocast(device.type, enabled=False):
             weight = backend.prepare(payload.to(device), scale.to(device), scheme)
             found = backend.matmul(x.to(device), weight, None, torch.bfloat16).cpu().double()
-    except Exception as error:  # whatever a library raises about a GEMM that it does not have
+    except Exception as error:  # libraries raise any type for a GEMM that they do not have
         return f"it failed with {type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
     off = float((found - expected).norm() / expected.norm())
-    return None if off <= _MAX_ERROR else f"its result is off by {off:.1e}, relative"
+    return None if off <= _MAX_ERROR else f"its result has a relative error of {off:.1e}"
 
 
 def _quantized(weight: Tensor, granularity: Granularity, scheme: GemmScheme) -> tuple[Tensor, Tensor]:

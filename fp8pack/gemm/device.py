@@ -1,4 +1,4 @@
-"""Which devices torch sees here, and what each is: found out once and carried as a value."""
+"""The devices that torch finds on this machine, and the facts of each, as one value."""
 
 import re
 from dataclasses import dataclass
@@ -8,15 +8,15 @@ import torch
 
 from fp8pack.errors import DeviceError
 
-_HINT = "use device cpu"
+_HINT = "use --device cpu"
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceFacts:
-    """A device as far as FP8 depends on it.
+    """The facts of a device that FP8 depends on.
 
-    kind: `cpu`, `cuda` (NVIDIA), `hip` (AMD) or torch's name of any other. capability: (9, 0) is Hopper; of NVIDIA
-    only. arch: `gfx942`; of AMD only. toolkit: version of CUDA or ROCm that torch was built with.
+    kind: `cpu`, `cuda` (NVIDIA), `hip` (AMD) or torch's name for another. capability: of NVIDIA only; (9, 0) is Hopper.
+    arch: of AMD only, such as `gfx942`. toolkit: version of CUDA or ROCm that torch was built with.
     """
 
     kind: str
@@ -32,30 +32,30 @@ class DeviceFacts:
 
 
 def find_device(device: str | torch.device) -> torch.device:
-    """Return a device that torch sees here; `cuda` becomes the current one, now and in every thread.
+    """Return a device that torch finds here; `cuda` becomes the current one with its index, for every thread.
 
     Raises:
-        DeviceError: torch does not know the name, or sees no device of this name or index.
+        DeviceError: torch does not know the name, or finds no device of this name or index.
     """
     try:
         found = torch.device(device)
     except RuntimeError:
-        raise DeviceError(f"torch knows no device {device!r}", _HINT) from None
+        raise DeviceError(f"unknown device {device!r}", _HINT) from None
     if found.type in ("cpu", "meta"):
         return torch.device(found.type)
     count = _count(found.type)
     if count == 0:
-        raise DeviceError(f"torch sees no {found.type.upper()} device here", _HINT)
+        raise DeviceError(f"torch finds no {found.type.upper()} device", _HINT)
     if found.index is not None and found.index >= count:
         last = f"{found.type}:{count - 1}"
-        raise DeviceError(f"torch sees no {found} here: the last {found.type.upper()} device is {last}", _HINT)
+        raise DeviceError(f"torch finds no device {found}; the last {found.type.upper()} device is {last}", _HINT)
     if found.type == "cuda" and found.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return found
 
 
 def _count(kind: str) -> int:
-    """How many devices of a kind torch sees; 0 where this build of torch has no module for the kind."""
+    """Number of devices of a kind; 0 if this build of torch has no module for the kind."""
     try:
         module = torch.get_device_module(kind)
     except RuntimeError:

@@ -1,4 +1,4 @@
-"""Scales as kernels read them.
+"""Scales in the layouts of kernels.
 
 Sources: cuBLAS documentation, cublasLtMatmulMatrixScale_t and the 1-D block scaling factors layout; DeepGEMM,
 deep_gemm/utils/layout and its tests.
@@ -13,13 +13,13 @@ from fp8pack.units import round_up
 
 
 def for_cublaslt(scale: Tensor, granularity: Granularity, shape: tuple[int, int]) -> Tensor:
-    """Return the scales of a weight as cuBLASLt and torch's scaled_mm read them.
+    """Return the scales of a weight in the layout of cuBLASLt and torch's scaled_mm.
 
     scale: [ceil(N/R), ceil(K/C)] float32; shape: [N, K], padded or not. The result, by granularity: tensor [1];
         channel [1, N]; block:128x128 [round_up(ceil(K/128), 4), ceil(N/128)], K contiguous; mx exponents of
-        round_up(N, 128) x round_up(ceil(K/32), 4) in tiles, float8_e8m0fnu, flat. What is padded is zero.
+        round_up(N, 128) x round_up(ceil(K/32), 4) in tiles, float8_e8m0fnu, flat. Padding is zero.
     Raises:
-        ValueError: cuBLASLt reads no scales of this granularity.
+        ValueError: cuBLASLt does not support this granularity.
     """
     rows, cols = shape
     if granularity == TENSOR:
@@ -30,16 +30,16 @@ def for_cublaslt(scale: Tensor, granularity: Granularity, shape: tuple[int, int]
         return pad(scale, scale.shape[0], round_up(scale.shape[1], 4)).t()
     if granularity == MX:
         return tile(pad(exponents_of(scale), rows, -(-cols // 32))).view(torch.float8_e8m0fnu).reshape(-1)
-    raise ValueError(f"cuBLASLt reads no {granularity} scales")
+    raise ValueError(f"cuBLASLt does not support {granularity} scales")
 
 
 def for_deepgemm(scale: Tensor, n: int, region_rows: int) -> Tensor:
-    """Return the scales of a weight as DeepGEMM reads them on SM100; on SM90 it takes `scale` as it is.
+    """Return the scales of a weight in DeepGEMM's layout for SM100; on SM90 it reads `scale` unchanged.
 
-    scale: [ceil(N/R), G] float32, powers of two. The result: [N, ceil(G/4)] int32, each of four exponents along K,
+    scale: [ceil(N/R), G] float32, powers of two. The result: [N, ceil(G/4)] int32, each with four exponents along K,
         the first in the lowest byte; N contiguous, columns round_up(N, 4) apart.
     Raises:
-        ValueError: a scale is no power of two: pack with `--scale-rounding up`.
+        ValueError: a scale is not a power of two; pack with `scale_rounding="up"`.
     """
     exponents = exponents_of(scale).repeat_interleave(region_rows, 0)[:n]
     words = pad(exponents, round_up(n, 4), round_up(exponents.shape[1], 4)).view(torch.int32)
@@ -47,11 +47,11 @@ def for_deepgemm(scale: Tensor, n: int, region_rows: int) -> Tensor:
 
 
 def exponents_of(scale: Tensor) -> Tensor:
-    """Return the E8M0 bytes of scales, float32 powers of two; ValueError if one is not."""
+    """Return the E8M0 bytes of scales, float32 powers of two; ValueError for any other."""
     bits = scale.contiguous().view(torch.int32)
     subnormal = bits == 1 << 22  # 2^-127, whose byte is 0
     if not (((bits & 0x7FFFFF) == 0) | subnormal).all():
-        raise ValueError("a scale is no power of two, as this kernel wants: pack with --scale-rounding up")
+        raise ValueError("a scale is not a power of two, which this kernel needs: pack with scale_rounding='up'")
     return (bits >> 23).to(torch.uint8)
 
 
@@ -70,7 +70,7 @@ def untile(tiles: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def pad(matrix: Tensor, rows: int, cols: int) -> Tensor:
-    """Return a matrix with zeros up to this shape; itself where it has it and is contiguous. FP8 dtypes included."""
+    """Return a matrix of any dtype, FP8 included, padded with zeros to this shape; itself if nothing changes."""
     if tuple(matrix.shape) == (rows, cols):
         return matrix.contiguous()
     wide = torch.zeros((rows, cols), dtype=matrix.dtype, device=matrix.device)

@@ -1,4 +1,4 @@
-"""From a packed weight to the operand of a GEMM."""
+"""`make_operand`: the GEMM operand of a packed weight."""
 
 from dataclasses import replace
 
@@ -21,10 +21,10 @@ def make_operand(
     input_scale: Tensor | None = None,
     weight_only: bool = False,
 ) -> Operand:
-    """Return a weight as the backend of its device takes it.
+    """Return a weight, prepared for the backend of its device.
 
-    Shapes: payload [N, K] of an FP8 dtype; scale [ceil(N/R), ceil(K/C)] float32; input_scale of one element, used
-        where activations have one scale for the tensor or for each token.
+    Shapes: payload [N, K] of an FP8 dtype; scale [ceil(N/R), ceil(K/C)] float32; input_scale of one element, used only
+        if activations have one scale per tensor or per token.
     """
     scheme = scheme_of(format, granularity, weight_only=weight_only)
     backend = choose(payload.device, scheme) if payload.numel() else ReferenceBackend()

@@ -1,4 +1,4 @@
-"""A weight as the GEMM of its device takes it, made once."""
+"""A weight, prepared once for the GEMM of its device."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -13,9 +13,9 @@ from fp8pack.gemm.scheme import GemmScheme
 class Operand:
     """An FP8 weight, padded, its scales in the layout of a backend.
 
-    payload: [N', K'] FP8, K contiguous. kernel_scale: as the backend reads it. shape: [N, K] before padding.
-    input_scale: the static scale of what enters it, float32, one element. values: the weight in BF16, where a backend
-    keeps it so.
+    payload: [N', K'] FP8, K contiguous. kernel_scale: in the backend's layout. shape: [N, K] before padding.
+    input_scale: the static scale of the input activations, float32, one element. values: the weight in BF16, if the
+    backend caches it.
     """
 
     payload: Tensor
@@ -45,7 +45,7 @@ class Backend(Protocol):
         ...
 
     def prepare(self, payload: Tensor, scale: Tensor, scheme: GemmScheme) -> Operand:
-        """Return a weight [N, K] with its scales, float32 [ceil(N/R), ceil(K/C)], padded and laid out."""
+        """Return a weight [N, K] with its scales, float32 [ceil(N/R), ceil(K/C)], padded and in its layout."""
         ...
 
     def matmul(self, x: Tensor, weight: Operand, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:

@@ -1,4 +1,4 @@
-"""The reference backend: operands are dequantized and multiplied in BF16. It runs anywhere."""
+"""The reference backend: operands are dequantized and multiplied in BF16. It runs on every device."""
 
 from dataclasses import dataclass, replace
 
@@ -12,32 +12,32 @@ from fp8pack.machine import usable_memory
 from fp8pack.numerics import torch_codec
 from fp8pack.numerics.granularity import CHANNEL, TENSOR, Granularity
 
-_RESERVE = 4  # a quarter of what memory is available stays free
+_RESERVE = 4  # a weight is cached if it needs less than a quarter of the available memory
 
 
 @dataclass(frozen=True, slots=True)
 class ReferenceBackend:
-    """Dequantizes and multiplies; on a CPU a weight is dequantized once and kept, while memory allows."""
+    """Dequantizes and multiplies; on a CPU a weight is dequantized once and cached, if memory allows."""
 
     name: str = "reference"
 
     def prepare(self, payload: Tensor, scale: Tensor, scheme: GemmScheme) -> Operand:
-        """Return a weight with its scales as they are, and on a CPU its values in BF16."""
+        """Return a weight with unchanged scales, and on a CPU its values in BF16."""
         operand = Operand(payload, scale, (payload.shape[0], payload.shape[1]), scheme, self)
         if payload.device.type == "cpu" and 0 < 2 * payload.numel() < usable_memory() // _RESERVE:
             return replace(operand, values=_values(operand, torch.bfloat16))
         return operand
 
     def matmul(self, x: Tensor, weight: Operand, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
-        """Return x @ weight^T + bias; in BF16, rounded before scales of tensors or channels and after them.
+        """Return x @ weight^T + bias; in BF16, rounded before tensor or channel scales are applied and after.
 
-        Another dtype than BF16 is computed in float32 and rounded once.
+        Any other out_dtype is computed in float32 and rounded once.
         """
         dtype = torch.bfloat16 if out_dtype == torch.bfloat16 else torch.float32
-        kept = weight.values if weight.values is not None and dtype == torch.bfloat16 else None
-        values = _values(weight, dtype) if kept is None else kept
-        entered, scale = _rounded(x, weight, dtype)
-        out = torch.nn.functional.linear(entered, values).float()
+        cached = weight.values if weight.values is not None and dtype == torch.bfloat16 else None
+        values = _values(weight, dtype) if cached is None else cached
+        inputs, scale = _rounded(x, weight, dtype)
+        out = torch.nn.functional.linear(inputs, values).float()
         if _scales_after(weight.scheme.granularity):
             out *= weight.kernel_scale.reshape(1, -1)
         if scale is not None:
@@ -46,12 +46,12 @@ class ReferenceBackend:
 
 
 def _scales_after(granularity: Granularity) -> bool:
-    """Whether scales are applied to the result of the GEMM, so that FP8 values enter it exactly."""
+    """Whether scales are applied to the result of the GEMM, so that its operands are exact FP8 values."""
     return granularity in (TENSOR, CHANNEL)
 
 
 def _values(weight: Operand, dtype: torch.dtype) -> Tensor:
-    """The weight in a float dtype: without its scales where they are applied to the result."""
+    """The weight in a float dtype, without its scales if they are applied to the result."""
     if _scales_after(weight.scheme.granularity):
         return weight.payload.to(dtype)
     region = weight.scheme.granularity.region(weight.shape)
@@ -59,7 +59,7 @@ def _values(weight: Operand, dtype: torch.dtype) -> Tensor:
 
 
 def _rounded(x: Tensor, weight: Operand, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """The activation as the GEMM sees it, and the scales that are applied after it: [1, 1] or [M, 1]."""
+    """The quantized activations in a float dtype, and the scales to apply to the result: [1, 1] or [M, 1]."""
     activation = weight.scheme.activation
     if activation is None:
         return x.to(dtype), None

@@ -1,4 +1,4 @@
-"""How an FP8 GEMM is scaled: what region of the weight shares a scale, and what of the activation."""
+"""The scales of an FP8 GEMM: the granularity of the weight and of the activations."""
 
 from dataclasses import dataclass
 
@@ -10,10 +10,10 @@ GROUP_128 = Granularity("group:128", 1, 128)
 
 @dataclass(frozen=True, slots=True)
 class GemmScheme:
-    """The formats and scales of both operands.
+    """The formats and granularities of both operands.
 
-    granularity: of the weight [N, K]. activation: of what enters it, [M, K], taken as a matrix of its own: `channel` is
-    a scale for each token; None where it is not quantized.
+    granularity: of the weight [N, K]. activation: of the input activations [M, K], as a matrix: `channel` is one scale
+    per token; None if they are not quantized.
     """
 
     format: Float8Format
@@ -24,7 +24,7 @@ class GemmScheme:
         return self.describe(static=False)
 
     def describe(self, *, static: bool) -> str:
-        """Return the scheme in words; static: activations have one calibrated scale."""
+        """Return the scheme as text; static: activations have one calibrated scale."""
         activation = "not quantized" if self.activation is None else _SPOKEN.get(self.activation.name, "1x128")
         return f"{self.format.name} {self.granularity}, activations {'static' if static else activation}"
 
@@ -33,10 +33,9 @@ _SPOKEN = {"tensor": "per tensor", "channel": "per token", "mx": "MX 1x32"}
 
 
 def scheme_of(format: Float8Format, granularity: Granularity, *, weight_only: bool = False) -> GemmScheme:
-    """Return the scheme of a weight: the activation's scales are those that kernels take beside the weight's.
+    """Return the scheme of a weight: activations have the granularity that kernels support with the weight's.
 
-    Where no kernel takes one for each 1x128, because the weight's regions are not whole multiples of that, it is one
-    for each token.
+    For groups and blocks that is 1x128; one scale per token if the weight's regions are no multiple of 128 columns.
     """
     if weight_only:
         return GemmScheme(format, granularity, None)

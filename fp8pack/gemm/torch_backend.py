@@ -1,6 +1,6 @@
 """torch.nn.functional.scaled_mm: cuBLASLt (or CUTLASS) on NVIDIA, hipBLASLt on AMD; on a CPU tensor and row scales.
 
-It wants both operands with K contiguous, N and K multiples of 16, pointers aligned to 16 bytes, and scales in the
+It needs both operands with K contiguous, N and K multiples of 16, pointers aligned to 16 bytes, and scales in the
 layouts of cuBLASLt (docs/gemm.md). M is padded for each GEMM, N and K once.
 Sources: torch.nn.functional.scaled_mm, torch/csrc ScaledBlas.cpp; cuBLAS documentation, cublasLtMatmulMatrixScale_t.
 """
@@ -33,36 +33,37 @@ _RECIPES = {
 def torch_problem(scheme: GemmScheme, facts: DeviceFacts) -> str | None:
     """Return why torch has no GEMM for a scheme on a device, None if it should have one."""
     if scheme.activation is None:
-        return "torch has no GEMM of FP8 weights with activations that are not quantized"
+        return "no GEMM of FP8 weights with BF16 activations"
     if scheme.granularity not in _RECIPES:
-        return f"torch has no GEMM with {scheme.granularity} scales"
+        return f"no GEMM with {scheme.granularity} scales"
     match facts.kind:
         case "cpu":
-            return None if scheme.granularity in (TENSOR, CHANNEL) else "torch has it on GPUs only"
+            supported = scheme.granularity in (TENSOR, CHANNEL)
+            return None if supported else f"no GEMM with {scheme.granularity} scales on CPUs"
         case "cuda":
             return _problem_on_nvidia(scheme, facts)
         case "hip":
             return _problem_on_amd(scheme, facts)
         case _:
-            return f"fp8pack knows no FP8 GEMM of torch on {facts.kind}"
+            return f"fp8pack does not support torch's FP8 GEMMs on {facts.kind}"
 
 
 def _problem_on_nvidia(scheme: GemmScheme, facts: DeviceFacts) -> str | None:
     capability = facts.capability
     if capability < (8, 9):
-        return f"SM{capability[0]}{capability[1]} has no FP8 tensor cores: they begin with SM89"
+        return f"SM{capability[0]}{capability[1]} has no FP8 tensor cores (SM89 or later needed)"
     if scheme.granularity == BLOCK_128 and (capability[0] != 9 or facts.toolkit < (12, 9)):
-        return "cuBLASLt scales blocks of 128x128 on SM90 alone, from CUDA 12.9 on"
+        return "cuBLASLt supports block:128x128 scales only on SM90 with CUDA 12.9 or later"
     if scheme.granularity == MX and (capability < (10, 0) or scheme.format != E4M3):
-        return "cuBLASLt reads MX scales from SM100 on, of E4M3"
+        return "cuBLASLt supports MX scales only for E4M3 on SM100 or later"
     return None
 
 
 def _problem_on_amd(scheme: GemmScheme, facts: DeviceFacts) -> str | None:
     if not facts.arch.startswith(("gfx94", "gfx95", "gfx12")):
-        return f"{facts.arch} has no FP8 matrix cores: they begin with gfx942"
+        return f"{facts.arch} has no FP8 matrix cores (gfx942 or later needed)"
     if scheme.granularity not in (TENSOR, CHANNEL):
-        return f"fp8pack has no {scheme.granularity} GEMM of hipBLASLt"
+        return f"fp8pack does not support {scheme.granularity} scales with hipBLASLt"
     return None
 
 
@@ -73,7 +74,7 @@ class TorchBackend:
     name: str = "torch"
 
     def prepare(self, payload: Tensor, scale: Tensor, scheme: GemmScheme) -> Operand:
-        """Return a weight, N and K padded to what the kernel wants, its scales laid out."""
+        """Return a weight, N and K padded for the kernel, its scales in cuBLASLt's layout."""
         n, k = payload.shape
         rows = round_up(n, 128 if scheme.granularity == MX else _MULTIPLE)
         cols = round_up(k, 128 if scheme.granularity in (BLOCK_128, MX) else _MULTIPLE)
@@ -87,7 +88,7 @@ class TorchBackend:
         activation, tiled = weight.scheme.activation or TENSOR, granularity == MX
         payload, scale = quantize_activation(x, activation, padded=padded, scale=weight.input_scale, tiled=tiled)
         if granularity == CHANNEL:
-            scale = scale.expand(padded[0], 1).contiguous()  # a static scale is that of each token
+            scale = scale.expand(padded[0], 1).contiguous()  # a static scale is repeated for each token
         if granularity == MX:
             scale = scale.view(torch.float8_e8m0fnu).reshape(-1)
         if weight.payload.dtype == torch.float8_e4m3fnuz:
@@ -103,6 +104,6 @@ class TorchBackend:
             scale_recipe_b=recipe_b,
             swizzle_a=swizzle,
             swizzle_b=swizzle,
-            output_dtype=torch.bfloat16 if granularity == CHANNEL else out_dtype,  # the only one of row scales
+            output_dtype=torch.bfloat16 if granularity == CHANNEL else out_dtype,  # the only one with row scales
         )[:m, :n]
         return (out if bias is None else out + bias).to(out_dtype)

@@ -1,4 +1,4 @@
-"""Activations to FP8 on the device, in Triton: memory is read once wherever the scale allows it."""
+"""Activations to FP8 on the device, in Triton: memory is read once if the granularity allows it."""
 
 import torch
 import triton
@@ -9,7 +9,7 @@ from fp8pack.numerics import swizzle
 from fp8pack.numerics.granularity import CHANNEL, MX, TENSOR, Granularity
 from fp8pack.units import ceil_div
 
-_LONGEST = 32768  # columns that one block of 512 threads holds in registers
+_LONGEST = 32768  # columns that fit into the registers of one block of 512 threads
 _TILE = 4, 1024
 
 
@@ -23,16 +23,16 @@ def casts_fp8(device: torch.device) -> bool:
 def quantize(
     x: Tensor, granularity: Granularity, *, padded: tuple[int, int], scale: Tensor | None = None, tiled: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Return the E4M3 payload of activations and the scales that dequantize it, without waiting for the device.
+    """Return the E4M3 payload of activations and the scales that dequantize it, asynchronously.
 
     Shapes: x [M, K] bfloat16, float16 or float32, K contiguous; payload [Mp, Kp] = padded, zeros beyond x. Scales:
         tensor float32 [1], the given one or amax's; channel float32 [Mp, 1]; group:G float32 [Mp, ceil(Kp/G)] with
-        strides (1, Mp), as cuBLASLt takes 1x128; mx uint8 exponents [Mp, ceil(Kp/32)], or if `tiled` in the order
+        strides (1, Mp), as cuBLASLt needs 1x128; mx uint8 exponents [Mp, ceil(Kp/32)], or if `tiled` in the order
         of numerics/swizzle.py, padded there with zeros.
     Numerics: those of numerics/torch_codec.py, bit for bit; mx is rounded up. The scale of padding is 1.0. A region
-        with a NaN or infinity gets the scale NaN and a payload of NaN; a given scale leaves it at those elements.
+        with a NaN or infinity gets the scale NaN and a payload of NaN; with a given scale only those elements are NaN.
     Raises:
-        ValueError: x is not 2-D with K contiguous or larger than padded, or cannot be quantized in this way.
+        ValueError: x is not 2-D with K contiguous, x is larger than padded, or the granularity is not supported.
     """
     _check(x, granularity, padded, scale)
     payload = torch.empty(padded, dtype=torch.uint8, device=x.device)
@@ -60,11 +60,11 @@ def _check(x: Tensor, granularity: Granularity, padded: tuple[int, int], scale: 
         raise ValueError(f"activations {tuple(x.shape)} do not fit into {padded}")
     if granularity in (TENSOR, CHANNEL):
         if scale is not None and (granularity == CHANNEL or scale.numel() != 1):
-            raise ValueError("a given scale is one element, for granularity tensor")
+            raise ValueError("a given scale must have one element and the granularity tensor")
         return
     width = granularity.cols or 0
     if scale is not None or granularity.rows != 1 or not 32 <= width <= _LONGEST or width & (width - 1):
-        raise ValueError(f"activations have scales of 1xG, G a power of two from 32 to {_LONGEST}, not {granularity}")
+        raise ValueError(f"activation scales must be 1xG, G a power of two from 32 to {_LONGEST}, not {granularity}")
 
 
 def _new_scales(granularity: Granularity, padded: tuple[int, int], tiled: bool, device: torch.device) -> Tensor:

@@ -1,4 +1,4 @@
-"""Our Triton kernels: what torch has no GEMM for, on NVIDIA GPUs from SM80 on."""
+"""Our Triton kernels: GEMMs that torch does not have, on NVIDIA GPUs from SM80 on."""
 
 from dataclasses import dataclass
 
@@ -14,31 +14,34 @@ from fp8pack.gemm.triton_gemm import dequantize_gemm, scaled_gemm, serves
 from fp8pack.units import round_up
 
 _MULTIPLE = 16  # bytes of a load
-_SHAPE = (384, 384)  # of a weight that is larger than any region that kernels know
+_SHAPE = (384, 384)  # of a weight that is larger than every supported region
 
 
 def triton_problem(scheme: GemmScheme, facts: DeviceFacts) -> str | None:
-    """Return why our kernels do not compute the GEMMs of a scheme on a device, None if they should."""
+    """Return why our kernels do not support a scheme on a device, None if they should."""
     if facts.kind != "cuda":
-        return "fp8pack's Triton kernels are for NVIDIA GPUs"
+        return "fp8pack's Triton kernels run only on NVIDIA GPUs"
     if facts.capability < (8, 0):
-        return f"fp8pack's Triton kernels begin with SM80, this is SM{facts.capability[0]}{facts.capability[1]}"
+        return f"fp8pack's Triton kernels need SM80 or later, not SM{facts.capability[0]}{facts.capability[1]}"
     return serves(scheme.granularity.region(_SHAPE), _SHAPE)
 
 
 @dataclass(frozen=True, slots=True)
 class TritonBackend:
-    """Multiplies FP8 by FP8, or leaves activations as they are; edges are masked, and K is padded for long loads."""
+    """Multiplies FP8 weights by FP8 or BF16 activations; edges are masked, and K is padded for long loads."""
 
     name: str = "triton"
 
     def prepare(self, payload: Tensor, scale: Tensor, scheme: GemmScheme) -> Operand:
-        """Return a weight with its scales in float32, as they are; rows begin at multiples of 16 bytes."""
+        """Return a weight with unchanged float32 scales; rows begin at multiples of 16 bytes."""
         n, k = payload.shape
         return Operand(pad(payload, n, round_up(k, _MULTIPLE)), scale, (n, k), scheme, self)
 
     def matmul(self, x: Tensor, weight: Operand, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
-        """Return x @ weight^T + bias, each step of K scaled and added in float32; float32 activations become BF16."""
+        """Return x @ weight^T + bias, each step of K scaled and added in float32.
+
+        Float32 activations are rounded to BF16 if they are not quantized.
+        """
         n, cols = weight.payload.shape
         region, activation = weight.scheme.granularity.region((n, cols)), weight.scheme.activation
         if activation is None:

@@ -3,7 +3,7 @@
 Legend: activations [M, K], weights [N, K], both with K contiguous; scales are the multipliers that dequantize. Payloads
 are written as uint8, so that a device without FP8 types (before SM89, and Triton's interpreter) runs the same kernels:
 there CAST is false and FP8 is rounded and read in integers. Division is `div_rn`, the other roundings are those of
-fp8pack.numerics.torch_codec: the same bytes (tests/gemm/test_triton.py).
+fp8pack.numerics.torch_codec: the bytes are equal (tests/gemm/test_triton.py).
 """
 
 import triton
@@ -28,7 +28,7 @@ def _float32(x):
 
 @triton.jit
 def _magnitude(x):
-    """Return |x| as its bits: in integers a NaN is larger than any number, so no maximum loses one."""
+    """Return the bits of |x|: as integers, NaNs are above all numbers, so a maximum keeps them."""
     return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
@@ -120,7 +120,7 @@ def quantize_regions(
 def quantize_long_rows(
     x, payload, scales, rows, cols, padded_cols, x_stride, CAST: tl.constexpr, BLOCK_K: tl.constexpr
 ):
-    """Quantize with one scale a row, for rows that no block holds: the second reading comes from the cache."""
+    """Quantize with one scale per row, for rows too long for one block: the second read comes from the cache."""
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK_K)
     end = tl.where(row < rows, cols, 0)  # a row of padding has no columns
@@ -139,7 +139,7 @@ def quantize_long_rows(
 
 @triton.jit(do_not_specialize=["rows"])
 def find_amax(x, amax, rows, cols, x_stride, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Raise amax, bits in an int32, to the largest magnitude of x: the same in any order."""
+    """Raise amax, bits in an int32, to the largest magnitude of x; deterministic in any order."""
     row = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M))[:, None].to(tl.int64)
     col = (tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K))[None, :]
     value = _float32(tl.load(x + row * x_stride + col, mask=(row < rows) & (col < cols), other=0.0))
@@ -161,7 +161,7 @@ def quantize_tensor(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Quantize with one scale: the given one, or without an amax of None the one that is computed and stored."""
+    """Quantize with one scale: the given one if amax is None, else the one of amax, which is stored."""
     if amax is None:
         factor = tl.load(scale)
     else:
@@ -177,7 +177,7 @@ def quantize_tensor(
 
 @triton.jit
 def _operand(block, OPERAND: tl.constexpr, E5M2: tl.constexpr):
-    """Return a block as tl.dot takes it, exactly: unchanged if OPERAND is None, else in that type."""
+    """Return a block for tl.dot, exactly: unchanged if OPERAND is None, else in that type."""
     if OPERAND is not None:
         if block.dtype == tl.uint8:
             block = _decode(block, E5M2)
@@ -233,14 +233,14 @@ def multiply(
     row = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     col = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     depth = tl.arange(0, BLOCK_K)
-    # Beyond the edge the last row is read again, and its result not stored: no mask in the loop.
+    # Beyond the edge the last row is read again and its result is not stored: no mask in the loop.
     a_row = tl.minimum(row, m - 1).to(tl.int64)
     b_row = tl.minimum(col, n - 1).to(tl.int64)
     a += a_row[:, None] * a_stride + depth[None, :]
     b += b_row[None, :] * b_stride + depth[:, None]
     if a_scale is not None:
         a_scale += a_row * a_scale_row
-    if B_ROWS % BLOCK_N == 0:  # one scale for the whole block: one multiplication less per product
+    if B_ROWS % BLOCK_N == 0:  # one scale for the whole block: fewer multiplications
         b_scale += tl.full([1], tile_n * BLOCK_N // B_ROWS, tl.int64) * b_scale_row
     else:
         b_scale += b_row // B_ROWS * b_scale_row
@@ -253,7 +253,7 @@ def multiply(
         else:
             x = _operand(tl.load(a, mask=depth[None, :] < k - start, other=0.0), OPERAND, False)
             w = _operand(tl.load(b, mask=depth[:, None] < k - start, other=0.0), OPERAND, E5M2)
-        # Hopper sums FP8 products in 14 bits or so: every step is therefore added up in float32.
+        # Hopper accumulates FP8 products in about 14 bits: so every step is added in float32.
         if ALONG_K:
             factor = _factors(a_scale, b_scale, start, a_scale_col, b_scale_col, A_COLS, B_COLS)
             total += tl.dot(x, w, input_precision="ieee", max_num_imprecise_acc=BLOCK_K) * factor

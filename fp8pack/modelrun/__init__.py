@@ -1,1 +1,1 @@
-"""Models of transformers for a checkpoint, built without weights; and the names that they have in memory."""
+"""Transformers models of checkpoints, built without weights, and their parameter names in memory."""

@@ -1,4 +1,4 @@
-"""A transformers model of a checkpoint: built without weights, which are then read by name, all or some at a time."""
+"""A transformers model of a checkpoint: built without weights, which are loaded by name, all or some at a time."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -34,7 +34,7 @@ class ModelLoader:
     """The model of a checkpoint, in evaluation mode, BF16, with parameters on the meta device until they are loaded.
 
     Raises:
-        InputError: transformers does not know the architecture, or it needs code of its own that is not trusted.
+        InputError: transformers does not know the architecture, or it needs custom modeling code that is not allowed.
     """
 
     def __init__(self, source: Source, *, trust_remote_code: bool, device: torch.device) -> None:
@@ -62,10 +62,10 @@ class ModelLoader:
         return sum(parameter.nbytes for parameter in self.model.parameters())
 
     def load(self, parameters: Iterable[str]) -> None:
-        """Read parameters and buffers of these names from the checkpoint, FP8 weights dequantized.
+        """Load parameters and buffers of these names from the checkpoint, FP8 weights dequantized.
 
         Raises:
-            InputError: the checkpoint lacks one, or holds it in another shape.
+            InputError: the checkpoint does not have one, or has it in another shape.
         """
         load_parameters(self.model, self.names, parameters, self._lazy, self.device)
 
@@ -79,41 +79,43 @@ class ModelLoader:
         for name, ids in prompts.items():
             if max(ids) >= count:
                 raise InputError(
-                    f"{name} has token {max(ids)}, and the model has {count}: its tokenizer is that of another model"
+                    f"{name} has token {max(ids)}, and the model has {count} embeddings: the tokenizer is of another "
+                    "model",
+                    "copy the tokenizer files of this model into its directory",
                 )
 
     @contextmanager
     def without_logits(self) -> Iterator[None]:
-        """Spare the last linear its product while this lasts: what enters it is seen, what leaves it nobody wants."""
+        """Skip the GEMM of the last linear within this context: its input is recorded, its output is not needed."""
         head = self.model.get_output_embeddings()  # type: ignore[no-untyped-call]
         with replaced_forwards([] if head is None else [(head, lambda hidden: hidden[..., :1])]):
             yield
 
     def load_all(self) -> None:
-        """Read every parameter; raises as `load` does."""
+        """Load every parameter; raises as `load` does."""
         self.load(self.model.state_dict())
 
 
 def load_parameters(
     model: PreTrainedModel, names: Names, parameters: Iterable[str], read: Callable[[str], Any], device: torch.device
 ) -> None:
-    """Give parameters and buffers of a model what the checkpoint's tensors make of them, by transformers' own rules.
+    """Set parameters and buffers of a model from the checkpoint's tensors, converted by transformers' rules.
 
-    read: returns what stands for a tensor of the checkpoint: a tensor, or what becomes one when it is indexed.
+    read: returns a tensor of the checkpoint, or an object that returns it when it is indexed.
     Raises:
-        InputError: the checkpoint lacks one, or holds it in another shape.
+        InputError: the checkpoint does not have one, or has it in another shape.
     """
     wanted, architecture = set(parameters), type(model).__name__
     tensors = {name: read(name) for key in wanted for name in names.tensors.get(key, ())}
     info = load_tensors(model, tensors, device)
     for name, found, expected in info.mismatched_keys:
-        raise InputError(f"{name} is {list(found)} in the checkpoint, and {list(expected)} in {architecture}")
+        raise InputError(f"{name} has shape {list(found)} in the checkpoint and {list(expected)} in {architecture}")
     for name, problem in info.conversion_errors.items():
         raise InputError(f"{name} cannot be loaded into {architecture}: {problem.strip().splitlines()[-1]}")
     model.tie_weights()
     missing = [name for name in wanted if model.get_parameter_or_buffer(name).is_meta]
     if missing:
-        raise InputError(f"the checkpoint lacks {min(missing)}, which {architecture} needs")
+        raise InputError(f"the checkpoint has no {min(missing)}, which {architecture} needs")
 
 
 def _build(source: Source, model_class: Any, config: Any) -> PreTrainedModel:
@@ -121,36 +123,47 @@ def _build(source: Source, model_class: Any, config: Any) -> PreTrainedModel:
     try:
         with no_init_weights(), _parameters_on_meta():
             return make_model(model_class, config, torch.bfloat16)
-    except Exception as error:  # whatever a class makes of a configuration that is not for it
-        raise InputError(f"{source.path}: config.json makes no {model_class.__name__}: {_short(error)}") from error
+    except Exception as error:  # classes raise any type for a wrong configuration
+        raise InputError(
+            f"{source.path}/config.json: {model_class.__name__} cannot be built from it: {_short(error)}"
+        ) from error
 
 
 def read_tokenizer(source: Source, *, trust_remote_code: bool) -> Any:
-    """Return the tokenizer of a checkpoint; InputError if it has none that transformers reads."""
+    """Return the tokenizer of a checkpoint; InputError if transformers cannot load one."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             source.directory, trust_remote_code=trust_remote_code, local_files_only=True
         )
-    except Exception as error:  # transformers raises whatever its tokenizers do
-        raise InputError(f"{source.path} has no tokenizer that transformers reads: {_short(error)}") from None
-    if set(tokenizer.get_vocab().values()) <= set(tokenizer.all_special_ids):  # transformers made an empty one up
-        raise InputError(f"{source.path} has no tokenizer: copy its files from where the model came")
+    except Exception as error:  # tokenizers raise any type
+        raise InputError(f"{source.path} has no tokenizer that transformers can load: {_short(error)}") from None
+    if set(tokenizer.get_vocab().values()) <= set(tokenizer.all_special_ids):  # transformers returns an empty one
+        raise InputError(f"{source.path} has no tokenizer", "copy the tokenizer files of this model into it")
     return tokenizer
 
 
 def _read_config(source: Source, trust_remote_code: bool) -> Any:
     if source.config is None:
-        raise InputError(f"{source.path} has no config.json, so nothing says how to run it: see fp8pack.observe()")
+        raise InputError(
+            f"{source.path} has no config.json, so its architecture is unknown",
+            "run it in your own loop inside `with fp8pack.observe(model)`",
+        )
     try:
         return AutoConfig.from_pretrained(source.directory, trust_remote_code=trust_remote_code, local_files_only=True)
-    except Exception as error:  # transformers raises whatever its configurations do
+    except Exception as error:  # configurations raise any type
         if "trust_remote_code" in str(error):
-            raise InputError(f"{source.path} needs code of its own: read it, then --trust-remote-code") from None
-        raise InputError(f"{source.path} is no model that transformers knows: {_short(error)}") from None
+            raise _untrusted(source) from None
+        raise InputError(f"{source.path}/config.json cannot be loaded by transformers: {_short(error)}") from None
+
+
+def _untrusted(source: Source) -> InputError:
+    return InputError(
+        f"{source.path} needs its custom modeling code", "review that code, then allow it with --trust-remote-code"
+    )
 
 
 def _find_class(source: Source, config: Any, trust_remote_code: bool) -> Any:
-    """The class that config.json names: it is the one that the tensors' names were saved for."""
+    """The class that config.json names: the names of the tensors are its names."""
     architecture = source.facts.architecture
     remote = {reference.rpartition(".")[2]: reference for reference in _references(config)}
     if trust_remote_code and architecture in remote:
@@ -159,10 +172,12 @@ def _find_class(source: Source, config: Any, trust_remote_code: bool) -> Any:
     if isinstance(found, type) and issubclass(found, PreTrainedModel) and found is not PreTrainedModel:
         return found
     if architecture in remote:
-        raise InputError(f"{source.path} needs code of its own: read it, then --trust-remote-code")
+        raise _untrusted(source)
+    if architecture is None:
+        raise InputError(f"{source.path}/config.json names no architecture", "add `architectures` to it")
     raise InputError(
-        f"transformers {transformers.__version__} has no {architecture or 'architecture'}: update it, or record with "
-        "fp8pack.observe() around your own loop"
+        f"transformers {transformers.__version__} has no {architecture}",
+        "update transformers, or run the model in your own loop inside `with fp8pack.observe(model)`",
     )
 
 
@@ -172,7 +187,7 @@ def _references(config: Any) -> list[str]:
 
 
 class _Lazy:
-    """A tensor of the checkpoint, read when transformers asks for it; not mapped, so that its memory comes back."""
+    """A tensor of the checkpoint, read when transformers needs it; not mapped, so that its memory is freed."""
 
     def __init__(self, source: Source, contents: Contents, spec: TensorSpec) -> None:
         self._source, self._contents, self._spec = source, contents, spec
@@ -192,7 +207,7 @@ class _Lazy:
     def _read(self) -> Tensor:
         spec = self._spec
         if spec.dtype not in TORCH_DTYPES:
-            raise InputError(f"{spec.file}: tensor {spec.name!r} is {spec.dtype}, which calibration does not read")
+            raise InputError(f"{spec.file}: tensor {spec.name!r} is {spec.dtype}, a dtype that torch does not have")
         tensor = torch.empty(spec.shape, dtype=TORCH_DTYPES[spec.dtype])
         if spec.nbytes:
             with closing(ShardReader(self._source.directory / spec.file)) as reader:
@@ -202,7 +217,7 @@ class _Lazy:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Keep transformers from warning and from drawing bars for each layer that is read."""
+    """Suppress transformers' warnings and progress bars."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -216,7 +231,7 @@ def quiet_transformers() -> Iterator[None]:
 
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Let every parameter of a model that is built go to the meta device at once; buffers keep their values."""
+    """Create parameters on the meta device while a model is built; buffers keep their values."""
     register = nn.Module.register_parameter
 
     def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:

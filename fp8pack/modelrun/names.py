@@ -1,7 +1,7 @@
-"""From the names that a model has in memory to those of its checkpoint.
+"""Mapping of parameter names in memory to tensor names of the checkpoint.
 
 transformers 5 renames and merges tensors while it loads them: the experts of a layer become 3-D parameters, prefixes
-come and go. Everything is recorded under the checkpoint's names, since they are what packing knows.
+are added and removed. Statistics are recorded under the checkpoint's names, which packing uses.
 """
 
 import re
@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 _EXPERT = re.compile(r"(?P<parent>.+)\.(?P<index>\d+)\.(?P<leaf>\w+)$")
-_SPLIT_EXPERTS = {"gate_up_proj": ("gate_proj", "up_proj")}  # as engines spell the parts of a fused 3-D tensor
+_SPLIT_EXPERTS = {"gate_up_proj": ("gate_proj", "up_proj")}  # the engines' names of the parts of a fused 3-D tensor
 
 
 class Names:
-    """The checkpoint's tensors behind each parameter in memory; a parameter without an entry bears the same name."""
+    """The checkpoint's tensors of each parameter in memory; a parameter without an entry has the same name."""
 
     def __init__(self, tensors: Mapping[str, Iterable[str]]) -> None:
         self.tensors = {parameter: tuple(names) for parameter, names in tensors.items()}
@@ -29,24 +29,24 @@ class Names:
                     self._places.setdefault(module, f".{names[0]}".removesuffix(suffix).removeprefix("."))
 
     def of_parameter(self, parameter: str) -> tuple[str, ...]:
-        """Return the checkpoint's tensors that a parameter in memory was made from."""
+        """Return the checkpoint's tensors that a parameter in memory was loaded from."""
         return self.tensors.get(parameter, (parameter,))
 
     def of_linear(self, module: str) -> tuple[str, ...]:
-        """Return the modules of the checkpoint whose weights a module in memory holds."""
+        """Return the modules of the checkpoint whose weights a module in memory has."""
         if f"{module}.weight" in self.tensors:
             return tuple(name.removesuffix(".weight") for name in self.tensors[f"{module}.weight"])
         return (self.of_place(module),)
 
     def of_place(self, module: str) -> str:
-        """Return the checkpoint's name of a place in the model that need not hold a tensor itself."""
+        """Return the checkpoint's name of a module that may have no tensor itself."""
         if module in self._places:
             return self._places[module]
         parent, _, leaf = module.rpartition(".")
         return f"{self.of_place(parent)}.{leaf}" if parent else module
 
     def of_experts(self, parameter: str, count: int) -> list[list[str]]:
-        """Return the modules of each of `count` experts behind a 3-D parameter that holds all of them."""
+        """Return the modules of each of `count` experts in a 3-D parameter that contains all of them."""
         names = [name.removesuffix(".weight") for name in self.of_parameter(parameter)]
         found: list[list[str]] = [[] for _ in range(count)]
         for match in filter(None, map(_EXPERT.fullmatch, names)):
@@ -62,9 +62,9 @@ class Names:
 def names_of(model: Any, checkpoint: Iterable[str] | None = None) -> Names:
     """Return the names of a transformers model's checkpoint.
 
-    checkpoint: the names of its tensors; without them, those that saving the model would write.
+    checkpoint: the names of its tensors; by default those that `save_pretrained` would write.
     """
-    from fp8pack.modelrun.transformers_internals import renamed  # transformers, which takes seconds
+    from fp8pack.modelrun.transformers_internals import renamed  # imports transformers, which takes seconds
 
     found: dict[str, list[str]] = {}
     for parameter, name in renamed(model, checkpoint):
@@ -73,12 +73,12 @@ def names_of(model: Any, checkpoint: Iterable[str] | None = None) -> Names:
 
 
 def is_transformers_model(model: torch.nn.Module) -> bool:
-    """Say whether a model is one of transformers', without importing transformers for one that is not."""
+    """Say whether a model is a transformers model, without importing transformers for others."""
     return any(base.__module__ == "transformers.modeling_utils" for base in type(model).__mro__)
 
 
 def transformers_parts(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
-    """Return paths and modules of the models of transformers in a model; not those within another."""
+    """Return paths and modules of the outermost transformers models within a model."""
     parts: list[tuple[str, torch.nn.Module]] = []
     for path, module in model.named_modules():
         within = any(not outer or path.startswith(f"{outer}.") for outer, _ in parts)

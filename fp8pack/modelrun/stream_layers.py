@@ -1,9 +1,9 @@
-"""One decoder layer in memory at a time: every prompt passes layer i before layer i + 1 is read.
+"""One decoder layer in memory at a time: every prompt passes layer i before layer i + 1 is loaded.
 
-The model's own forward drives. Each layer is a stand-in that hands on what it gets, but for one: that one is given the
-hidden states that the layer before it left in a file, computes, and ends the call. So masks, positions and whatever
-else a layer is told come from the model itself, computed anew each time. A last round lets all layers be stand-ins and
-runs what comes after them.
+Each round runs the model's own forward with a stub for every layer but one: stubs return their input. The real layer
+gets the hidden states that the layer before it wrote to a file, computes, writes its own, and ends the call. So masks,
+positions and other arguments come from the model itself. The last round has only stubs and runs the modules after the
+layers.
 """
 
 import math
@@ -24,7 +24,7 @@ from fp8pack.numerics.replaced_forwards import replaced_forwards
 
 @dataclass(frozen=True, slots=True)
 class Stack:
-    """The decoder layers of a model: where they are, and whether they return tuples."""
+    """The decoder layers of a model: their path, and whether they return tuples."""
 
     path: str
     layers: tuple[nn.Module, ...]
@@ -32,11 +32,11 @@ class Stack:
 
 
 class _Stop(BaseException):
-    """Ends a call once the layer of the round has computed; no Exception, so that nothing on the way swallows it."""
+    """Ends a call after the layer of the round; not an Exception, so that `except Exception` does not catch it."""
 
 
 def find_stack(model: nn.Module, *, least_share: float = 0.0) -> tuple[str, tuple[nn.Module, ...]] | str:
-    """Return path and layers of the largest stack in a model, or why none has this share of its parameters."""
+    """Return path and layers of the largest ModuleList, or why none has this share of the model's parameters."""
     total = sum(parameter.numel() for parameter in model.parameters())
     stacks = [
         (sum(parameter.numel() for parameter in module.parameters()), path, tuple(module))
@@ -45,15 +45,15 @@ def find_stack(model: nn.Module, *, least_share: float = 0.0) -> tuple[str, tupl
     ]
     size, path, layers = max(stacks, key=lambda stack: stack[0], default=(0, "", ()))
     if size <= least_share * total:
-        return "no stack of layers holds most of its weights"
+        return "no list of layers has most of its weights"
     return path, layers
 
 
 def probe(path: str, layers: tuple[nn.Module, ...], call: Callable[[], object]) -> Stack | str:
-    """Run the model once without its layers; return how they are driven, or why they cannot be.
+    """Run the model once without its layers; return the stack, or why its layers cannot be streamed.
 
-    They can if each is called once, in order, with exactly what the one before it returned, with nothing that layers
-    could share, and if nothing but the last one's hidden states is taken further.
+    They can if each is called once, in order, with exactly the output of the one before it, without an argument that
+    layers could share, and if only the last one's hidden states are used afterwards.
     """
     problem = ""
     for returns_tuple in (False, True):
@@ -64,21 +64,21 @@ def probe(path: str, layers: tuple[nn.Module, ...], call: Callable[[], object]) 
 
 
 class Rounds:
-    """Drives a model layer by layer; `hidden` files lie in a folder, one for the input of each layer."""
+    """Runs a model layer by layer; the folder has a file of hidden states for the input of each layer."""
 
     def __init__(self, stack: Stack, folder: Path) -> None:
         self._stack, self._folder = stack, folder
         self._round = 0
 
     def hidden_path(self, index: int) -> Path:
-        """Return the file of the hidden states that enter layer `index`."""
+        """Return the file of the hidden states that are the input of layer `index`."""
         return self._folder / f"hidden-{index:05}.bin"
 
     @contextmanager
     def round(self, index: int) -> Iterator[Callable[[Callable[[], object]], None]]:
-        """Yield a function that takes one call of the model through layer `index`; the last round comes after all.
+        """Yield a function that runs one call of the model through layer `index`; the last round is after all layers.
 
-        Calls must come in the same order in every round.
+        Calls must have the same order in every round.
         """
         last = index == len(self._stack.layers)
         entering = self.hidden_path(index).open("rb") if index else None
@@ -86,14 +86,14 @@ class Rounds:
         with writing(target):
             leaving = None if last else target.open("wb")
         state = _Round(entering, leaving)
-        stand_ins = [self._stand_in(layer, i, index, state) for i, layer in enumerate(self._stack.layers)]
+        stubs = [self._stub(layer, i, index, state) for i, layer in enumerate(self._stack.layers)]
 
         def take(call: Callable[[], object]) -> None:
             with suppress(_Stop):
                 call()
 
         try:
-            with replaced_forwards(zip(self._stack.layers, stand_ins, strict=True)):
+            with replaced_forwards(zip(self._stack.layers, stubs, strict=True)):
                 yield take
         finally:
             if entering is not None:
@@ -102,10 +102,10 @@ class Rounds:
                 with writing(target):
                     leaving.close()
 
-    def _stand_in(self, layer: nn.Module, i: int, index: int, state: "_Round") -> Callable[..., Any]:
+    def _stub(self, layer: nn.Module, i: int, index: int, state: "_Round") -> Callable[..., Any]:
         compute = layer.forward
 
-        def stand_in(*args: Any, **kwargs: Any) -> Any:
+        def stub(*args: Any, **kwargs: Any) -> Any:
             hidden, replace = _hidden_of(args, kwargs)
             if i == 0 and index:
                 state.hidden = state.read(hidden)
@@ -115,11 +115,14 @@ class Rounds:
             result = compute(*args, **kwargs)
             leaving = result[0] if isinstance(result, tuple) else result
             if (leaving.shape, leaving.dtype) != (hidden.shape, hidden.dtype):
-                raise InputError("its layers change the shape or dtype of hidden states: --stream-layers off")
+                raise InputError(
+                    f"layer {index} changes the shape or dtype of hidden states, so layers cannot be streamed",
+                    "--stream-layers off",
+                )
             state.write(leaving)
             raise _Stop
 
-        return stand_in
+        return stub
 
     def _wrap(self, hidden: Tensor | None) -> Any:
         return (hidden,) if self._stack.returns_tuple else hidden
@@ -132,12 +135,12 @@ class _Round:
     hidden: Tensor | None = None
 
     def read(self, like: Tensor) -> Tensor:
-        """The next hidden states of the file: those of this call have the shape and dtype of its embeddings."""
+        """The next hidden states of the file, in the shape and dtype of this call's embeddings."""
         assert self.entering is not None
         tensor = torch.empty(like.shape, dtype=like.dtype)
         view = tensor.view(-1).view(torch.uint8).numpy().data
         if self.entering.readinto(view) != len(view):
-            raise RuntimeError(f"{self.entering.name} ended too early")
+            raise RuntimeError(f"{self.entering.name} is truncated")
         return tensor.to(like.device)
 
     def write(self, hidden: Tensor) -> None:
@@ -147,42 +150,42 @@ class _Round:
 
 
 def _probe(layers: tuple[nn.Module, ...], call: Callable[[], object], returns_tuple: bool) -> str:
-    """Why a model cannot be driven, empty if it can.
+    """Why the layers of a model cannot be streamed, empty if they can.
 
-    What all stand-ins but the last return is NaN, so that it shows wherever else the model takes it.
+    All stubs but the last return NaN, which shows every other use of their output.
     """
     order: list[int] = []
     returned: list[Tensor] = []
     problems: list[str] = []
 
-    def stand_in(i: int) -> Callable[..., Any]:
+    def stub(i: int) -> Callable[..., Any]:
         def pass_on(*args: Any, **kwargs: Any) -> Any:
             hidden, replace = _hidden_of(args, kwargs)
             told, named = replace(None)
             if returned and hidden is not returned[-1]:
-                problems.append(f"something happens between its layers {order[-1]} and {i}")
+                problems.append(f"hidden states are changed between layers {order[-1]} and {i}")
             elif shared := [name for name, value in named.items() if not _is_plain(value)]:
-                problems.append(f"its layers share {shared[0]}")
+                problems.append(f"its layers share the argument {shared[0]}")
             elif not _is_plain(told):
                 problems.append("its layers share an argument")
             elif order and _has_nan((*told, *named.values())):
-                problems.append("its layers are given more than one layer's hidden states")
+                problems.append("a layer gets the hidden states of several layers")
             order.append(i)
             returned.append(torch.full_like(hidden, 0.5 if i == len(layers) - 1 else math.nan))
             return (returned[-1],) if returns_tuple else returned[-1]
 
         return pass_on
 
-    with replaced_forwards((layer, stand_in(i)) for i, layer in enumerate(layers)):
+    with replaced_forwards((layer, stub(i)) for i, layer in enumerate(layers)):
         try:
             result = call()
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-            problems.append(f"it needs more from its layers than hidden states ({' '.join(str(error).split())[:100]})")
+            problems.append(f"its layers return more than hidden states ({' '.join(str(error).split())[:100]})")
             result = None
     if not problems and order != list(range(len(layers))):
-        problems.append("its layers are not called one after the other")
+        problems.append("its layers are not called once each, in order")
     if not problems and _has_nan(result):
-        problems.append("it takes the hidden states of more than its last layer")
+        problems.append("it uses the hidden states of more than its last layer")
     return problems[0] if problems else ""
 
 
@@ -195,14 +198,14 @@ def _has_nan(value: Any) -> bool:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether a layer's argument is told, not shared: no cache, list or dictionary that a layer could change."""
+    """Whether a layer's argument is a value, no cache, list or dictionary that layers could share."""
     if isinstance(value, tuple):
         return all(_is_plain(part) for part in value)
     return value is None or isinstance(value, Tensor | bool | int | float | str)
 
 
 def _hidden_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Callable[[Any], tuple[Any, Any]]]:
-    """The hidden states among a layer's arguments, and how to put others in their place."""
+    """The hidden states among a layer's arguments, and a function that replaces them."""
     if args:
         return args[0], lambda hidden: ((hidden, *args[1:]), kwargs)
     return kwargs["hidden_states"], lambda hidden: ((), {**kwargs, "hidden_states": hidden})

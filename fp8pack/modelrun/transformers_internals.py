@@ -1,6 +1,6 @@
-"""Everything of transformers that it does not document, in one file: `transformers>=5,<6` moves it as it likes.
+"""All uses of undocumented names of transformers, in one file: any release of `transformers>=5,<6` may move them.
 
-tests/modelrun/test_transformers_internals.py has a test for each name, so that a release that moves one fails there.
+tests/modelrun/test_transformers_internals.py has a test for each name, so that such a release fails there.
 """
 
 import sys
@@ -46,9 +46,9 @@ Kind = Literal["attn", "experts"]
 
 
 def renamed(model: Any, checkpoint: Iterable[str] | None) -> Iterator[tuple[str, str]]:
-    """Yield (parameter in memory, tensor of the checkpoint) for each tensor that is made into a parameter.
+    """Yield (parameter in memory, tensor of the checkpoint) for each tensor that is loaded into a parameter.
 
-    checkpoint: the names of its tensors; without them, those that saving the model would write.
+    checkpoint: the names of its tensors; by default those that `save_pretrained` would write.
     """
     in_memory = {name: tensor.to("meta") for name, tensor in model.state_dict().items()}
     transforms = get_model_conversion_mapping(model)
@@ -67,15 +67,15 @@ def renamed(model: Any, checkpoint: Iterable[str] | None) -> Iterator[tuple[str,
 
 
 def make_model(model_class: Any, config: Any, dtype: torch.dtype) -> PreTrainedModel:
-    """Return a model of a class, as its configuration says."""
+    """Return a model of a class and a configuration."""
     model: PreTrainedModel = model_class._from_config(config, dtype=dtype)
     return model
 
 
 def load_tensors(model: PreTrainedModel, tensors: Mapping[str, Any], device: torch.device) -> Any:
-    """Give parameters what the checkpoint's tensors make of them, in BF16; return transformers' account of it.
+    """Set parameters from the checkpoint's tensors, in BF16; return transformers' report.
 
-    The account has `mismatched_keys` and `conversion_errors`.
+    The report has `mismatched_keys` and `conversion_errors`.
     """
     config = LoadStateDictConfig(
         dtype=torch.bfloat16,
@@ -93,7 +93,7 @@ def load_tensors(model: PreTrainedModel, tensors: Mapping[str, Any], device: tor
 
 
 def implementations(model: Any, kind: Kind) -> dict[str, str]:
-    """Return what a model and its parts run with, under the keys that its setter takes."""
+    """Return the implementations of a model and its parts, with the keys of its setter."""
     parts = {"": model.config} | {key: getattr(model.config, key) for key in model.config.sub_configs}
     return {key: getattr(config, f"_{kind}_implementation") for key, config in parts.items() if config is not None}
 
@@ -109,18 +109,18 @@ def supports_sdpa(model: nn.Module) -> bool:
 
 
 def add_attention(name: str, base: str, function: Callable[..., Any], undo: ExitStack) -> None:
-    """Register an attention function that takes the masks of another, until `undo` closes."""
+    """Register an attention function with the masks of another, until `undo` is closed."""
     _register(ALL_ATTENTION_FUNCTIONS, name, function, undo)
     _register(ALL_MASK_ATTENTION_FUNCTIONS, name, ALL_MASK_ATTENTION_FUNCTIONS[base], undo)
 
 
 def add_experts(name: str, function: Callable[..., Any], undo: ExitStack) -> None:
-    """Register a function that runs the experts of a layer, until `undo` closes."""
+    """Register a function that runs the experts of a layer, until `undo` is closed."""
     _register(ALL_EXPERTS_FUNCTIONS, name, function, undo)
 
 
 def attention_of(module: nn.Module, base: str) -> Callable[..., Any]:
-    """Return the function that computes the attention of a module: `sdpa`, or `eager`, which is beside its class."""
+    """Return the attention function of a module: `sdpa`, or `eager` from the file of its class."""
     if base != "eager":
         found: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS[base]
         return found
@@ -129,20 +129,20 @@ def attention_of(module: nn.Module, base: str) -> Callable[..., Any]:
 
 
 def is_experts(module: nn.Module) -> bool:
-    """Say whether transformers looks up how to run a module: the decorator of experts leaves these marks."""
+    """Say whether a module is experts that transformers looks up how to run: their decorator sets these attributes."""
     return {"has_gate", "has_bias", "is_transposed"} <= vars(module).keys()
 
 
-def activate_expert(module: Any, product: Tensor) -> Tensor:
-    """Return what leaves the first projection of an expert, activated."""
-    activated: Tensor = module._apply_gate(product) if module.has_gate else module.act_fn(product)
+def activate_expert(module: Any, value: Tensor) -> Tensor:
+    """Return the output of an expert's first projection after its activation function."""
+    activated: Tensor = module._apply_gate(value) if module.has_gate else module.act_fn(value)
     return activated
 
 
-def norm_expert(module: Any, product: Tensor) -> Tensor:
-    """Return what leaves the down projection of an expert, normed where the class does."""
+def norm_expert(module: Any, value: Tensor) -> Tensor:
+    """Return the output of an expert's down projection, normed if the class does so."""
     has_norm = vars(module).get("has_post_expert_norm", False)
-    result: Tensor = module.post_expert_norm(product) if has_norm else product
+    result: Tensor = module.post_expert_norm(value) if has_norm else value
     return result
 
 
@@ -157,12 +157,12 @@ CACHE_NAMES = ("cache", "past_key_values", "past_key_value")  # since 5.24, befo
 
 
 def num_cached_tokens(kwargs: Mapping[str, Any]) -> int | None:
-    """Return how many tokens the cache of a call holds already, None if it has none.
+    """Return the number of tokens in the KV cache of a call, None if it has none.
 
-    A static cache counts in a tensor that the call itself advances: the number is read at once.
+    A static cache counts in a tensor that the call itself advances: the number is read before it.
     """
     for name in CACHE_NAMES:
-        length = getattr(kwargs.get(name), "get_seq_length", None)  # tuples, as old models have them, have none
+        length = getattr(kwargs.get(name), "get_seq_length", None)  # the tuples of old models have none
         if length is not None:
             return int(length())
     return None

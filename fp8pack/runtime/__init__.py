@@ -1,1 +1,1 @@
-"""What inference code uses: packed tensors on a device."""
+"""For inference: packed tensors on a device, FP8 linear layers and models."""

@@ -1,4 +1,4 @@
-"""What this machine multiplies FP8 with: versions, devices, and each backend tried on each kind of scales."""
+"""The FP8 support of this machine: versions, devices, and each backend tried with each granularity."""
 
 import platform
 from collections.abc import Mapping
@@ -20,10 +20,10 @@ _PACKAGES = ("torch", "triton", "transformers", "safetensors", "numba", "nvmath-
 
 @dataclass(frozen=True, slots=True)
 class GemmSupport:
-    """The backend that serves a kind of scales on a device.
+    """The backend for a granularity on a device.
 
-    granularity: of the weight. activations: theirs, None where they are not quantized. backend: None if none serves.
-    tried: why each backend does not serve, None where it would.
+    granularity: of the weight. activations: their granularity, None if they are not quantized. backend: None if no
+    backend works. tried: backend -> why it does not work, None if it does.
     """
 
     granularity: str
@@ -34,7 +34,7 @@ class GemmSupport:
 
 @dataclass(frozen=True, slots=True)
 class DeviceEnvironment:
-    """A device by torch's name, and its GEMMs. capability: `SM90`, or AMD's `gfx942`; None of a CPU."""
+    """A device by torch's name, and its GEMMs. capability: `SM90`, or AMD's `gfx942`; None for a CPU."""
 
     device: str
     name: str
@@ -44,9 +44,9 @@ class DeviceEnvironment:
 
 @dataclass(frozen=True, slots=True)
 class Environment(Document):
-    """What FP8 depends on here.
+    """The FP8 support of this machine.
 
-    packages: versions, None of what is not installed. cuda, rocm: what torch is built for. devices: the CPU, then GPUs.
+    packages: versions, None if not installed. cuda, rocm: versions of torch's build. devices: the CPU, then GPUs.
     """
 
     fp8pack: str
@@ -59,7 +59,7 @@ class Environment(Document):
 
 
 def environment() -> Environment:
-    """Return what this machine has; every backend that should serve is verified with a small GEMM first."""
+    """Return the FP8 support of this machine; every backend that should work is verified with a small GEMM."""
     devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
     return Environment(
         fp8pack=__version__,

@@ -1,7 +1,7 @@
-"""The experts of a layer in FP8, where transformers 5 keeps them in one 3-D parameter.
+"""The experts of a layer in FP8, where transformers 5 stores them in one 3-D parameter.
 
-Its classes index that parameter and pass what they get to torch.nn.functional.linear. In the parameter's place stands a
-module that is indexed alike, and gives weights that multiply themselves in FP8.
+Its classes index that parameter and pass the result to torch.nn.functional.linear. FP8Experts replaces the parameter:
+an index returns an ExpertWeight, which computes linear() in FP8.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from fp8pack.runtime.linear import FP8Linear
 
-_ONE_BY_ONE = "FP8 experts are taken one by one: model.set_experts_implementation('eager')"
+_ONE_BY_ONE = "FP8 experts are indexed one at a time: call model.set_experts_implementation('eager')"
 
 
 class ExpertWeight:
-    """The weight of one expert, for torch.nn.functional.linear alone; parts lie below each other, as gate and up do."""
+    """The weight of one expert, only for torch.nn.functional.linear; parts, such as gate and up, are concatenated."""
 
     def __init__(self, parts: Sequence[FP8Linear]) -> None:
         self.parts = parts
@@ -31,7 +31,7 @@ class ExpertWeight:
     ) -> Tensor:
         """Compute linear(x, weight, bias) in FP8; anything else is a TypeError."""
         if function is not nn.functional.linear:
-            raise TypeError(f"the FP8 weight of an expert takes part in linear() alone, not in {function}")
+            raise TypeError(f"the FP8 weight of an expert supports only linear(), not {function}")
         return _linear(*args, **(kwargs or {}))
 
 

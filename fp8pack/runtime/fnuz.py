@@ -1,4 +1,4 @@
-"""AMD's gfx942 reads E4M3 in another way: the same bits mean half the value, and 0x80 is no minus zero but a NaN."""
+"""E4M3 FNUZ, the E4M3 of AMD's gfx942: the same bits have half the value, and 0x80 is a NaN instead of minus zero."""
 
 import torch
 from torch import Tensor
@@ -14,21 +14,24 @@ _NAN = 0x7F
 
 
 def turn_into_fnuz(memory: Buffers, contents: Contents) -> None:
-    """Turn the payloads of all E4M3 weights, in place, into bytes whose E4M3 FNUZ values are half as large.
+    """Convert the payloads of all E4M3 weights in place, into bytes whose E4M3 FNUZ values are half as large.
 
     Raises:
-        InputError: one holds a NaN, which would become a number.
+        InputError: one contains a NaN, which would become a number.
     """
     for spec in contents.tensors:
         quantized = contents.quantized.get(spec.name)
         if quantized is None or quantized.format != E4M3:
             continue
         if _turn(memory.tensor(spec).view(torch.uint8).view(-1)):
-            raise InputError(f"{spec.file}: {spec.name!r} holds a NaN, which has no counterpart on this device")
+            raise InputError(
+                f"{spec.file}: {spec.name!r} contains a NaN, which E4M3 FNUZ does not have in the same bytes",
+                "use --device cpu",
+            )
 
 
 def _turn(payload: Tensor) -> bool:
-    """Turn minus zeros into zeros, in place; return whether a byte is a NaN."""
+    """Convert minus zeros to zeros in place; return whether a byte is a NaN."""
     found = torch.zeros((), dtype=torch.bool, device=payload.device)
     for step in torch.split(payload, _STEP):
         found |= ((step & _NAN) == _NAN).any()
@@ -37,7 +40,7 @@ def _turn(payload: Tensor) -> bool:
 
 
 def double(scale: Tensor) -> Tensor:
-    """Return scales twice as large, exactly: floats, or exponents of powers of two (uint8, float8_e8m0fnu).
+    """Return doubled scales, exactly: floats, or exponents of powers of two (uint8, float8_e8m0fnu).
 
     Raises:
         InputError: one is too large to be doubled.

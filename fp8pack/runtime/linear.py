@@ -21,29 +21,29 @@ def linear(
     input_scale: Tensor | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
 ) -> Tensor:
-    """Return x @ weight^T + bias, computed in FP8 where the device can.
+    """Return x @ weight^T + bias, computed in FP8 if the device supports it.
 
     Shapes: x [..., K] bfloat16, float16 or float32; weight [N, K]; bias [N]; the result [..., N] of out_dtype, one of
         these three.
-    Numerics: x becomes E4M3 with scales that match the weight's: one for the tensor, for each token, for each 1x128, MX
-        1x32, or the static `input_scale` (by default the weight's own), float32, a multiplier; the GEMM accumulates in
-        float32. A weight-only checkpoint leaves x as it is. Any M, N and K: padding never changes a result. A NaN in x
-        makes all that shares its scale NaN. Autocast has no say here.
+    Numerics: x is quantized to E4M3 with scales that match the weight's: one per tensor, per token, per 1x128, MX 1x32,
+        or the static `input_scale` (by default the weight's own), float32, a multiplier; the GEMM accumulates in
+        float32. For a weight-only checkpoint x is not quantized. Any M, N and K: padding never changes a result. A NaN
+        in x makes all values that share its scale NaN. Autocast is ignored.
     Raises:
-        ValueError: shapes, dtypes or devices do not fit, or a static scale is given beside scales of blocks.
+        ValueError: shapes, dtypes or devices do not match, or a static scale is given for a weight with block scales.
     """
     if weight.qdata.ndim != 2:
-        raise ValueError(f"{weight.name} {list(weight.shape)} holds several weights: linear takes one [N, K]")
+        raise ValueError(f"{weight.name} {list(weight.shape)} is several weights, and linear needs one [N, K]")
     operand = weight.operand
     n, k = operand.shape
     if x.dtype not in _DTYPES or out_dtype not in _DTYPES:
-        raise ValueError(f"linear takes and gives bfloat16, float16 or float32: x is {x.dtype}, out_dtype {out_dtype}")
+        raise ValueError(f"x is {x.dtype}, out_dtype {out_dtype}: linear supports bfloat16, float16 and float32")
     if x.ndim == 0 or x.shape[-1] != k:
-        raise ValueError(f"x has shape {list(x.shape)}, and {weight.name} {[n, k]} takes [..., {k}]")
+        raise ValueError(f"x has shape {list(x.shape)}, and {weight.name} {[n, k]} needs [..., {k}]")
     if x.device != operand.payload.device:
         raise ValueError(f"x is on {x.device}, and {weight.name} on {operand.payload.device}")
     if bias is not None and (bias.shape != (n,) or bias.device != x.device):
-        raise ValueError(f"bias is {list(bias.shape)} on {bias.device}, and {weight.name} takes [{n}] on {x.device}")
+        raise ValueError(f"bias is {list(bias.shape)} on {bias.device}, and {weight.name} needs [{n}] on {x.device}")
     if input_scale is not None:
         operand = _with_input_scale(operand, input_scale, weight.name)
     rows = x.detach().reshape(x.shape[:-1].numel(), k)
@@ -61,21 +61,21 @@ def _gemm(rows: Tensor, operand: Operand, bias: Tensor | None, out_dtype: torch.
 
 def _with_input_scale(operand: Operand, scale: Tensor, name: str) -> Operand:
     if operand.scheme.activation not in (TENSOR, CHANNEL) or scale.numel() != 1:
-        raise ValueError(f"{name} has {operand.scheme.granularity} scales: a static one does not go with them")
+        raise ValueError(f"{name} has {operand.scheme.granularity} scales, which exclude a static activation scale")
     return replace(operand, input_scale=scale.to(operand.payload.device, torch.float32).reshape(1))
 
 
 class FP8Linear(nn.Module):
-    """An nn.Linear of a packed weight [N, K]; parameters are qdata and its scales, which keep their dtypes.
+    """An nn.Linear of a packed weight [N, K]; its parameters are qdata and its scales, which keep their dtypes.
 
-    The result has the dtype of the input, or `out_dtype`. What was prepared for the device is made anew when the module
-    is moved, loaded into or given other parameters; a parameter that is written to in place is not noticed.
+    The result has the dtype of the input, or `out_dtype`. The weight is prepared for the device again when the module
+    is moved, loaded into or given other parameters; a write into a parameter in place is not noticed.
     """
 
     def __init__(self, weight: PackedTensor, bias: Tensor | None = None, out_dtype: torch.dtype | None = None) -> None:
         super().__init__()
         if weight.qdata.ndim != 2:
-            raise ValueError(f"{weight.name} {list(weight.shape)} holds several weights: FP8Linear takes one [N, K]")
+            raise ValueError(f"{weight.name} {list(weight.shape)} is several weights, and FP8Linear needs one [N, K]")
         self.out_features, self.in_features = weight.shape
         self.out_dtype = out_dtype
         self.weight = nn.Parameter(weight.qdata, requires_grad=False)
@@ -93,7 +93,7 @@ class FP8Linear(nn.Module):
 
     @property
     def packed(self) -> PackedTensor:
-        """The weight, of the parameters as they are now."""
+        """The weight, made of the current parameters."""
         parameters = (self.weight, self.weight_scale_inv, self.input_scale)
         if self._prepared is None or any(a is not b for a, b in zip(self._prepared[0], parameters, strict=True)):
             qdata, stored_scale = self.weight.data, self.weight_scale_inv.data
@@ -107,14 +107,14 @@ class FP8Linear(nn.Module):
         return linear(x, self.packed, self.bias, out_dtype=self.out_dtype or x.dtype)
 
     def extra_repr(self) -> str:
-        """Shape and scales, as `print(model)` shows them."""
+        """Return shape, format and granularity for `print(model)`."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"{self._form.format}, {self._form.granularity}"
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FP8Linear":
-        """Move payload and scales, and never cast them: `model.to(torch.bfloat16)` would make the bytes numbers."""
+        """Move payload and scales without a cast: `model.to(torch.bfloat16)` would turn the bytes into numbers."""
 
         def keep_dtype(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
@@ -129,5 +129,5 @@ class FP8Linear(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy takes along: the parameters, and nothing that was made of them."""
+        """Leave the prepared weight out of copies and pickles."""
         return {**self.__dict__, "_prepared": None}

@@ -1,8 +1,8 @@
-"""`load_packed`: an FP8 checkpoint of any convention as a mapping from names to tensors on a device.
+"""`load_packed`: an FP8 checkpoint of any quant method as a mapping from names to tensors on a device.
 
 On a CPU the tensors are views of the mapped files: nothing is copied, and a page is read when it is first used. On
-any other device each range of a file is one buffer, filled by threads, and the tensors are views of it. What is fused
-by engines lies side by side in the file, so a fused weight is a view, too.
+any other device each range of a file is one buffer, filled by threads, and the tensors are views of it. Weights that
+engines fuse are adjacent in the file, so a fused weight is a view, too.
 """
 
 import gc
@@ -42,20 +42,20 @@ def load_packed(
     workers: int | None = None,
     tp: tuple[int, int] | None = None,
 ) -> PackedCheckpoint:
-    """Load an FP8 checkpoint of any convention: a directory, a single `.safetensors` file, or a cached repository.
+    """Load an FP8 checkpoint of any quant method: a directory, a single `.safetensors` file, or a cached repository.
 
-    device: as torch names it; on `meta` tensors have shapes alone.
-    tensors: patterns of those that are wanted: names of tensors or modules, globs, or `re:` and an expression; only
-        their bytes are read. All by default.
+    device: torch's name; on `meta` tensors have dtypes and shapes only.
+    tensors: patterns of the tensors to load: names of tensors or modules, globs, or `re:` and a regular expression;
+        only their bytes are read. All by default.
     verify: digest every byte that is read, and compare with fp8pack.json.
-    workers: threads that read; by default one for each core, at most 8.
-    tp: (rank, world): only the part that this GPU holds, cut at borders of scale regions.
+    workers: threads that read; by default one per core, at most 8.
+    tp: (rank, world): load only this rank's part of every weight, cut between scale regions.
     Raises:
-        InputError: a file is malformed or not what the manifest says, an FP8 weight has no scale that fits it, or a
-            weight does not spread over the ranks.
+        InputError: a file is malformed or differs from the manifest, an FP8 weight has no matching scale, or a weight
+            cannot be sharded over the ranks.
         VerificationError: a digest differs.
-        DeviceError: torch sees no such device.
-        RecipeError: a pattern matches no tensor, or what is asked for makes no sense.
+        DeviceError: torch finds no such device.
+        RecipeError: a pattern matches no tensor, workers is below 1, or the meta device is to be verified.
     """
     with _collector_at_rest():
         source = open_checkpoint(Path(path))
@@ -71,11 +71,11 @@ def load_source(
     workers: int | None = None,
     tp: tuple[int, int] | None = None,
 ) -> PackedCheckpoint:
-    """Load a checkpoint that was looked at already; the rest as `load_packed`."""
+    """Load an open checkpoint; otherwise as `load_packed`."""
     with _collector_at_rest():
         contents = read_contents(source)
         if not contents.quantized:
-            raise InputError(f"{source.path} holds no FP8 weight: pack it with `fp8pack pack`")
+            raise InputError(f"{source.path} has no FP8 weight", "`fp8pack pack` makes an FP8 checkpoint of it")
         if source.manifest is not None:
             check_headers(source.specs, source.manifest)
         weights = tuple(contents.quantized)
@@ -106,7 +106,7 @@ def fill_buffers(
     device: torch.device,
     workers: int,
 ) -> Buffers:
-    """Read tensors, or parts of them, into buffers of a device; check what digests are expected."""
+    """Read tensors, or parts of them, into buffers of a device; check the expected digests."""
     wanted = ((spec, parts.get(spec.name)) for spec in _stored(contents))
     placement = place(wanted, expected)
     buffers = [torch.empty(nbytes, dtype=torch.uint8, device=device) for nbytes in placement.buffers]
@@ -118,7 +118,7 @@ def fill_buffers(
 
 
 def _select(contents: Contents, patterns: Collection[str] | None) -> Contents:
-    """The contents with those tensors alone that one of the patterns means."""
+    """The contents with only the tensors that a pattern matches."""
     if patterns is None:
         return contents
     matcher = Matcher(tuple(Pattern(text) for text in patterns), "tensors")
@@ -141,7 +141,7 @@ def _parts(contents: Contents, rank: Rank) -> dict[str, Part]:
 
 
 def _stored(contents: Contents) -> list[TensorSpec]:
-    """Every tensor to be read, each once: weights, their scales, and those of the KV cache."""
+    """Every tensor to read, each once: weights, their scales, and scales of the KV cache."""
     small = [scale for entry in contents.quantized.values() for scale in (entry.scale, entry.input_scale) if scale]
     found = {(spec.file, spec.begin, spec.name): spec for spec in (*contents.tensors, *small)}
     found |= {(spec.file, spec.begin, spec.name): spec for spec in contents.kv_scales.values()}
@@ -149,9 +149,9 @@ def _stored(contents: Contents) -> list[TensorSpec]:
 
 
 def _expected(source: Source, contents: Contents) -> dict[str, Expected]:
-    """What the manifest says of the bytes of tensors, under the names that `contents` gives them; markers, too."""
+    """The manifest's digests of tensors, by their names in `contents`; markers, too."""
     if source.manifest is None:
-        raise InputError(f"{source.path} has no fp8pack.json, so there is nothing to verify it with")
+        raise InputError(f"{source.path} has no fp8pack.json to verify it with", "verify=False loads it unverified")
     for file, header in source.headers.items():
         source.manifest.check_header(file, header.raw)
     own = expected_digests(source.manifest, {spec.name: spec for spec in source.specs})
@@ -168,17 +168,17 @@ def _check(expected: Mapping[str, Expected], digests: Digests) -> None:
 
 
 def _checked(device: torch.device, verify: bool, workers: int | None) -> torch.device:
-    """The device, for which what is asked makes sense."""
+    """The device, after a check of `verify` and `workers`."""
     if workers is not None and workers < 1:
-        raise RecipeError(f"{workers} workers read nothing: name at least 1")
+        raise RecipeError(f"workers is {workers}, and must be at least 1")
     if device.type == "meta" and verify:
-        raise RecipeError("nothing is read for the meta device, so nothing can be verified")
+        raise RecipeError("no bytes are read for the meta device, so none can be verified", "use verify=False")
     return device
 
 
 @contextmanager
 def _collector_at_rest() -> Iterator[None]:
-    """Keep the garbage collector from walking a hundred thousand new objects again and again: half the time."""
+    """Disable the garbage collector: walking a hundred thousand new objects repeatedly doubles the time."""
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -1,4 +1,4 @@
-"""Where the bytes of a loaded checkpoint lie: in mapped files on a CPU, in buffers on any other device."""
+"""The memory of a loaded checkpoint: mapped files on a CPU, buffers on any other device."""
 
 import mmap
 import os
@@ -26,14 +26,14 @@ class Memory(Protocol):
 
 
 class MappedFiles:
-    """Files that are mapped privately when a tensor of theirs is first asked for: a view, or of cut rows a copy."""
+    """Files, mapped privately when one of their tensors is first requested: a view, or a copy if rows are cut out."""
 
     def __init__(self, directory: Path, parts: Mapping[str, Part]) -> None:
         self._directory, self._parts = directory, parts
         self._files: dict[str, _Bytes] = {}
 
     def tensor(self, spec: TensorSpec) -> Tensor:
-        """Return a tensor, or the part of it that this rank holds; a view unless it is misaligned, or many spans."""
+        """Return a tensor, or this rank's part of it; a copy if it is misaligned or consists of several spans."""
         if spec.file not in self._files:
             self._files[spec.file] = _Bytes(_map(self._directory / spec.file))
         whole = self._files[spec.file].tensor(spec.begin, spec, spec.shape)
@@ -46,37 +46,37 @@ class MappedFiles:
 
 
 class Shapes:
-    """Tensors of the meta device: dtypes and shapes alone."""
+    """Tensors of the meta device: only dtypes and shapes."""
 
     def __init__(self, parts: Mapping[str, Part]) -> None:
         self._parts = parts
 
     def tensor(self, spec: TensorSpec) -> Tensor:
-        """Return a tensor without data, or the part of it that this rank holds."""
+        """Return a tensor without data, or this rank's part of it."""
         return torch.empty(_shape(spec, self._parts.get(spec.name)), dtype=_dtype(spec), device="meta")
 
 
 class Buffers:
-    """Buffers of a device, each with the bytes of tensors that follow each other in a file."""
+    """Buffers of a device, each with the bytes of tensors that are adjacent in a file."""
 
     def __init__(self, buffers: Sequence[Tensor], places: Mapping[str, BufferPlace], parts: Mapping[str, Part]) -> None:
         self._buffers, self._places, self._parts = [_Bytes(buffer) for buffer in buffers], places, parts
 
     def tensor(self, spec: TensorSpec) -> Tensor:
-        """Return a tensor, or the part of it that this rank holds: a view."""
+        """Return a tensor, or this rank's part of it: a view."""
         place = self._places[spec.name]
         return self._buffers[place.buffer].tensor(place.offset, spec, _shape(spec, self._parts.get(spec.name)))
 
 
 class _Bytes:
-    """A buffer, and a view of all of it for each dtype, so that a tensor is made by one call into torch."""
+    """A buffer, with a view of all of it per dtype, so that a tensor needs one call into torch."""
 
     def __init__(self, data: Tensor) -> None:
         self._data = data
         self._views: dict[torch.dtype, Tensor] = {}
 
     def tensor(self, offset: int, spec: TensorSpec, shape: tuple[int, ...]) -> Tensor:
-        """Return the tensor that begins at an offset; a copy where it is misaligned."""
+        """Return the tensor at an offset; a copy if it is misaligned."""
         dtype = _dtype(spec)
         count, strides = 1, [1] * len(shape)
         for axis in range(len(shape) - 1, -1, -1):
@@ -98,7 +98,7 @@ def _shape(spec: TensorSpec, part: Part | None) -> tuple[int, ...]:
 
 def _dtype(spec: TensorSpec) -> torch.dtype:
     if spec.dtype not in TORCH_DTYPES:
-        raise InputError(f"{spec.file}: tensor {spec.name!r} is {spec.dtype}, which torch has no type for")
+        raise InputError(f"{spec.file}: tensor {spec.name!r} is {spec.dtype}, a dtype that torch does not have")
     return TORCH_DTYPES[spec.dtype]
 
 

@@ -1,4 +1,4 @@
-"""`load_model`: a transformers model whose linears multiply in FP8, for any checkpoint that `load_packed` reads."""
+"""`load_model`: a transformers model with FP8 linears, for any checkpoint that `load_packed` reads."""
 
 import re
 from collections.abc import Iterator
@@ -33,17 +33,18 @@ def load_model(
 ) -> PreTrainedModel:
     """Return the transformers model of a packed checkpoint, ready for `generate()`.
 
-    Linears and experts that are packed run in FP8 (`FP8Linear`, `FP8Experts`), everything else in BF16. An FP8 weight
-    that the class uses otherwise is dequantized; `report_fp8` counts them. `model.kv_scales` are the multipliers of K
-    and V by point. verify, workers: as in `load_packed`.
+    Packed linears and experts run in FP8 (`FP8Linear`, `FP8Experts`), everything else in BF16. An FP8 weight that the
+    class uses in another way is dequantized; `report_fp8` counts them. `model.kv_scales` are the scales of K and V, as
+    in PackedCheckpoint. verify, workers: as in `load_packed`. trust_remote_code: allow custom modeling code from the
+    checkpoint.
     Raises:
-        InputError: as `load_packed` does; or transformers does not know the architecture, or it needs code of its own
-            and `trust_remote_code` is off.
-        DeviceError, RecipeError: as `load_packed` does.
+        InputError: as `load_packed` does; or transformers does not know the architecture, or it needs custom modeling
+            code and `trust_remote_code` is off.
+        VerificationError, DeviceError, RecipeError: as `load_packed` does.
     """
     target = find_device(device)
     if target.type == "meta":
-        raise RecipeError("a model on the meta device holds no weights: name a CPU or a GPU")
+        raise RecipeError("a model on the meta device has no weights", "use --device cpu or --device cuda")
     source = open_checkpoint(Path(path))
     with quiet_transformers():
         loader = ModelLoader(source, trust_remote_code=trust_remote_code, device=target)
@@ -60,40 +61,43 @@ def load_model(
 
 
 def _refuse_to_save(*args: object, **kwargs: object) -> NoReturn:
-    raise InputError("the layers of this model are FP8 bytes: copy the packed checkpoint, or `fp8pack unpack` it")
+    raise InputError(
+        "transformers cannot save a model with FP8 layers", "copy the packed checkpoint, or `fp8pack unpack` it"
+    )
 
 
 def install(model: PreTrainedModel, packed: PackedCheckpoint, names: Names) -> set[str]:
-    """Put FP8 layers in the place of a model's linears and experts; return the tensors of the checkpoint they hold.
+    """Replace the packed linears and experts of a model with FP8 layers; return their tensors' names in the checkpoint.
 
     Raises:
-        InputError: the class does not put experts together that the checkpoint holds one by one.
+        InputError: the class does not merge experts that the checkpoint stores one by one.
     """
-    held: set[str] = set()
+    installed: set[str] = set()
     for path, module in list(model.named_modules()):
         if isinstance(module, nn.Linear):
-            held |= set() if _stays_wide(model, path) else _install_linear(model, path, module, packed, names)
+            installed |= set() if _needs_float32(model, path) else _install_linear(model, path, module, packed, names)
         elif is_experts(module):
-            held |= _install_experts(path, module, packed, names)
+            installed |= _install_experts(path, module, packed, names)
             _check_experts(model, path, module, names)
     if any(isinstance(module, FP8Experts) for module in model.modules()):
-        model.set_experts_implementation("eager")  # the one that takes experts one by one
+        model.set_experts_implementation("eager")  # the one that indexes experts one at a time
     vars(model)["kv_scales"] = packed.kv_scales
-    return held
+    return installed
 
 
-def _stays_wide(model: PreTrainedModel, path: str) -> bool:
-    """Whether the class wants a linear in float32: such code asks the weight for its dtype, as T5's does of `wo`."""
-    kept = [*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())]
-    return any(re.search(rf"(^|\.){name}($|\.)", path) for name in kept)
+def _needs_float32(model: PreTrainedModel, path: str) -> bool:
+    """Whether the class needs a linear in float32: such code reads the weight's dtype, as T5's does for `wo`."""
+    names = [*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())]
+    return any(re.search(rf"(^|\.){name}($|\.)", path) for name in names)
 
 
 def _check_experts(model: nn.Module, path: str, experts: nn.Module, names: Names) -> None:
     for leaf, _ in experts.named_parameters(recurse=False):
         if f"{path}.{leaf}" not in names.tensors:
             raise InputError(
-                f"{type(model).__name__} does not put {path}.{leaf} together from a tensor for each expert, as the "
-                "checkpoint has them: serve it with an engine, or pack with --ignore '*experts*'"
+                f"{type(model).__name__} does not make {path}.{leaf} of one tensor per expert, as the checkpoint "
+                "stores them",
+                "serve it with an engine, or pack with --ignore '*experts*'",
             )
 
 
@@ -112,10 +116,10 @@ def _install_linear(model: nn.Module, path: str, linear: nn.Linear, packed: Pack
 
 
 def _install_experts(path: str, module: nn.Module, packed: PackedCheckpoint, names: Names) -> set[str]:
-    """Experts [E, N, K]; those that are stored the other way round, or multiplied otherwise, stay as they are."""
-    held: set[str] = set()
+    """Experts [E, N, K]; those that are stored transposed, or used in another way, are not replaced."""
+    installed: set[str] = set()
     if getattr(module, "is_transposed"):  # noqa: B009  (a mark of transformers' decorator, no attribute of nn.Module)
-        return held
+        return installed
     for leaf, parameter in list(module.named_parameters(recurse=False)):
         if parameter.ndim != 3:
             continue
@@ -123,14 +127,14 @@ def _install_experts(path: str, module: nn.Module, packed: PackedCheckpoint, nam
         if len(experts) == parameter.shape[0]:
             delattr(module, leaf)
             setattr(module, leaf, FP8Experts([[FP8Linear(part) for part in parts] for parts in experts]))
-            held |= set(names.of_parameter(f"{path}.{leaf}"))
-    return held
+            installed |= set(names.of_parameter(f"{path}.{leaf}"))
+    return installed
 
 
 def _experts_of(
     path: str, parameter: nn.Parameter, packed: PackedCheckpoint, names: Names
 ) -> Iterator[list[PackedTensor]]:
-    """The weights of each expert behind a 3-D parameter, as far as they are packed and fit."""
+    """The weights of each expert of a 3-D parameter, if they are packed and their shapes match."""
     stored = names.of_parameter(path)
     count, n, k = parameter.shape
     whole = packed.get(stored[0]) if len(stored) == 1 else None
@@ -146,7 +150,7 @@ def _experts_of(
 
 
 def split_experts(whole: PackedTensor) -> Iterator[PackedTensor]:
-    """Yield the weights [N, K] of a fused one [E, N, K]; nothing if a region of scales lies across experts."""
+    """Yield the weights [N, K] of a fused one [E, N, K]; nothing if a scale region spans experts."""
     count, n, k = whole.shape
     rows, cols = whole.block
     if whole.stored_scale.numel() == 1:
@@ -164,5 +168,5 @@ def split_experts(whole: PackedTensor) -> Iterator[PackedTensor]:
 
 
 def plain(tensor: PackedTensor | Tensor) -> Tensor:
-    """Return a tensor of a checkpoint as floats."""
+    """Return a tensor of a checkpoint, dequantized to BF16 if it is packed."""
     return tensor.dequantize(torch.bfloat16) if isinstance(tensor, PackedTensor) else tensor

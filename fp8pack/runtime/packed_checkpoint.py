@@ -26,10 +26,10 @@ from fp8pack.units import ceil_div
 class PackedCheckpoint(Mapping[str, PackedTensor | Tensor]):
     """A packed checkpoint on a device: FP8 weights are PackedTensors, everything else plain tensors.
 
-    Scale tensors belong to their weight and have no entry of their own. `manifest` is what `fp8pack.json` says, None of
-    a checkpoint that another tool made; `config` is config.json; `quant_method` the convention; `activations` whether
-    what enters a weight is quantized: `dynamic`, `static` or `none`; `kv_scales` the multipliers of K and V by point
-    (`….self_attn.k`), empty unless it holds some.
+    Scale tensors belong to their weight and have no entry of their own.
+    manifest: fp8pack.json, None for a checkpoint of another tool. config: config.json. quant_method: the on-disk
+    convention. activations: how inputs of linears are quantized: `dynamic`, `static` or `none`. kv_scales: the scales
+    of K and V by name (`….self_attn.k`), empty if there are none.
     """
 
     def __init__(
@@ -68,14 +68,14 @@ class PackedCheckpoint(Mapping[str, PackedTensor | Tensor]):
         return len(self._specs)
 
     def fused(self, module: str) -> PackedTensor:
-        """Return the weight [sum of N, K] of a module that engines fuse; a view, unless its parts lie in two shards.
+        """Return the weight [sum of N, K] of a module that engines fuse; a view if its parts are in one shard.
 
         module: `….self_attn.qkv_proj`, `….mlp.gate_up_proj`, or `….experts.gate_up_proj` and `….experts.down_proj` of
         all experts; rows are in the order of the engines: q k v; gate up; gate0 up0 gate1 up1 …
 
         Raises:
             KeyError: no packed weight belongs to such a module.
-            InputError: its parts are not packed alike, or one ends within a block.
+            InputError: a part is not loaded, the parts differ in format or granularity, or one ends within a block.
         """
         if module not in self._fused:
             self._fused[module] = self._fuse(module)
@@ -87,19 +87,19 @@ class PackedCheckpoint(Mapping[str, PackedTensor | Tensor]):
         if not parts:
             raise KeyError(module)
         if missing := [name for name in self._stored_weights if is_part_of(name, module) and name not in self._specs]:
-            raise InputError(f"{missing[0]} belongs to {module}, and was not loaded: select it, too")
+            raise InputError(f"{missing[0]} belongs to {module} and is not loaded", f"add {missing[0]!r} to `tensors`")
         first = parts[0]
         if len(parts) != len(names) or len({(part.format, part.granularity, part.shape[1]) for part in parts}) > 1:
-            raise InputError(f"the parts of {module} are not packed alike: {', '.join(names)}")
+            raise InputError(f"the parts of {module} differ in format, granularity or K: {', '.join(names)}")
         if first.granularity == "tensor":
             if any(not torch.equal(part.stored_scale, first.stored_scale) for part in parts):
-                raise InputError(f"the parts of {module} have scales of their own, which one weight cannot hold")
+                raise InputError(f"the parts of {module} have different scales, and one weight [N, K] has one")
             scale, rows = first.stored_scale, sum(part.shape[0] for part in parts)
         else:
             if any(part.shape[0] % first.block[0] for part in parts[:-1]):
-                raise InputError(f"a part of {module} ends within a block, so its scales do not fit the whole")
+                raise InputError(f"a part of {module} ends within a block of its scales, so they cannot be joined")
             if first.tiled and any(part.shape[0] % TILE[0] for part in parts[:-1]):
-                raise InputError(f"a part of {module} ends within a tile of its scales, so they do not fit the whole")
+                raise InputError(f"a part of {module} ends within a tile of its scales, so they cannot be joined")
             scale, rows = _join([part.stored_scale for part in parts]), first.block[0]
         inputs = [part.input_scale for part in parts if part.input_scale is not None]
         return replace(
@@ -136,7 +136,7 @@ class PackedCheckpoint(Mapping[str, PackedTensor | Tensor]):
 
 
 def _part_of_scales(weight: PackedTensor, shape: tuple[int, int], part: Part) -> Tensor:
-    """The scales of a part, as a grid in rows; of a weight [N, K] whose scales are whole."""
+    """The scales of a part of a weight [N, K], as a grid in rows."""
     if weight.stored_scale.numel() == 1:
         return weight.stored_scale
     rows, cols = weight.block
@@ -146,13 +146,13 @@ def _part_of_scales(weight: PackedTensor, shape: tuple[int, int], part: Part) ->
 
 
 def _is_behind(after: Tensor, before: Tensor) -> bool:
-    """Whether one begins where another ends, in the same buffer: those of a GPU may be neighbours, too."""
+    """Whether one begins where another ends, in the same buffer: separate buffers of a GPU may be adjacent, too."""
     same = after.untyped_storage().data_ptr() == before.untyped_storage().data_ptr()
     return same and before.data_ptr() + before.nbytes == after.data_ptr()
 
 
 def _join(parts: list[Tensor]) -> Tensor:
-    """The parts below each other: a view where each begins in memory where the one before it ends, a copy elsewhere."""
+    """The parts, concatenated: a view if they are adjacent in memory, else a copy."""
     if any(not _is_behind(after, before) for before, after in pairwise(parts)):
         return torch.cat(parts)
     rows = sum(part.shape[0] for part in parts)

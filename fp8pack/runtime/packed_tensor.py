@@ -21,11 +21,11 @@ from fp8pack.units import ceil_div
 class PackedTensor:
     """An FP8 weight [N, K] and the scales that dequantize it: `qdata.float() * expand_scale()` is the weight.
 
-    qdata: [N, K], float8_e4m3fn or float8_e5m2, row-major. stored_scale: as the convention stores it, in its shape: a
-    float, or exponents of powers of two, uint8 or float8_e8m0fnu, which lie in cuBLASLt's tiles if `tiled`; `scale` is
-    the same number in float32. block: the region (R, C) that shares one scale.
+    qdata: [N, K], float8_e4m3fn or float8_e5m2, row-major. stored_scale: in the dtype and shape of the file: floats, or
+    exponents of powers of two, uint8 or float8_e8m0fnu, in cuBLASLt's tiles if `tiled`; `scale` is the same in float32.
+    block: the region (R, C) that shares one scale.
     input_scale: the activation's static multiplier, None if dynamic. weight_only: activations are not quantized.
-    name, shape: a fused weight [E, N, K] of foreign checkpoints counts as [E N, K] where regions are concerned.
+    name, shape: a fused weight [E, N, K] of another tool has the scale regions of [E N, K].
     """
 
     name: str
@@ -53,7 +53,7 @@ class PackedTensor:
 
     @cached_property
     def scale(self) -> Tensor:
-        """The multiplier of each region, float32 [ceil(N/R), ceil(K/C)], whatever dtype and layout is stored."""
+        """The multiplier of each region, float32 [ceil(N/R), ceil(K/C)], for every stored dtype and layout."""
         return self._float_scale()
 
     def expand_scale(self) -> Tensor:
@@ -75,10 +75,10 @@ class PackedTensor:
         return torch_codec.dequantize(rows, self._float_scale(), self.block).reshape(self.shape).to(dtype)
 
     def scale_for(self, kernel: Literal["cublaslt", "deepgemm"]) -> Tensor:
-        """Return the scales as a kernel of one's own reads them (docs/gemm.md); `linear` has laid out its own already.
+        """Return the scales in a kernel's layout (docs/gemm.md), for GEMMs of your own; `linear` does not need it.
 
         Raises:
-            ValueError: the kernel reads no scales of this granularity, or powers of two alone.
+            ValueError: the kernel does not support this granularity, or only scales that are powers of two.
         """
         if kernel == "cublaslt":
             return for_cublaslt(self._float_scale(), parse_granularity(self.granularity), self._matrix)
@@ -86,7 +86,7 @@ class PackedTensor:
 
     @cached_property
     def operand(self) -> Operand:
-        """The weight as a GEMM of its device takes it: padded, its scales laid out; made once, when first asked for."""
+        """The weight, padded and with its scales in the layout of its device's GEMM; made once, at the first use."""
         return make_operand(
             self.qdata.reshape(self._matrix),
             self._float_scale(),
@@ -102,7 +102,7 @@ class PackedTensor:
         return prod(self.shape[:-1]), prod(self.shape[-1:])
 
     def _float_scale(self) -> Tensor:
-        """See `scale`, which keeps it: exponents are a quarter of it, so only who asks for it pays for both."""
+        """`scale`, not cached: it has four times the bytes of stored exponents."""
         scale = grid_of(self.stored_scale, self._matrix, self.block, tiled=self.tiled)
         return (scale.view(torch.float8_e8m0fnu) if scale.dtype == torch.uint8 else scale).float()
 
@@ -110,7 +110,7 @@ class PackedTensor:
 def grid_of(stored: Tensor, shape: tuple[int, int], block: tuple[int, int], *, tiled: bool) -> Tensor:
     """Return stored scales of a weight [N, K] as [ceil(N/R), ceil(K/C)], in their dtype."""
     grid = _grid(shape, block)
-    if 0 in grid:  # an empty weight, beside which one scale may lie
+    if 0 in grid:  # an empty weight, which may have one scale
         return stored.reshape(-1)[:0].reshape(grid)
     return untile(stored.view(torch.uint8), grid) if tiled else stored.reshape(grid)
 

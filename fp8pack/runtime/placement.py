@@ -1,7 +1,7 @@
-"""Where the bytes of tensors go: buffers of a device, and the reads that fill them. Pure values; nothing is read here.
+"""Which bytes go where: buffers of a device, and the reads that fill them. Values only; nothing is read here.
 
-What is contiguous in a file is contiguous in a buffer, so that fused weights stay one view and a read is long. A new
-buffer begins where the file has a gap, where a tensor is cut, and where a tensor would not be aligned.
+Tensors that are adjacent in a file are adjacent in a buffer, so that fused weights are one view and reads are long. A
+new buffer begins at a gap in the file, at a tensor that is cut, and at a tensor that would not be aligned.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,7 +17,7 @@ _PAYLOAD_ALIGNMENT = 16  # of the operands of FP8 GEMMs, in bytes (cuBLAS docume
 
 @dataclass(frozen=True, slots=True)
 class BufferPlace:
-    """Where bytes lie: a buffer, and an offset."""
+    """The place of bytes: a buffer, and an offset."""
 
     buffer: int
     offset: int
@@ -25,7 +25,7 @@ class BufferPlace:
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """Bytes of a read, from `begin` on, that go to a place; with `crop`, only some columns of them."""
+    """Bytes of a read from `begin` on that are copied to a place; with `crop`, only some columns."""
 
     begin: int
     nbytes: int
@@ -35,7 +35,7 @@ class Cut:
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """A piece of a tensor whose digest is wanted, and where in the read it begins."""
+    """A piece of a tensor to digest, and where it begins in the read."""
 
     begin: int
     piece: Piece
@@ -44,7 +44,7 @@ class Proof:
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """One read of a file: what of it goes where, and what is digested."""
+    """One read of a file, the copies of its bytes, and the pieces to digest."""
 
     file: str
     begin: int
@@ -63,10 +63,10 @@ class Placement:
 
 
 def place(tensors: Iterable[tuple[TensorSpec, Part | None]], expected: Mapping[str, Expected]) -> Placement:
-    """Return where tensors go.
+    """Return the places and reads of tensors.
 
-    tensors: each with the part of it that is wanted, None for all. expected: what is digested, by name; that may be
-        more than what is wanted.
+    tensors: each with the part to load, None for all of it. expected: what to digest, by name; may include tensors that
+        are not loaded.
     """
     runs: list[list[tuple[TensorSpec, Part | None]]] = []
     for spec, part in sorted(tensors, key=lambda item: (item[0].file, item[0].begin, item[0].end)):
@@ -93,16 +93,16 @@ def place(tensors: Iterable[tuple[TensorSpec, Part | None]], expected: Mapping[s
 
 
 def digest_reads(name: str, tensor: Expected) -> Iterator[Read]:
-    """Yield the reads that only digest a tensor, under a name."""
+    """Yield reads that only digest a tensor, which is reported by this name."""
     spec = tensor.spec
     for piece in tensor.pieces:
         yield Read(spec.file, spec.begin + piece.begin, piece.nbytes, (), (Proof(0, piece, name),))
 
 
 def _whole_reads(run: list[TensorSpec], buffer: int, expected: Mapping[str, Expected]) -> Iterator[Read]:
-    """Reads of tensors that follow each other, each of whole pieces where there are any."""
+    """Reads of adjacent tensors, each of whole pieces if they are digested."""
     begin = run[0].begin
-    atoms: list[tuple[int, Proof | None]] = []  # bytes, and what is to be digested of them
+    atoms: list[tuple[int, Proof | None]] = []  # bytes, and the piece to digest
     for spec in run:
         if spec.name in expected:
             atoms += ((piece.nbytes, Proof(spec.begin, piece, spec.name)) for piece in expected[spec.name].pieces)
@@ -130,7 +130,7 @@ def _batches(atoms: list[tuple[int, Proof | None]]) -> Iterator[tuple[int, list[
 
 
 def _part_reads(spec: TensorSpec, part: Part, buffer: int) -> Iterator[Read]:
-    """Reads of the rows of a part, of whole rows where columns are cut away."""
+    """Reads of the rows of a part; whole rows if columns are cut off."""
     itemsize = DTYPE_BITS[spec.dtype] // 8
     row = itemsize * (spec.matrix[1] if len(spec.shape) > 1 else 1)
     left, right = (edge * itemsize for edge in part.cols)
@@ -145,7 +145,7 @@ def _part_reads(spec: TensorSpec, part: Part, buffer: int) -> Iterator[Read]:
 
 
 def _follows(spec: TensorSpec, first: TensorSpec, last: TensorSpec) -> bool:
-    """Whether a tensor can lie behind others as it does in the file."""
+    """Whether a tensor is adjacent to the last in the file, and aligned in the buffer."""
     alignment = _PAYLOAD_ALIGNMENT if spec.dtype in ("F8_E4M3", "F8_E5M2") else max(1, DTYPE_BITS[spec.dtype] // 8)
     return spec.file == last.file and spec.begin == last.end and (spec.begin - first.begin) % alignment == 0
 

@@ -1,7 +1,7 @@
 """Filling buffers of a device from files: threads that read, pinned memory, one side stream.
 
-Each thread reads into one of two staging buffers while the other is still on its way to the device. A file that is not
-in the page cache is read with O_DIRECT, past it; one that is, or that lies where O_DIRECT is refused, through it.
+Each thread reads into one of two staging buffers while the other is copied to the device. A file that is not in the
+page cache is read with O_DIRECT, if the file system supports it; any other file through the page cache.
 """
 
 import os
@@ -21,17 +21,17 @@ from fp8pack.checkpoint.source import ShardReader
 from fp8pack.runtime.placement import Cut, Read
 
 _PAGE = 4096
-_SAMPLES = 16  # pages of a file that are looked for in the page cache
-Digests = dict[tuple[str, int], list[bytes]]  # by the tensor, and where in it a piece begins
+_SAMPLES = 16  # pages of a file that are looked up in the page cache
+Digests = dict[tuple[str, int], list[bytes]]  # (tensor, offset of the piece in it) -> digests
 
 
 def read_all(
     directory: Path, reads: Sequence[Read], buffers: Sequence[Tensor], device: torch.device, workers: int
 ) -> Digests:
-    """Carry out reads; return the digests that they ask for.
+    """Carry out reads; return the requested digests.
 
     Raises:
-        InputError: a file is missing, or became shorter.
+        InputError: a file is missing, or was truncated during reading.
     """
     if not reads:
         return {}
@@ -60,13 +60,13 @@ def read_all(
             for future in as_completed(futures):
                 future.result()
         finally:
-            stop.set()  # after an error or Ctrl-C the others end with the read that they are at
+            stop.set()  # after an error or Ctrl-C the others end after their current read
     stream.finish()
     return digests
 
 
 class _Worker:
-    """What one thread has: open files, and two staging buffers that take turns."""
+    """The state of a thread: open files, and two staging buffers, used in turn."""
 
     def __init__(
         self, directory: Path, direct: set[str], buffers: Sequence[Tensor], stream: "_Stream", largest: int
@@ -89,7 +89,7 @@ class _Worker:
         slot = self._slots[0]
         self._slots.reverse()
         slot.wait()
-        begin = read.begin % _PAGE  # so that a direct read is aligned in memory as it is in the file
+        begin = read.begin % _PAGE  # a direct read needs the same alignment in memory as in the file
         self._open(read.file).readinto(slot.bytes[begin : begin + read.nbytes].data, read.begin)
         data = slot.bytes[begin : begin + read.nbytes]
         digests = {
@@ -110,7 +110,7 @@ class _Worker:
 
 
 class _Slot:
-    """A staging buffer, pinned where the device copies from it on its own."""
+    """A staging buffer, pinned for asynchronous copies to a CUDA device."""
 
     def __init__(self, nbytes: int, stream: "_Stream") -> None:
         self.staging = torch.empty(nbytes + _PAGE, dtype=torch.uint8, pin_memory=stream.is_cuda)
@@ -125,19 +125,19 @@ class _Slot:
             self._done.record(self._stream.stream)
 
     def wait(self) -> None:
-        """Wait until nothing is copied from this buffer any more."""
+        """Wait until all copies from this buffer are done."""
         if self._done is not None:
             self._done.synchronize()
 
 
 class _Stream:
-    """The side stream of a CUDA device; of any other, copies are made at once."""
+    """The side stream of a CUDA device; on any other device, copies are synchronous."""
 
     def __init__(self, device: torch.device) -> None:
         self.is_cuda = device.type == "cuda"
         self.stream = torch.cuda.Stream(device) if self.is_cuda else None  # type: ignore[no-untyped-call]
         if self.stream is not None:
-            self.stream.wait_stream(torch.cuda.current_stream(device))  # the buffers may hold what still runs there
+            self.stream.wait_stream(torch.cuda.current_stream(device))  # which may still use this memory
 
     def event(self) -> torch.cuda.Event | None:
         """Return an event of this device."""
@@ -155,7 +155,7 @@ class _Stream:
 
 
 class _DirectReader:
-    """Reads past the page cache: whole pages, into memory that is aligned as the file is."""
+    """Reads whole pages with O_DIRECT, into memory that is aligned as the file is."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -163,7 +163,7 @@ class _DirectReader:
         self._through = ShardReader(path)
 
     def readinto(self, buffer: memoryview, offset: int) -> None:
-        """Fill the buffer, whose address and offset have the same remainder; InputError when the file ends before."""
+        """Fill the buffer, whose address is offset modulo the page; InputError if the file ends before."""
         head = min(-offset % _PAGE, len(buffer))
         end = len(buffer) - (len(buffer) - head) % _PAGE
         at = head
@@ -173,7 +173,7 @@ class _DirectReader:
         self._through.readinto(buffer[at:], offset + at)
 
     def _read_pages(self, buffer: memoryview, offset: int) -> int:
-        """Read whole pages; return their bytes, 0 where the file system took the flag and refuses the read."""
+        """Read whole pages; return their bytes, 0 if the file system accepted O_DIRECT but refuses the read."""
         try:
             got = os.preadv(self._fd, [buffer], offset)
         except OSError:
@@ -187,7 +187,7 @@ class _DirectReader:
 
 
 def _compact(data: NDArray[np.uint8], cut: Cut) -> int:
-    """Move what is wanted of the bytes to their beginning; return how many they are."""
+    """Move the cropped bytes to the beginning; return their number."""
     if cut.crop is None:
         return data.size
     wanted = cut.crop.of(data).reshape(-1)
@@ -196,10 +196,10 @@ def _compact(data: NDArray[np.uint8], cut: Cut) -> int:
 
 
 def _is_cold(path: Path) -> bool:
-    """Whether most of a file is not in the page cache, on a file system that reads past it."""
+    """Whether most of a file is not in the page cache, on a file system that supports O_DIRECT."""
     fd = open_regular(path)
     try:
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)  # or looking at a page would read its neighbours
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)  # without it, the lookup of a page would read its neighbours
         size, missing, page = os.fstat(fd).st_size, 0, bytearray(_PAGE)
         for i in range(_SAMPLES):
             try:

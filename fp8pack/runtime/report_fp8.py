@@ -1,4 +1,4 @@
-"""`report_fp8`: whether FP8 really is on."""
+"""`report_fp8`: which layers of a model run in FP8."""
 
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -11,11 +11,11 @@ from fp8pack.runtime.linear import FP8Linear
 
 @dataclass(frozen=True, slots=True)
 class FP8Report:
-    """What of a model multiplies in FP8; `print` shows it as text.
+    """Which layers of a model run in FP8; `print` shows it as text.
 
-    on: FP8 layers by scheme and backend; `reference` means that they are dequantized and multiplied in BF16.
-    fp8_nbytes: bytes of their payloads; other_nbytes: of the weights of linears that are not FP8, such as lm_head, and
-    of experts that stayed. padding: the share of the payloads that is zeros up to what kernels take.
+    on: FP8 layers by scheme and backend; `reference` means dequantized and multiplied in BF16. others: linears and
+    experts that are not FP8, such as lm_head. fp8_nbytes: bytes of FP8 payloads. other_nbytes: bytes of the others'
+    weights. padding: the share of zeros that kernels need in the payloads.
     """
 
     on: dict[tuple[str, str], int]
@@ -34,13 +34,13 @@ class FP8Report:
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the report as JSON has it."""
+        """Return the report as JSON types."""
         on = [{"scheme": s, "backend": b, "layers": count} for (s, b), count in sorted(self.on.items())]
         return {**asdict(self), "on": on, "others": list(self.others)}
 
 
 def report_fp8(model: nn.Module) -> FP8Report:
-    """Count the layers of a model that run in FP8, and those that do not; prepares weights that were not used yet."""
+    """Count the layers of a model that run in FP8, and those that do not; prepares all weights for their device."""
     on: Counter[tuple[str, str]] = Counter()
     others: list[str] = []
     fp8 = padded = other = 0

@@ -170,7 +170,7 @@ REFUSED: dict[str, tuple[Callable[[Calibration], Calibration], str]] = {
     "no-model-named": (lambda c: replace(c, fingerprint=""), "another model"),
     "other-options": (lambda c: replace(c, options={**OPTIONS, "max_length": 65}), "other options"),
     "fewer-options": (lambda c: replace(c, options={}), "other options"),
-    "a-shared-prompt": (lambda c: replace(c, prompts=(*c.prompts[:2], "blake3:0001-0")), "share prompt"),
+    "a-shared-prompt": (lambda c: replace(c, prompts=(*c.prompts[:2], "blake3:0001-0")), "contain the same prompt"),
     "other-points": (
         lambda c: replace(c, sites=(*c.sites[:2], replace(c.sites[2], points=c.sites[2].points[:2]), c.sites[3])),
         "shares its input",
@@ -194,7 +194,7 @@ def test_what_does_not_belong_together_is_refused_with_a_sentence(name: str, tmp
 def test_a_file_named_twice_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     write_calibration(path, named(1, 2)[1])
-    with pytest.raises(InputError, match=r"share prompt|twice"):
+    with pytest.raises(InputError, match=r"contain the same prompt|twice"):
         merge([path, path], tmp_path / "out.safetensors")
 
 

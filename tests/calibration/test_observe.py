@@ -305,7 +305,7 @@ def test_a_value_that_is_not_finite_is_refused_with_the_place_and_the_prompt(bad
         model(x)
         x[0, 1, 2] = bad
         model(x)
-    with pytest.raises(InputError, match=r"0\.input saw a NaN or infinity in prompt 2 \(blake3:"):
+    with pytest.raises(InputError, match=r"0\.input is NaN or infinite in prompt 2 \(blake3:"):
         observation.calibration()
 
 
@@ -415,7 +415,7 @@ def test_where_sdpa_cannot_stand_in_it_is_eager_and_that_is_said_once() -> None:
         model = make_model("gemma2")
         model.set_attn_implementation("kernel")
         expected = model(ids).logits
-        with pytest.warns(UserWarning, match="no sdpa to stand in for kernel") as said, fp8pack.observe(model):
+        with pytest.warns(UserWarning, match="does not support sdpa to replace kernel") as said, fp8pack.observe(model):
             for _ in range(2):
                 assert torch.equal(model(ids).logits, expected)
     assert len(said) == 1

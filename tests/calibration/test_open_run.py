@@ -37,7 +37,7 @@ def test_a_token_that_the_model_does_not_know_is_refused(tmp_path: Path) -> None
     model = save_model(make_model("qwen3"), tmp_path / "model")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (model / name).write_bytes((DEMO / name).read_bytes())
-    with pytest.raises(InputError, match=r"line 1 has token .* tokenizer is that of another model"):
+    with pytest.raises(InputError, match=r"line 1 has token .* tokenizer is of another model"):
         verbs.calibrate(model, options(tmp_path))
 
 
@@ -96,11 +96,11 @@ def test_experts_that_cannot_be_seen_are_named_before_the_run(tmp_path: Path, mo
     model = save_model(make_model("qwen3_moe"), tmp_path / "model")
     monkeypatch.setattr(preparing, "observable", lambda model, names: set())
     facts = verbs.calibrate(model, options(tmp_path))
-    assert [note for note in facts.notes if "cannot be seen in this model" in note]
+    assert [note for note in facts.notes if "cannot be recorded" in note]
 
 
 def test_an_observation_of_nothing_is_not_saved(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="nothing was observed"):
+    with pytest.raises(InputError, match="the model was not called"):
         fp8pack.observe(torch.nn.Linear(4, 4)).save(tmp_path / "c.safetensors")
     with pytest.raises(InputError, match="no parameter 'nosuch'"):
         fp8pack.observe(torch.nn.Linear(4, 4), names={"nosuch": "a"})

@@ -161,13 +161,13 @@ def test_the_output_lies_beside_the_model_by_default(fp8pack: Fp8Pack, model: Pa
 @pytest.mark.slow
 def test_few_and_many_prompts_are_noted(fp8pack: Fp8Pack, prompts: Path, tmp_path: Path) -> None:
     ran = fp8pack("calibrate", DEMO, "--prompts", prompts, "-o", tmp_path / "c.safetensors", "--num-prompts", "10")
-    assert "holds 4 prompts, fewer than the 10 asked for" in ran.stderr
-    assert "128 to 512 are usual" in ran.stderr
+    assert "has 4 prompts, fewer than 10" in ran.stderr
+    assert "4 prompts: use 128 to 512" in ran.stderr
     many = write_prompts(tmp_path / "many.jsonl", [f"{i}" for i in range(520)])
     flags = ("-o", tmp_path / "d.safetensors", "--max-length", "8", "--batch-size", "64")
     ran = fp8pack("calibrate", DEMO, "--prompts", many, "--num-prompts", "513", *flags)
     assert ran.code == 0
-    assert "513 prompts: 128 to 512 are usual" in ran.stderr
+    assert "513 prompts: use 128 to 512" in ran.stderr
     facts = json.loads(
         fp8pack(
             "calibrate",
@@ -182,7 +182,7 @@ def test_few_and_many_prompts_are_noted(fp8pack: Fp8Pack, prompts: Path, tmp_pat
             "--json",
         ).stdout
     )
-    assert not any("usual" in note for note in facts["notes"])
+    assert not any("128 to 512" in note for note in facts["notes"])
 
 
 def test_only_prompts_that_are_longer_are_said_to_be_cut(fp8pack: Fp8Pack, prompts: Path, tmp_path: Path) -> None:
@@ -191,13 +191,13 @@ def test_only_prompts_that_are_longer_are_said_to_be_cut(fp8pack: Fp8Pack, promp
         ran = fp8pack("calibrate", DEMO, "--prompts", prompts, "-o", output, "--json", "--max-length", f"{length}")
         facts = json.loads(ran.stdout)
         assert facts["num_tokens"] == 4 * length
-        return [note for note in facts["notes"] if "cut" in note]
+        return [note for note in facts["notes"] if "truncated" in note]
 
     longest = json.loads(
         fp8pack("calibrate", DEMO, "--prompts", prompts, "-o", tmp_path / "all.safetensors", "--json").stdout
     )["num_tokens"]
     assert longest % 4 == 0, "all of one length"
-    assert notes(longest // 4 - 1) == [f"4 prompts are cut to {longest // 4 - 1} tokens"]
+    assert notes(longest // 4 - 1) == [f"4 prompts are truncated to {longest // 4 - 1} tokens"]
     assert notes(longest // 4) == []
 
 
@@ -206,7 +206,7 @@ def test_prompts_that_come_twice_are_run_once_and_said(fp8pack: Fp8Pack, tmp_pat
     ran = fp8pack("calibrate", DEMO, "--prompts", twice, "-o", tmp_path / "c.safetensors", "--json")
     facts = json.loads(ran.stdout)
     assert facts["num_prompts"] == 2
-    assert any("came twice" in note for note in facts["notes"])
+    assert "1 duplicate prompts are skipped" in facts["notes"]
 
 
 @pytest.mark.slow
@@ -302,7 +302,7 @@ def test_cuda_where_there_is_none_ends_with_1(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     flags = ("--prompts", prompts, "-o", tmp_path / "c.safetensors", "--device", "cuda")
     ran = fp8pack("calibrate", DEMO, *flags)
-    assert (ran.code, "torch sees no CUDA device here" in ran.message) == (1, True)
+    assert (ran.code, "torch finds no CUDA device" in ran.message) == (1, True)
 
 
 def test_a_merge_of_nothing_or_without_an_output_ends_with_2(fp8pack: Fp8Pack, tmp_path: Path) -> None:
@@ -344,7 +344,7 @@ CONFIGS: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "a-size-that-is-text": (set_to(hidden_size="big"), "model"),
     "a-size-that-is-negative": (set_to(hidden_size=-256), "model"),
     "another-size": (set_to(hidden_size=128), "in the checkpoint"),
-    "more-layers": (set_to(num_hidden_layers=5, layer_types=["full_attention"] * 5), "lacks model.layers.4"),
+    "more-layers": (set_to(num_hidden_layers=5, layer_types=["full_attention"] * 5), "has no model.layers.4"),
     "an-unknown-activation": (set_to(hidden_act="frob"), "frob"),
 }
 
@@ -440,7 +440,7 @@ def test_prompts_that_hold_nothing_are_refused(fp8pack: Fp8Pack, tmp_path: Path)
     path = write_prompts(tmp_path / "p.jsonl", [])
     ran = fp8pack("calibrate", DEMO, "--prompts", path, "-o", tmp_path / "c.safetensors")
     assert ran.code == 3
-    assert "holds no prompt" in ran.message
+    assert "has no prompt" in ran.message
 
 
 def test_a_weight_that_is_not_finite_is_a_sentence(
@@ -452,7 +452,7 @@ def test_a_weight_that_is_not_finite_is_a_sentence(
         file.write(b"\x80\x7f")
     ran = fp8pack("calibrate", model, "--prompts", prompts, "-o", tmp_path / "c.safetensors")
     assert ran.code == 3
-    assert "NaN or infinity" in ran.message
+    assert "is NaN or infinite" in ran.message
     assert not (tmp_path / "c.safetensors").exists()
 
 

@@ -107,7 +107,7 @@ def test_a_dry_run_lists_every_tensor_with_its_reason_and_writes_nothing(
         (["pack", str(DEMO), "-o", str(DEMO / "inside")], 4, "is inside the source"),
         (["pack", str(DEMO), "-o", "/nowhere/out"], 5, "not a directory"),
         (["pack", str(DEMO), "-o", "/tmp/never", "--device", "tpu"], 2, "choose cpu, cuda"),
-        (["pack", str(DEMO), "-o", "/tmp/never", "--device", "cuda:77"], 1, "torch sees no "),
+        (["pack", str(DEMO), "-o", "/tmp/never", "--device", "cuda:77"], 1, "torch finds no "),
         (["pack", str(DEMO), "--frobnicate"], 2, "frobnicate"),
         (["inspect", str(DEMO), "--fail-if", "sqnr<28"], 2, "METRIC<VALUE"),
         (["inspect", str(DEMO), "--fail-if", "sqnr_min<28"], 2, "--against"),
@@ -207,7 +207,7 @@ def test_env_says_what_multiplies_here() -> None:
     shown = fp8pack("env").stdout
     assert "block:128x128" in shown
     assert "backend" in shown
-    assert "torch has it on GPUs only" in shown
+    assert "torch: no GEMM with block:128x128 scales on CPUs" in shown
     folder = Path(fp8pack("env", "--include-dir").stdout.strip())
     assert (folder / "fp8pack.hpp").is_file()
 

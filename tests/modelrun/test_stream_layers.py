@@ -126,7 +126,7 @@ def test_a_run_that_was_stopped_goes_on_and_writes_the_same_bytes(tmp_path: Path
         assert not (tmp_path / "cut.safetensors").exists()
     run(folder, tmp_path / "cut.safetensors", "on", 3)
     assert (tmp_path / "cut.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
-    with pytest.raises(DeadlineError, match="the same command continues"):
+    with pytest.raises(DeadlineError, match="the deadline is reached"):
         run(folder, tmp_path / "late.safetensors", "on", 3, deadline=0.0)
 
 
@@ -135,7 +135,7 @@ def test_what_cannot_be_driven_runs_resident_and_says_why(tmp_path: Path) -> Non
     folder = save_model(make_model("albert"), tmp_path / "model")
     facts = run(folder, tmp_path / "on.safetensors", "on")
     assert facts.streamed is False
-    assert [note for note in facts.notes if "the whole model is loaded: " in note]
+    assert [note for note in facts.notes if "the whole model is loaded, not one layer at a time: " in note]
     run(folder, tmp_path / "off.safetensors", "off")
     assert (tmp_path / "on.safetensors").read_bytes() == (tmp_path / "off.safetensors").read_bytes()
     site = read_calibration(tmp_path / "on.safetensors")
@@ -145,8 +145,9 @@ def test_what_cannot_be_driven_runs_resident_and_says_why(tmp_path: Path) -> Non
 
 def test_an_encoder_decoder_is_refused_with_the_way_out(tmp_path: Path) -> None:
     folder = save_model(make_model("t5"), tmp_path / "model")
-    with pytest.raises(InputError, match=r"fp8pack\.observe\(\)"):
+    with pytest.raises(InputError, match="is an encoder-decoder") as caught:
         run(folder, tmp_path / "c.safetensors", "on")
+    assert "fp8pack.observe(model)" in caught.value.hint
     with pytest.raises(RecipeError, match="stream layers"):
         run(save_model(make_model("qwen3"), tmp_path / "other"), tmp_path / "c.safetensors", "sideways")
 
@@ -250,13 +251,13 @@ def test_a_shared_state_is_named() -> None:
     model = Tower("shared by name")
     found = find_stack(model)
     assert not isinstance(found, str)
-    assert probe(*found, lambda: model(torch.ones((1, 4), dtype=torch.long))) == "its layers share shared"
+    assert probe(*found, lambda: model(torch.ones((1, 4), dtype=torch.long))) == "its layers share the argument shared"
 
 
 def test_a_model_without_one_large_stack_has_none() -> None:
     assert isinstance(find_stack(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))), str)
     halves = nn.ModuleDict({"a": nn.ModuleList([Block(), Block()]), "b": nn.ModuleList([Block(), Block()])})
-    assert find_stack(halves, least_share=0.5) == "no stack of layers holds most of its weights"
+    assert find_stack(halves, least_share=0.5) == "no list of layers has most of its weights"
     assert find_stack(halves)[0] == "a"
     assert isinstance(find_stack(nn.ModuleList([nn.ModuleList([Block()])])), str)
     assert isinstance(find_stack(nn.ReLU()), str)

@@ -344,7 +344,12 @@ def test_a_finished_output_is_left_alone_and_another_dtype_needs_overwrite(check
 @pytest.mark.parametrize(
     ("tensors", "dtype", "kind", "words"),
     [
-        ({"model.layers.0.mlp.up_proj.weight": random_weight((64, 64))}, "bfloat16", InputError, "no FP8 weight to unpack"),
+        (
+            {"model.layers.0.mlp.up_proj.weight": random_weight((64, 64))},
+            "bfloat16",
+            InputError,
+            "no FP8 weight to unpack",
+        ),
         (deepseek(), "float8", RecipeError, "dtype 'float8' is not known"),
     ],
     ids=["no FP8", "no such dtype"],

@@ -208,7 +208,7 @@ def test_buffers_that_are_not_stored_are_computed(tmp_path: Path, family: str) -
 def test_experts_that_the_class_does_not_put_together_are_refused(tmp_path: Path) -> None:
     path = packed_family("gpt_oss", tmp_path)
     for load in (fp8pack.load_model, transformers.AutoModelForCausalLM.from_pretrained):
-        with pytest.raises(InputError, match=r"GptOssForCausalLM does not put .*experts.* together"):
+        with pytest.raises(InputError, match=r"GptOssForCausalLM does not make .*experts.* of one tensor per expert"):
             load(path)
 
 
@@ -225,7 +225,7 @@ def test_many_experts_take_no_longer(tmp_path: Path) -> None:
     loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
     assert len(loaded._keys_to_ignore_on_load_unexpected) < 60
     check_same(loaded, fp8pack.load_model(tmp_path / "packed"))
-    with pytest.raises(ValueError, match="taken one by one"):
+    with pytest.raises(ValueError, match="indexed one at a time"):
         loaded.set_experts_implementation("batched_mm")
         logits(loaded)
 
