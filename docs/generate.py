@@ -307,7 +307,7 @@ def _shape_rules() -> list[str]:
         "blocks (utils/fp8_utils.py of vLLM). k and v are replicated where there are fewer key heads than GPUs, "
         "q_a_proj and kv_a_proj_with_mqa always. "
         "Expert parallelism gives whole experts to GPUs and cuts none.\n"
-        "- Blocks of 128 x 128 at the edge of a weight whose N or K is no multiple of 128:\n",
+        "- Blocks of 128 x 128 at the edge of a weight whose N or K is not a multiple of 128:\n",
         _table(("engine", "partial blocks that it takes", "how known", "where"), edges),
         "## Scales\n\n"
         "The multiplier that dequantizes, by the name, dtype and shape that readers want. `grid` is "

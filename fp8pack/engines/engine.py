@@ -54,7 +54,7 @@ class EngineRule:
 
 
 class Edges(StrEnum):
-    """Which partial blocks an engine supports, at the edge of a weight whose N or K is no multiple of 128."""
+    """Which partial blocks an engine supports, at the edge of a weight whose N or K is not a multiple of 128."""
 
     LAST = "of a single weight, and of the last part of a fused one"
     SINGLE = "of a single weight"

@@ -177,12 +177,12 @@ def _shapes(engine: Engine, case: Case) -> _Findings:
     for spec, _ in case.packed:
         n, k = spec.shape
         if granularity == MX and k % 32:
-            yield _Refusal(f"{spec.name} has K = {k}, no multiple of 32", "--scheme FP8_DYNAMIC")
+            yield _Refusal(f"{spec.name} has K = {k}, not a multiple of 32", "--scheme FP8_DYNAMIC")
         if engine.fuses and (n % GEMM_MULTIPLE or k % GEMM_MULTIPLE):
-            reason = f"{spec.name} is {n} x {k}, no multiple of {GEMM_MULTIPLE}, which no FP8 GEMM takes"
+            reason = f"{spec.name} is {n} x {k}, not a multiple of {GEMM_MULTIPLE}, which no FP8 GEMM takes"
             yield _Refusal(reason, f"--ignore {spec.name.removesuffix('.weight')}")
         if granularity == BLOCK_128 and not granularity.fits(spec.shape) and not _takes_edge(engine, case, spec):
-            reason = f"{spec.name} is {n} x {k}, no multiple of 128"
+            reason = f"{spec.name} is {n} x {k}, not a multiple of 128"
             yield _Refusal(reason, "" if engine.id == "lmdeploy" else "--scheme FP8_DYNAMIC")
 
 

@@ -35,7 +35,7 @@ _SPOKEN = {"tensor": "per tensor", "channel": "per token", "mx": "MX 1x32"}
 def scheme_of(format: Float8Format, granularity: Granularity, *, weight_only: bool = False) -> GemmScheme:
     """Return the scheme of a weight: activations have the granularity that kernels support with the weight's.
 
-    For groups and blocks that is 1x128; one scale per token if the weight's regions are no multiple of 128 columns.
+    For groups and blocks that is 1x128; one scale per token if the weight's regions are not a multiple of 128 columns.
     """
     if weight_only:
         return GemmScheme(format, granularity, None)

@@ -25,62 +25,62 @@ class Verdict:
 
 
 # Never quantized, whatever the shape: (pattern over the module name, role, reason).
-_STAYS = tuple(
+_IGNORED = tuple(
     (re.compile(pattern), role, f"policy: {reason}")
     for pattern, role, reason in (
         (
             r"(^|\.)(vision\w*|visual\w*|image_\w+|vit|audio\w*|speech\w*|sam_model|siglip\w*|vqmodel|vae|first_stage_model|"
             r"cond_stage_model|text_encoders?|conditioner)\.(?=.*\.|\w)",
             "tower",
-            "tower of another modality stays",
+            "of another modality, a small share of the compute",
         ),
         (
             r"(^|\.)(multi_modal_projector|mm_projector|projector|aligner|connector|merger|embed_vision)(\.|$)",
             "projector",
-            "projector stays",
+            "small, and its error reaches every token",
         ),
-        (r"(^|\.)(mtp|mtp_\w+|nextn\w*)(\.|$)", "mtp", "multi-token prediction head stays"),
+        (r"(^|\.)(mtp|mtp_\w+|nextn\w*)(\.|$)", "mtp", "multi-token prediction, which only drafts"),
         (
             r"(^|\.)(lm_head|embed_out|logits|shared_head|score|classifier|cls|qa_outputs)(\.|$)|^output$",
             "logits",
-            "logits stay",
+            "a small error changes which token is chosen",
         ),
         (
             r"(^|\.)(embed_tokens\w*|tok_embeddings|embed_in|wte|wpe|word_embeddings|\w*position_embeddings?|token_type_embeddings|"
             r"embeddings?|embed_positions|relative_attention_bias|pos_embed|shared)(\.\w*embeddings?)?$",
             "embedding",
-            "embedding stays",
+            "a lookup, no GEMM",
         ),
         (
             r"(^|\.)(gate|router|wg|\w*router_proj|router\.\w+|gate\.wg|shared_expert_gate|altup\.\w+)$",
             "router",
-            "router stays",
+            "a small error changes which experts run",
         ),
-        (r"(^|\.)(rotary\w*|rope\w*|inv_freq|freqs\w*)(\.|$)", "rotary", "rotary table stays"),
+        (r"(^|\.)(rotary\w*|rope\w*|inv_freq|freqs\w*)(\.|$)", "rotary", "a table, no GEMM"),
         (
             r"(^|\.)(x_embedder|img_in|txt_in|time_in|vector_in|guidance_in|context_embedder|caption_projection|time_text_embed|"
             r"time_embed\w*|timestep_embed\w*|t_embedder|y_embedder|cap_embedder|condition_embedder|patch_embed\w*|time_proj\w*|"
             r"text_embedding|label_emb|input_blocks\.0)(\.|$)",
             "conditioning",
-            "input and conditioning of a diffusion model stay",
+            "small, and its error reaches every block",
         ),
         (
             r"(^|\.)(final_layer|proj_out|norm_out|head\.head)(\.linear|\.\w+)*$(?<!blocks)",
             "final",
-            "final projection stays",
+            "its error is in the output itself",
         ),
         (
             r"(^|\.)(\w*modulation\w*|img_mod|txt_mod|adaln\w*|adaLN\w*)(\.|$)|(^|\.)norm\w*\.linear$",
             "modulation",
-            "modulation stays",
+            "it scales every channel of a block",
         ),
-        (r"(^|\.)\w*(norm|_ln|ln_\w+|layernorm|LayerNorm|ln\d*|norm\d*)$", "norm", "norm stays"),
+        (r"(^|\.)\w*(norm|_ln|ln_\w+|layernorm|LayerNorm|ln\d*|norm\d*)$", "norm", "1-D, no GEMM"),
         (
             r"(^|\.)(conv1d|dt_proj|x_proj|in_proj_(a|b|ba)|A_log|b_proj|a_proj)$",
             "state",
-            "state-space parameter stays",
+            "its error accumulates over the sequence",
         ),
-        (r"(^|\.)_extra_state\w*$", "extra_state", "Transformer Engine's pickled state stays, unread"),
+        (r"(^|\.)_extra_state\w*$", "extra_state", "Transformer Engine's pickled state, not read"),
     )
 )
 
@@ -106,17 +106,17 @@ _IN_BLOCK = re.compile(r"(^|\.)(\d+)\.[A-Za-z_]\w*\.")  # a number, a name, and 
 def judge(spec: TensorSpec, facts: ModelFacts) -> Verdict:
     """Return the role of a tensor, whether the policy quantizes it, and the reason as text."""
     module = spec.name.removesuffix(".weight")
-    stays = next(((role, reason) for pattern, role, reason in _STAYS if pattern.search(module)), None)
-    if stays is not None and not (stays[0] == "final" and layer_of(spec.name) is not None):
-        return Verdict(stays[0], False, stays[1])
+    ignored = next(((role, reason) for pattern, role, reason in _IGNORED if pattern.search(module)), None)
+    if ignored is not None and not (ignored[0] == "final" and layer_of(spec.name) is not None):
+        return Verdict(ignored[0], False, ignored[1])
     if spec.dtype not in FLOAT_DTYPES:
-        return Verdict("other", False, f"dtype {spec.dtype} stays")
+        return Verdict("other", False, f"dtype {spec.dtype} is not a float of 16 or 32 bits")
     if len(spec.shape) == 3 and re.search(r"(^|\.)experts\.\w+(\.weight)?$", spec.name):
-        return Verdict("experts", False, "policy: fused 3-D experts stay where nothing says how they lie")
+        return Verdict("experts", False, "policy: fused 3-D experts of unknown layout")
     if not spec.name.endswith(".weight") or len(spec.shape) != 2:
         return _judge_other(spec)
     if _is_conv1d(module, spec, facts):
-        return Verdict("conv1d", False, "policy: Conv1D stores [in, out], no FP8 kernel reads that")
+        return Verdict("conv1d", False, "policy: Conv1D stores [in, out], which no FP8 kernel reads")
     return _judge_linear(module, facts)
 
 
@@ -129,21 +129,21 @@ def layer_of(name: str) -> int | None:
 def _judge_other(spec: TensorSpec) -> Verdict:
     leaf = spec.name.rsplit(".", 1)[-1]
     if leaf == "bias" or leaf.endswith("_bias"):
-        return Verdict("bias", False, "policy: bias stays")
+        return Verdict("bias", False, "policy: 1-D, no GEMM")
     if len(spec.shape) >= 3:
-        return Verdict("conv", False, "policy: convolution kernel stays")
+        return Verdict("conv", False, "policy: convolution kernel, no GEMM of [N, K]")
     if spec.name.endswith(".weight") and len(spec.shape) == 1:
-        return Verdict("norm", False, "policy: 1-D weight stays")
+        return Verdict("norm", False, "policy: 1-D, no GEMM")
     return Verdict("other", False, "policy: not a linear weight")
 
 
 def _judge_linear(module: str, facts: ModelFacts) -> Verdict:
     layer = layer_of(module + ".weight")
     if layer is None:
-        return Verdict("other", False, "policy: linear outside the numbered blocks stays")
+        return Verdict("other", False, "policy: linear outside the numbered blocks")
     if facts.num_layers and layer >= facts.num_layers and re.search(r"(^|\.)layers\.\d+\.", module):
         return Verdict(
-            "mtp", False, f"policy: layer {layer} lies beyond the {facts.num_layers} layers (multi-token prediction)"
+            "mtp", False, f"policy: layer {layer} is beyond the {facts.num_layers} layers (multi-token prediction)"
         )
     leaf = module.rsplit(".", 1)[-1]
     role = _ROLE_OF_LEAF.get(leaf)

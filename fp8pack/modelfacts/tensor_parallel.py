@@ -186,9 +186,9 @@ def tp_problem(packed: Packed, granularity: Granularity, tp: int, facts: ModelFa
             parts = min(tp, kv_heads)
         if role.startswith("attn.o") or role.endswith(".down"):
             if k % tp or (k // tp) % cols:
-                return f"{spec.name} has K = {k}, and {k} / {tp} is no multiple of {cols}"
+                return f"{spec.name} has K = {k}, and {k} / {tp} is not a multiple of {cols}"
         elif not (n % parts or (n // parts) % rows) or spec.name.split(".")[-2] in REPLICATED:
             continue
         elif fused_module(spec.name) or role.startswith(("attn", "mlp", "expert")):
-            return f"{spec.name} has N = {n}, and {n} / {parts} is no multiple of {rows}"
+            return f"{spec.name} has N = {n}, and {n} / {parts} is not a multiple of {rows}"
     return None

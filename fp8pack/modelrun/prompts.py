@@ -1,4 +1,4 @@
-"""Where prompts come from, and how a row of a data set becomes token ids."""
+"""Prompts of files and data sets, and their token ids."""
 
 import glob
 import json
@@ -103,7 +103,7 @@ def _tokenize(prompt: Prompt, tokenizer: Any, max_length: int, reads_strings: bo
         ids = tokenizer(text, add_special_tokens=not templated, truncation=True, max_length=max_length)["input_ids"]
         cut = len(ids) >= max_length and len(tokenizer(text, add_special_tokens=not templated)["input_ids"]) > len(ids)
     except (TypeError, UnicodeError):  # of half a surrogate pair
-        raise InputError(f"{prompt.name} is no text that can be tokenized") from None
+        raise InputError(f"{prompt.name} cannot be tokenized") from None
     if not ids:
         raise InputError(f"{prompt.name} has no tokens")
     return [int(token) for token in ids], cut
@@ -201,7 +201,7 @@ def _parse_call(call: Any) -> Any:
 
 
 def _is_blank(row: Any) -> bool:
-    """Whether a row holds nothing, as the lines between paragraphs in some data sets."""
+    """Whether a row is empty, as lines between paragraphs are in some data sets."""
     return isinstance(row, Mapping) and all(
         value is None or (isinstance(value, str) and not value.strip()) for value in row.values()
     )

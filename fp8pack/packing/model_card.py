@@ -1,6 +1,6 @@
 """The model card of an FP8 checkpoint: what was done to it, how good it is, and how each engine serves it.
 
-The card stands above the text of the base model's own, whose licence and language it inherits. Nothing in it depends on
+The card comes before the text of the base model's own, whose licence and language it inherits. Nothing in it depends on
 where or when it was written, since its digest is part of the root.
 """
 
@@ -14,6 +14,7 @@ import yaml
 
 from fp8pack.checkpoint.source import Source
 from fp8pack.engines.known import NAMES
+from fp8pack.engines.serve import load_code, serve_command
 from fp8pack.numerics.metrics import sqnr_db
 from fp8pack.planning.plan import Action, PackPlan
 from fp8pack.planning.recipe import WRITABLE
@@ -26,21 +27,9 @@ _MAX_HEAD = 100_000  # characters of YAML
 _BEGIN, _END = "<!-- fp8pack -->", "<!-- /fp8pack -->"  # around what is ours, so that it does not outlive its FP8 bytes
 _OUR_TAGS = frozenset(("fp8", "fp8pack", *WRITABLE))
 _OUR_KEYS = ("base_model", "base_model_relation")
-_SERVING = {
-    "vllm": ("", "vllm serve ."),
-    "sglang": ("", "python -m sglang.launch_server --model-path ."),
-    "tensorrt-llm": ("", "trtllm-serve ."),
-    "tgi": ("", "text-generation-launcher --model-id ."),
-    "lmdeploy": ("", "lmdeploy serve api_server ."),
-    "transformers": (
-        "python",
-        "from transformers import {architecture}\n\nmodel = {architecture}.from_pretrained('.')",
-    ),
-    "cublaslt": ("python", "import fp8pack\n\npacked = fp8pack.load_packed('.', device='cuda')"),
-}
 _ACTIVATIONS = {
-    "dynamic": "scaled as they come",
-    "static": "calibrated scales",
+    "dynamic": "dynamic: scales are computed while serving",
+    "static": "static: calibrated scales",
     "none": "not quantized: weight-only",
 }
 Energies = Mapping[str, tuple[float, float]]
@@ -59,7 +48,7 @@ def model_card(verb: str, plan: PackPlan, source: Source, energies: Energies, ba
         _BEGIN,
         f"# {_escape(model.rpartition('/')[2]) or plan.facts.architecture or 'A model'} in FP8",
         _what(verb, plan, model),
-        _stayed(plan),
+        _ignored(plan),
         _quality(plan, energies),
         _serving(plan),
         _END,
@@ -145,14 +134,14 @@ def _what(verb: str, plan: PackPlan, model: str) -> str:
     rows = [
         ("weights", f"{recipe.format.name.upper()}, scales: {recipe.granularity}"),
         ("activations", _ACTIVATIONS[recipe.activations]),
-        ("KV cache", "calibrated scales" if recipe.kv_cache else "as the engine is told"),
+        ("KV cache", "calibrated scales" if recipe.kv_cache else "no scales: the engine decides"),
         ("quant method", f"`{recipe.quant_method}`"),
         ("size", f"{format_size(before)} before, {format_size(after)} after ({after / before - 1:+.0%})"),
     ]
     if carried:
-        rows.insert(1, ("carried", f"the FP8 bytes of {carried} weights are those of the source"))
+        rows.insert(1, ("passed through", f"{carried} weights: their FP8 bytes are those of the source"))
     if unpacked:
-        rows.insert(1, ("unpacked", f"{unpacked} weights, FP8 in the source, are BF16"))
+        rows.insert(1, ("dequantized", f"{unpacked} weights, FP8 in the source, are BF16"))
     table = "\n".join(f"| {key} | {value} |" for key, value in rows)
     return (
         f"{_escape(model) or 'The base model'}, quantized with fp8pack.\n\n| | |\n|---|---|\n{table}\n\n"
@@ -185,7 +174,7 @@ def _command(verb: str, plan: PackPlan, model: str) -> str:
     return shlex.join(words)
 
 
-def _stayed(plan: PackPlan) -> str:
+def _ignored(plan: PackPlan) -> str:
     kept = [tensor for tensor in plan.tensors if tensor.action == Action.COPIED]
     counts = Counter((tensor.role, tensor.reason) for tensor in kept if tensor.role != "activation_scale")
     lines = [
@@ -193,7 +182,10 @@ def _stayed(plan: PackPlan) -> str:
     ]
     if not lines:
         return ""
-    return "## What stayed as it was\n\n| role | tensors | why |\n|---|---|---|\n" + "\n".join(lines)
+    return (
+        "## What was ignored\n\nThese tensors are copied as they are.\n\n| role | tensors | why |\n|---|---|---|\n"
+        + "\n".join(lines)
+    )
 
 
 def _escape(text: str) -> str:
@@ -202,7 +194,7 @@ def _escape(text: str) -> str:
 
 
 def _quality(plan: PackPlan, energies: Energies) -> str:
-    """The SQNR by role: what quantizing took away, as far as it was measured."""
+    """The SQNR by role, of the weights that were measured."""
     roles: dict[str, list[float]] = defaultdict(list)
     for tensor in plan.packed:
         signal, noise = energies.get(tensor.spec.name, (0.0, 0.0))
@@ -215,21 +207,25 @@ def _quality(plan: PackPlan, energies: Energies) -> str:
         for role, found in sorted(roles.items())
     ]
     return (
-        "## What it cost\n\nSignal-to-quantization-noise ratio of the weights in dB, over a sample of their rows.\n\n"
+        "## What quantization cost\n\nSignal-to-quantization-noise ratio (SQNR) of the quantized weights against the "
+        "source in dB, over a sample of their rows.\n\n"
         "| role | weights | mean | worst |\n|---|---|---|---|\n" + "\n".join(rows)
     )
 
 
 def _serving(plan: PackPlan) -> str:
+    """For each engine that loads it, the command or code, at the smallest tensor-parallel size that works."""
     lines = []
     for verdict in plan.engines:
-        if verdict.tp and verdict.engine in _SERVING:
+        if not verdict.tp:
+            continue
+        command = serve_command(verdict.engine, ".", tp=min(verdict.tp), kv_cache=plan.recipe.kv_cache)
+        code = load_code(verdict.engine, ".", plan.facts.architecture)
+        if command or code:
             about = [verdict.note] if verdict.note else []
             about += [f"tensor-parallel size {', '.join(map(str, verdict.tp))}"] if len(verdict.tp) > 1 else []
             note = f" ({'; '.join(about)})" if about else ""
-            language, command = _SERVING[verdict.engine]
-            command = command.format(architecture=plan.facts.architecture)
-            lines.append(f"{NAMES[verdict.engine]}{note}:\n\n```{language}\n{command}\n```")
+            lines.append(f"{NAMES[verdict.engine]}{note}:\n\n```{'python' if code else ''}\n{command or code}\n```")
     if not lines:
         return ""
     return "## How to serve it\n\nIn this directory; read in the engines' code, not run.\n\n" + "\n\n".join(lines)

@@ -119,7 +119,7 @@ def _overridden(choice: Scheme, request: Request) -> Scheme | None:
 
 def _ragged(packed: Packed) -> str | None:
     spec = next((spec for spec, _ in packed if not BLOCK_128.fits(spec.shape)), None)
-    return f"{spec.name} is {spec.shape[0]} x {spec.shape[1]}, no multiple of 128" if spec else None
+    return f"{spec.name} is {spec.shape[0]} x {spec.shape[1]}, not a multiple of 128" if spec else None
 
 
 def _sizes(request: Request, packed: Packed) -> tuple[int, ...]:
@@ -153,7 +153,7 @@ def _reason(best: _Trial, first: _Trial, packed: Packed, targets: Sequence[str])
         refused = next((f"{NAMES[target]}: {reason}" for target, reason in first.refusals.items()), None)
         return refused or _ragged(packed) or f"what {names} can load"
     if best.num_ignored:
-        return f"{best.num_ignored} weights stay that do not fit the {best.scheme.granularity} of {names}"
+        return f"{best.num_ignored} weights are ignored: they do not fit the {best.scheme.granularity} of {names}"
     if best.scheme.granularity == BLOCK_128:
         return "every packed dimension is a multiple of 128"
     return f"what {names} can load"

@@ -61,9 +61,9 @@ def decide(contents: Contents, request: Request) -> list[Decision]:
             and layer is not None
             and not request.keep_first_layers <= layer < last - request.keep_last_layers
         ):
-            decision = replace(decision, packed=False, reason="recipe: first and last layers stay")
+            decision = replace(decision, packed=False, reason="keep_first_layers or keep_last_layers")
         if request.only and not hits[3]:
-            decision = replace(decision, packed=False, reason="not named by --only")
+            decision = replace(decision, packed=False, reason="not matched by --only")
         decisions.append(decision)
     for matcher in (ignore, only, pack, rules):
         matcher.check()
@@ -97,7 +97,7 @@ def _judge(spec: TensorSpec, contents: Contents) -> Verdict:
         return replace(verdict, packed=False, reason="not FP8 in the source") if verdict.packed else verdict
     role = judge(replace(spec, dtype="BF16"), contents.facts).role
     is_linear = len(spec.shape) == 2 and spec.name.endswith(".weight")
-    return Verdict(role, is_linear, "FP8 in the source" + ("" if is_linear else ", but no matrix of a linear"))
+    return Verdict(role, is_linear, "FP8 in the source" + ("" if is_linear else ", but not the weight of a linear"))
 
 
 def _apply(decision: Decision, rule: Rule, contents: Contents) -> Decision:
@@ -161,7 +161,7 @@ def _keep_with(decision: Decision, cause: Decision | None) -> Decision:
     if cause is None or not decision.packed:
         return decision
     leaf = cause.spec.name.removesuffix(".weight").rpartition(".")[2]
-    return replace(decision, packed=False, reason=f"kept with {leaf}, which engines fuse it with ({cause.reason})")
+    return replace(decision, packed=False, reason=f"ignored with {leaf}: engines fuse the two ({cause.reason})")
 
 
 def granularity_of(decision: Decision, recipe: Recipe) -> Granularity:

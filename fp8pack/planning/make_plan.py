@@ -165,7 +165,7 @@ def _unpack(spec: TensorSpec, role: str, reason: str, quantized: Quantized, dtyp
 def _nothing_to_pack(tensors: Sequence[TensorPlan]) -> RecipeError:
     """The error, with the commonest reason; an option in it becomes the hint."""
     reasons = [tensor.reason for tensor in tensors if len(tensor.spec.shape) == 2]
-    dragged = [reason for reason in reasons if reason.startswith("kept with")]
+    dragged = [reason for reason in reasons if reason.startswith("ignored with")]
     sentence = "nothing to pack: no linear weight is left to quantize"
     if not reasons:
         return RecipeError(sentence)

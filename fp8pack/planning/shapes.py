@@ -9,8 +9,8 @@ def shape_problem(shape: tuple[int, ...], granularity: Granularity) -> str | Non
     n, k = shape
     if granularity not in (TENSOR, CHANNEL) and not granularity.fits(shape):
         if granularity.rows == 1:
-            return f"K = {k} is no multiple of {granularity.cols}"
-        return f"{n} x {k} is no multiple of {granularity.rows}: --scheme FP8_DYNAMIC packs it"
+            return f"K = {k} is not a multiple of {granularity.cols}"
+        return f"{n} x {k} is not a multiple of {granularity.rows}: --scheme FP8_DYNAMIC packs it"
     if n % GEMM_MULTIPLE or k % GEMM_MULTIPLE:
-        return f"{n} x {k} is no multiple of {GEMM_MULTIPLE}: no FP8 GEMM takes it"
+        return f"{n} x {k} is not a multiple of {GEMM_MULTIPLE}: no FP8 GEMM supports it"
     return None

@@ -23,7 +23,7 @@ class Bound:
 
 
 def parse_bounds(texts: Texts) -> tuple[Bound, ...]:
-    """Return the bounds of texts such as `sqnr_min<28`; RecipeError if one is not understood."""
+    """Return the bounds of texts such as `sqnr_min<28`; RecipeError if one is malformed."""
     return tuple(map(_parse_bound, parse_texts("fail_if", texts)))
 
 
@@ -51,4 +51,4 @@ def check_targets(inspection: Inspection, targets: Sequence[str]) -> None:
     """Raise BoundError for the first of these engines that does not load the checkpoint."""
     for verdict in inspection.engines:
         if verdict.engine in targets and not verdict.tp:
-            raise BoundError(f"{NAMES[verdict.engine]} does not load it: {verdict.reason}", verdict.remedy)
+            raise BoundError(f"{NAMES[verdict.engine]} does not load this checkpoint: {verdict.reason}", verdict.remedy)

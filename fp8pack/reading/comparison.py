@@ -1,4 +1,4 @@
-"""What `diff` finds."""
+"""The result of `diff`."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,10 +8,10 @@ from fp8pack.documents import Document
 
 @dataclass(frozen=True, slots=True)
 class TensorComparison:
-    """A tensor that both checkpoints hold.
+    """A tensor of both checkpoints.
 
-    formats: of A and B. other_shape: B's, if it differs. equal: whether the values are. equal_bytes: the share of
-    elements whose bytes are equal, None where the two store it otherwise. scale_ratio: the smallest and largest ratio
+    formats: of A and B. other_shape: B's, if it differs. equal: whether the values are equal. equal_bytes: the share of
+    elements whose bytes are equal, None if the two have different dtypes. scale_ratio: the smallest and largest ratio
     of scales, B / A. sqnr: of B's values against A's, in dB; None where nothing differs.
     """
 
@@ -27,7 +27,7 @@ class TensorComparison:
 
 @dataclass(frozen=True, slots=True)
 class ComparisonTotals:
-    """Sums over the tensors that both hold; SQNR in dB over those that differ."""
+    """Sums over the tensors of both; SQNR in dB over those that differ."""
 
     num_tensors: int
     num_equal: int
@@ -38,7 +38,7 @@ class ComparisonTotals:
 
 @dataclass(frozen=True, slots=True)
 class Comparison(Document):
-    """Two checkpoints, tensor by tensor; `quant_methods`: the conventions of A and B, empty where none is declared."""
+    """Two checkpoints, tensor by tensor; `quant_methods`: those that A and B declare, or empty."""
 
     a: Path
     b: Path

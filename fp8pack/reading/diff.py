@@ -1,4 +1,4 @@
-"""`diff`: two checkpoints, of any conventions, tensor by tensor."""
+"""`diff`: two checkpoints, of any quant methods, tensor by tensor."""
 
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -31,12 +31,12 @@ class _Side:
 
 
 def diff(a: str | Path, b: str | Path, *, fail_if: Texts = ()) -> Comparison:
-    """Compare two checkpoints of any conventions, tensor by tensor: formats, scales, equal bytes, SQNR of B against A.
+    """Compare two checkpoints, tensor by tensor: formats, scales, equal bytes, SQNR of B against A.
 
-    Experts that one of them holds fused are compared one by one. fail_if: bounds such as "sqnr_min<28".
+    Experts that one of them has fused are compared one by one. fail_if: bounds such as "sqnr_min<28".
 
     Raises:
-        InputError: a checkpoint is malformed. BoundError: a bound is broken. RecipeError: one is not understood.
+        InputError: a checkpoint is malformed. BoundError: a bound is broken. RecipeError: one is malformed.
     """
     bounds = parse_bounds(fail_if)
     found = compare(a, b)
@@ -45,7 +45,7 @@ def diff(a: str | Path, b: str | Path, *, fail_if: Texts = ()) -> Comparison:
 
 
 def compare(a: str | Path, b: str | Path) -> Comparison:
-    """Return what `diff` does, and leave the verdict on it to the caller."""
+    """Return what `diff` does, without checking bounds."""
     sides = _open(parse_path("a", a)), _open(parse_path("b", b))
     names = [name for name in sides[0].specs if name in sides[1].specs]
     found: dict[str, TensorComparison] = {}
@@ -84,7 +84,7 @@ def _open(path: Path) -> _Side:
 
 
 def _scales_of_activations(contents: Contents) -> Iterator[TensorSpec]:
-    """The scales of what enters weights, and of K and V, under one name for all conventions."""
+    """The scales of input activations, K and V, under one name for all quant methods."""
     for spec in contents.tensors:
         quantized = contents.quantized.get(spec.name)
         if quantized is not None and quantized.input_scale is not None:
@@ -94,15 +94,15 @@ def _scales_of_activations(contents: Contents) -> Iterator[TensorSpec]:
 
 
 def _as_number(spec: TensorSpec, name: str) -> TensorSpec:
-    """A scale under a name, without dimensions if it is one number: conventions differ in that."""
+    """A scale under a name, without dimensions if it is one number: quant methods differ in that."""
     return replace(spec, name=name, shape=() if spec.nbytes == DTYPE_BITS[spec.dtype] // 8 else spec.shape)
 
 
 @dataclass(slots=True)
 class _Tally:
-    """What is found of two tensors, strip by strip; `is_spoiled`: one holds a NaN or infinity where the other does not.
+    """The comparison of two tensors, strip by strip; `is_spoiled`: one has a NaN or infinity where the other does not.
 
-    Elements are those of the dtype, or bytes if they are smaller.
+    Elements are of the dtype, or bytes if smaller.
     """
 
     num_elements: int = 0
@@ -167,7 +167,7 @@ def _has_values(spec: TensorSpec, side: _Side) -> bool:
 def _scale_ratio(
     ours: TensorSpec, theirs: TensorSpec, readers: tuple[ValueReader, ValueReader], both: tuple[Contents, Contents]
 ) -> tuple[float, float] | None:
-    """The extremes of B's scales over A's, over the regions that the borders of both cut out."""
+    """The extremes of B's scales over A's, over the intersections of their scale regions."""
     known = [contents.quantized.get(ours.name) for contents in both]
     regions = [quantized.granularity.region(ours.matrix) for quantized in known if quantized]
     if len(regions) < 2 or not prod(ours.shape):

@@ -1,4 +1,4 @@
-"""`inspect`: what a checkpoint holds, packed or not, and how much quantization took away."""
+"""`inspect`: the tensors of a checkpoint, their SQNR against the source, and the engines that load it."""
 
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -39,15 +39,15 @@ def inspect(
     tp: int | None = None,
     gpu: str | None = None,
 ) -> Inspection:
-    """Return what a checkpoint of any convention holds, and which engines load it.
+    """Return the tensors of a checkpoint of any quant method, and the engines that load it.
 
     against: the source of an FP8 checkpoint: measures the SQNR of every FP8 weight. fail_if: bounds such as
-        "sqnr_min<28". targets, tp, gpu: the engines that are asked about, and what they run on; `.engines` answers.
+        "sqnr_min<28". targets, tp, gpu: the engines to judge, and what they run on; `.engines` has the verdicts.
 
     Raises:
-        InputError: the checkpoint or the source is malformed, or the two do not belong together.
+        InputError: the checkpoint or the source is malformed, or the source is of another checkpoint.
         BoundError: a bound is broken.
-        RecipeError: an option is not understood.
+        RecipeError: an option is out of range or not known.
     """
     bounds, asked = parse_bounds(fail_if), parse_targets(parse_texts("targets", targets, commas=True))
     found = look(checkpoint, against, targets=asked, tp=tp, gpu=gpu)
@@ -63,7 +63,7 @@ def look(
     tp: int | str | None = None,
     gpu: str | None = None,
 ) -> Inspection:
-    """Return what `inspect` does, and leave the verdict on it to the caller."""
+    """Return what `inspect` does, without checking bounds."""
     path = parse_path("checkpoint", checkpoint)
     if path.is_file() and is_calibration(path):
         raise InputError(f"{path} is a calibration file, not a checkpoint", "fp8pack.inspect_calibration() reads it")
@@ -74,7 +74,7 @@ def look(
     if manifest is not None:
         check_headers(opened.specs, manifest)
     if against is not None and not contents.quantized:
-        raise InputError(f"{checkpoint} holds no FP8 weight: there is nothing to compare with {against}")
+        raise InputError(f"{checkpoint} has no FP8 weight to compare with {against}", "leave out --against")
     sqnr = {} if against is None else _measure(opened, contents, parse_path("against", against))
     with ValueReader(opened, contents) as reader:
         tensors = tuple(_entry(spec, contents, manifest, reader, sqnr.get(spec.name)) for spec in contents.tensors)
@@ -92,7 +92,7 @@ def look(
 
 
 def inspect_calibration(path: str | Path) -> CalibrationSummary:
-    """Return what a calibration file holds, site by site; InputError if it is malformed."""
+    """Return the statistics of a calibration file, site by site; InputError if it is malformed."""
     file = parse_path("calibration", path)
     return summarize(read_calibration(file), output=file, every_site=True)
 
@@ -139,12 +139,14 @@ def _entry(
 
 
 def _guess(spec: TensorSpec, contents: Contents, quantized: Quantized | None) -> tuple[str, str, str]:
-    """What can be said of a tensor that fp8pack did not write."""
+    """Action, role and reason of a tensor that fp8pack did not write."""
     if quantized is not None:
         role = judge(replace(spec, dtype="BF16"), contents.facts).role
         return "packed", role, "FP8 in the file"
     verdict = judge(spec, contents.facts)
-    reason = "not packed; pack would take it" if verdict.packed and not contents.quantized else verdict.reason
+    reason = (
+        "not packed; `fp8pack pack` would quantize it" if verdict.packed and not contents.quantized else verdict.reason
+    )
     return "stored", verdict.role, reason
 
 
@@ -159,7 +161,7 @@ def _measure(opened: Source, contents: Contents, against: Path) -> dict[str, flo
         origin = origins.get(spec.name)
         if origin is None or origin.shape != spec.shape or origin.dtype not in FLOAT_DTYPES:
             raise InputError(
-                f"{source.path} holds no weight {spec.name!r} of shape {list(spec.shape)}: it is not the source"
+                f"{source.path} has no weight {spec.name!r} of shape {list(spec.shape)}: it is not the source"
             )
         with ValueReader(opened, contents) as ours, ValueReader(source, whole) as theirs:
             signal = noise = 0.0
@@ -177,11 +179,13 @@ def _measure(opened: Source, contents: Contents, against: Path) -> dict[str, flo
 def _verdicts(
     opened: Source, contents: Contents, targets: tuple[str, ...], tp: int | None, gpu: str | None
 ) -> tuple[EngineVerdict, ...]:
-    """Who loads an FP8 checkpoint; of those asked about, whether anything else was asked for or not."""
+    """The verdicts of the engines that were asked for, or of all, on an FP8 checkpoint."""
     storage = contents.storage
     if storage is None:
         if targets:
-            raise InputError(f"{opened.path} holds no FP8 weight: any engine that knows the model loads it")
+            raise InputError(
+                f"{opened.path} has no FP8 weight: any engine that has the model loads it", "leave out --target"
+            )
         return ()
     split = split_experts(contents)
     packed = [
@@ -194,7 +198,7 @@ def _verdicts(
 
 
 def _warnings(contents: Contents) -> list[str]:
-    """Scales that are not what the readers of their convention want; only somebody else's are."""
+    """Scales that engines read otherwise: only in checkpoints of other tools."""
     storage = contents.storage
     if storage is None:
         return []
@@ -205,4 +209,4 @@ def _warnings(contents: Contents) -> list[str]:
             stored = Stored(scale.name, scale.dtype, scale.shape)
             problems.append(scale_problem(storage, spec.name, spec.shape, stored))
     found = [problem for problem in problems if problem]
-    return [f"{found[0]}; {len(found)} scales are not what engines' code was read to want"] if found else []
+    return [f"{found[0]}; {len(found)} scales are not as the engines read them"] if found else []

@@ -1,4 +1,4 @@
-"""What `inspect` finds."""
+"""The result of `inspect`."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from fp8pack.units import format_size
 
 @dataclass(frozen=True, slots=True)
 class ScaleRange:
-    """The scale tensor of a weight, its smallest and largest multiplier; `tensor` is None if it has none."""
+    """The scale tensor of a weight, its smallest and largest multiplier; `tensor` is None without one."""
 
     tensor: str | None
     min: float
@@ -22,7 +22,7 @@ class ScaleRange:
 class TensorInspection:
     """A tensor of a checkpoint.
 
-    action: `packed`, `copied` or `unpacked` as the manifest says, `stored` where there is none. dtype, shape, nbytes:
+    action: `packed`, `copied` or `unpacked` in the manifest, `stored` without one. dtype, shape, nbytes:
     as stored. format, granularity, scale: of an FP8 weight. amax: of its source, as recorded. activation_scales: by
     kind, `input`, `k` or `v`. sqnr: in dB against the source over all elements, if it was measured.
     """
@@ -57,10 +57,10 @@ class Totals:
 
 @dataclass(frozen=True, slots=True)
 class Inspection(Document):
-    """What a checkpoint holds, and which engines load it.
+    """The tensors of a checkpoint, and the engines that load it.
 
-    quant_method: the convention that config.json declares, empty if none. recipe, root: of the manifest, None of what
-    another tool made. engines: a verdict for each, or for those that were asked about; empty without FP8 weights.
+    quant_method: as config.json declares it, empty if none. recipe, root: of the manifest, None if another tool wrote
+    the checkpoint. engines: the verdict of each, or of those asked for; empty without FP8 weights.
     """
 
     checkpoint: Path

@@ -1,1 +1,1 @@
-"""What a person looks at. Facts are drawn here, never computed."""
+"""Results as a person reads them, in a terminal. Facts are drawn here, never computed."""

@@ -75,7 +75,11 @@ def _advice(summary: CalibrationSummary) -> list[str]:
             "weight in BF16, --scheme FP8_DYNAMIC scales each token"
         )
     if rare := summary.rare_experts:
-        how = "those of the all-experts run" if summary.has_all_experts else "their peers'; see --all-experts"
+        how = (
+            "those of the all-experts run"
+            if summary.has_all_experts
+            else "those of the other experts of the layer; see --all-experts"
+        )
         names = listed([f"{site.point} ({site.tokens})" for site in rare], _MAX_NAMES)
         lines.append(f"experts  {len(rare)} sites of experts saw too few tokens; their scales are {how}: {names}")
     return lines

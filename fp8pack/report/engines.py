@@ -1,4 +1,4 @@
-"""Who loads a checkpoint, in lines."""
+"""The engines that load a checkpoint, as lines of text."""
 
 from collections.abc import Sequence
 
@@ -7,10 +7,10 @@ from fp8pack.engines.known import BY_ID, NAMES
 
 
 def engine_lines(verdicts: Sequence[EngineVerdict], *, asked: Sequence[str] = (), command: str = "") -> list[str]:
-    """Return the lines that say who loads an output, at which tensor-parallel sizes, and who does not, and why.
+    """Return the lines that say which engines load an output, at which tensor-parallel sizes, and why others do not.
 
-    asked: the engines that a person asked about. command: of which the options of remedies are, if it is not the
-    command that is running.
+    asked: the engines that were asked for. command: what goes before the options of a remedy, if they are of another
+    command.
     """
     verdicts = [verdict for verdict in verdicts if not _goes_without_saying(verdict, verdicts, asked)]
     if not verdicts:

@@ -1,4 +1,4 @@
-"""What `env` shows: versions in a line each, and for every device a table of backends."""
+"""What `env` prints: versions, and for every device a table of GEMM backends."""
 
 from collections.abc import Iterable
 
@@ -11,7 +11,7 @@ _ACTIVATIONS = {"tensor": "per tensor", "channel": "per token", "group:128": "1x
 
 
 def print_environment(found: Environment) -> None:
-    """Print what a machine has to stdout."""
+    """Print an environment to stdout."""
     console = make_console([])
     print_line(console, f"fp8pack {found.fp8pack}  Python {found.python}  {found.platform}")
     versions = (f"{name} {version or 'not installed'}" for name, version in found.packages.items())
@@ -30,10 +30,10 @@ def _count(gpus: int) -> str:
 
 def _table(gemms: Iterable[GemmSupport]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for header in ("weight scales", "activations", "backend", "the others"):
+    for header in ("weight scales", "activations", "backend", "other backends"):
         table.add_column(header, overflow="fold")
     for gemm in gemms:
         activations = "not quantized" if gemm.activations is None else _ACTIVATIONS[gemm.activations]
-        others = [f"{name}: {problem or 'would serve'}" for name, problem in gemm.tried.items() if name != gemm.backend]
+        others = [f"{name}: {problem or 'also works'}" for name, problem in gemm.tried.items() if name != gemm.backend]
         table.add_row(gemm.granularity, activations, gemm.backend or "none", "; ".join(others))
     return table

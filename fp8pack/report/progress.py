@@ -14,7 +14,7 @@ _LINE_SECONDS = 30.0
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What is done, and how its amount is written."""
+    """A kind of work, its unit, and how an amount of it is written."""
 
     name: str
     unit: str
@@ -27,7 +27,7 @@ CALIBRATING = Work("calibrating", " tokens", lambda tokens: f"{tokens:.0f} token
 
 @contextmanager
 def showing_progress(work: Work, quiet: bool) -> Iterator[Callable[[int, int], None]]:
-    """Yield a function that is told (amount done, amount in all)."""
+    """Yield a function to be called with (amount done, amount in all)."""
     if quiet:
         yield lambda done, total: None
     elif sys.stderr.isatty():

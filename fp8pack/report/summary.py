@@ -76,8 +76,9 @@ def result_lines(result: PackResult) -> list[str]:
     peak = f"peak {format_size(result.peak_memory or 0)}"
     lines.append(f"result   {'  '.join([size, format_seconds(seconds), f'{format_size(rate)}/s', peak])}")
     if sqnr := result.sqnr:
-        of = "against the FP8 source" if result.verb == "convert" else "of the weights"
-        lines.append(f"SQNR     {of} (8 rows per band): mean {sqnr.mean:.1f}, worst {sqnr.worst:.1f} dB")
+        source = "the FP8 source" if result.verb == "convert" else "the source"
+        values = f"mean {sqnr.mean:.1f}, worst {sqnr.worst:.1f} dB"
+        lines.append(f"SQNR     of weights against {source} (8 rows per band): {values}")
     return [*lines, *engines, f"next     {_next(result)}"]
 
 

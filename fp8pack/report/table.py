@@ -16,7 +16,7 @@ _NAME_SHARE = 0.45  # of a terminal, for names
 
 
 def print_inspection(found: Inspection, asked: Sequence[str] = ()) -> None:
-    """Print what a checkpoint holds to stdout; `asked`: the engines that a person asked about."""
+    """Print the tensors of a checkpoint to stdout, and the engines that load it; `asked`: those asked for."""
     console = make_console([tensor.name for tensor in found.tensors])
     names = int(console.width * _NAME_SHARE) if console.is_terminal else console.width
     static = any(tensor.activation_scales for tensor in found.tensors)
@@ -39,7 +39,7 @@ def print_inspection(found: Inspection, asked: Sequence[str] = ()) -> None:
 
 
 class _Console(Console):
-    """Leaves a pipe whose reader went away to who prints."""
+    """Leaves the error of a closed pipe to the caller."""
 
     def on_broken_pipe(self) -> None:
         """Raise the error that rich is about to turn into an exit."""
@@ -47,7 +47,7 @@ class _Console(Console):
 
 
 def make_console(names: list[str]) -> Console:
-    """Return a console for stdout, wide enough for these names and what stands beside them, unless it is a terminal."""
+    """Return a console for stdout, wide enough for these names and the other columns, unless it is a terminal."""
     console = _Console(highlight=False, soft_wrap=False)
     if console.is_terminal:
         return console
@@ -87,7 +87,7 @@ def _totals(found: Inspection) -> list[str]:
     else:
         lines.append("not packed: no tensor is FP8")
     if found.root:
-        lines.append(f"root {found.root}, as the manifest says; bytes not read")
+        lines.append(f"root {found.root} (from the manifest; the bytes were not read)")
     if totals.sqnr_min is not None and totals.sqnr_mean is not None:
         worst = f"worst {decibels(totals.sqnr_min, 2)} dB in {totals.sqnr_worst_tensor}"
         of = f"mean {decibels(totals.sqnr_mean, 2)}, {worst}"

@@ -185,13 +185,13 @@ def test_vllm_takes_fp8_logits_in_compressed_tensors() -> None:
 def test_a_block_that_tensor_parallelism_cuts_is_named_with_both_ways_out() -> None:
     verdict = judge(BLOCK, "vllm", experts(), QWEN)
     assert verdict.tp == (1, 2)
-    assert verdict.reason == f"{LAYER}.mlp.experts.0.gate_proj.weight has N = 768, and 768 / 4 is no multiple of 128"
+    assert verdict.reason == f"{LAYER}.mlp.experts.0.gate_proj.weight has N = 768, and 768 / 4 is not a multiple of 128"
     assert verdict.remedy == "--scheme FP8_DYNAMIC, or serve with expert parallelism"
 
 
 def test_a_cut_along_k_is_named() -> None:
     verdict = judge(BLOCK, "vllm", [weight(f"{LAYER}.mlp.experts.0.down_proj", 2048, 768)], tp=4)
-    assert verdict.reason == f"{LAYER}.mlp.experts.0.down_proj.weight has K = 768, and 768 / 4 is no multiple of 128"
+    assert verdict.reason == f"{LAYER}.mlp.experts.0.down_proj.weight has K = 768, and 768 / 4 is not a multiple of 128"
     assert verdict.tp == ()
 
 
@@ -211,7 +211,7 @@ def test_expert_parallelism_is_no_remedy_where_attention_is_cut_too() -> None:
 def test_channel_scales_are_cut_at_multiples_of_16_and_have_no_remedy_beyond() -> None:
     assert judge(DYNAMIC, "vllm", experts()).tp == TP_SIZES
     verdict = judge(DYNAMIC, "vllm", dense(intermediate=1040), tp=2)
-    assert verdict.reason == f"{LAYER}.mlp.gate_proj.weight has N = 1040, and 1040 / 2 is no multiple of 16"
+    assert verdict.reason == f"{LAYER}.mlp.gate_proj.weight has N = 1040, and 1040 / 2 is not a multiple of 16"
     assert verdict.remedy == ""
 
 
@@ -241,7 +241,7 @@ def test_first_projections_of_latent_attention_are_not_cut() -> None:
 def test_mx_scales_are_cut_at_multiples_of_32() -> None:
     verdict = judge("modelopt mx dynamic", "vllm", [weight(f"{LAYER}.mlp.down_proj", 256, 96)])
     assert verdict.tp == (1,)
-    assert "K = 96, and 96 / 2 is no multiple of 32" in verdict.reason
+    assert "K = 96, and 96 / 2 is not a multiple of 32" in verdict.reason
 
 
 @pytest.mark.parametrize("engine", [engine.id for engine in ENGINES if engine.loads_whole])
@@ -253,7 +253,7 @@ def test_some_load_whole_weights(engine: str) -> None:
 def test_mx_needs_k_in_groups_of_32() -> None:
     for engine in ("vllm", "sglang", "tensorrt-llm"):
         verdict = judge("modelopt mx dynamic", engine, [weight(f"{LAYER}.mlp.up_proj", 64, 48)])
-        assert verdict.reason == f"{LAYER}.mlp.up_proj.weight has K = 48, no multiple of 32"
+        assert verdict.reason == f"{LAYER}.mlp.up_proj.weight has K = 48, not a multiple of 32"
         assert verdict.remedy == "--scheme FP8_DYNAMIC"
 
 
@@ -262,7 +262,7 @@ def test_fp8_gemms_need_multiples_of_16(shape: tuple[int, int]) -> None:
     packed = [weight(f"{LAYER}.mlp.up_proj", *shape)]
     verdict = judge(DYNAMIC, "vllm", packed)
     assert verdict.tp == ()
-    assert f"{shape[0]} x {shape[1]}, no multiple of 16" in verdict.reason
+    assert f"{shape[0]} x {shape[1]}, not a multiple of 16" in verdict.reason
     assert verdict.remedy == f"--ignore {LAYER}.mlp.up_proj"
     assert judge(DYNAMIC, "transformers", packed).tp
     assert judge(DYNAMIC, "cublaslt", packed).tp
@@ -285,7 +285,7 @@ def test_fp8_gemms_need_multiples_of_16(shape: tuple[int, int]) -> None:
 def test_partial_blocks_by_engine(name: str, shape: tuple[int, int], engines: str) -> None:
     verdicts = judge_engines(BLOCK, [weight(f"{LAYER}.{name}", *shape)], QWEN, tp=1)
     assert {verdict.engine for verdict in verdicts if verdict.tp} == {*engines.split(), "cublaslt"}
-    refused = {verdict.engine: verdict for verdict in verdicts if "no multiple of 128" in verdict.reason}
+    refused = {verdict.engine: verdict for verdict in verdicts if "not a multiple of 128" in verdict.reason}
     assert set(refused) == {*LLM_ENGINES} - set(engines.split())
     assert {engine: verdict.remedy for engine, verdict in refused.items()} == {
         engine: "" if engine == "lmdeploy" else "--scheme FP8_DYNAMIC" for engine in refused

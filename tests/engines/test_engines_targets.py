@@ -99,7 +99,8 @@ def test_auto_looks_at_the_size_that_targets_are_asked_for_at() -> None:
     scheme, reason = choose_scheme(Request(targets=("vllm",), tp=4), experts(), QWEN)
     assert scheme == FP8_DYNAMIC
     assert (
-        reason == f"auto: vLLM: {LAYER}.mlp.experts.0.gate_proj.weight has N = 768, and 768 / 4 is no multiple of 128"
+        reason
+        == f"auto: vLLM: {LAYER}.mlp.experts.0.gate_proj.weight has N = 768, and 768 / 4 is not a multiple of 128"
     )
 
 
@@ -120,10 +121,10 @@ def test_auto_packs_all_weights_if_it_can_and_else_says_how_many_stay() -> None:
     ragged += [weight("model.layers.1.self_attn.v_proj", 256, 256)]
     scheme, reason = choose_scheme(Request(targets=("vllm",)), ragged, QWEN)
     assert scheme == FP8_DYNAMIC
-    assert reason == "auto: model.layers.1.self_attn.q_proj.weight is 192 x 256, no multiple of 128"
+    assert reason == "auto: model.layers.1.self_attn.q_proj.weight is 192 x 256, not a multiple of 128"
     scheme, reason = choose_scheme(Request(targets=("lmdeploy",)), ragged, QWEN)
     assert scheme == FP8_BLOCK
-    assert reason == "auto: 3 weights stay that do not fit the block:128x128 of LMDeploy"
+    assert reason == "auto: 3 weights are ignored: they do not fit the block:128x128 of LMDeploy"
 
 
 @pytest.mark.parametrize(

@@ -220,7 +220,7 @@ def test_any_regions_are_carried_if_each_lies_within_one_of_theirs_and_else_pack
 
 
 def test_a_block_that_reaches_over_a_weights_edge_covers_its_rows_and_columns(tmp_path: Path) -> None:
-    """96 columns lie within one block of 128, though 128 is no multiple of 96."""
+    """96 columns lie within one block of 128, though 128 is not a multiple of 96."""
     shapes = {f"{LAYER}.mlp.down_proj": (64, 96), f"{ATTENTION}.o_proj": (80, 48)}
     source = source_of(tmp_path / "source", "block:128x128", shapes=shapes)
     for granularity in ("channel", "tensor", "group:32", "block:128x128"):
@@ -451,7 +451,7 @@ def test_shapes_that_engines_refuse_in_blocks_become_bf16_with_the_reason(tmp_pa
         assert found[name].tobytes() == values[name].astype(BF16).tobytes(), name
     reasons = {entry.name: entry.reason for entry in facts.kept}
     assert "multiple of 128" in reasons[f"{LAYER}.mlp.down_proj.weight"]
-    assert "kept with v_proj" in reasons[f"{ATTENTION}.q_proj.weight"]
+    assert "ignored with v_proj" in reasons[f"{ATTENTION}.q_proj.weight"]
     assert facts.num_unpacked == len(kept)
 
 

@@ -87,13 +87,13 @@ def test_patterns_of_the_command_do_not_break_the_table(tmp_path: Path) -> None:
     assert all(r"(up\|gate)" in row for row in rows)
 
 
-def test_unpacked_weights_are_not_among_what_stayed(source: Path, tmp_path: Path) -> None:
+def test_dequantized_weights_are_not_among_those_ignored(source: Path, tmp_path: Path) -> None:
     fp8pack.pack(source, tmp_path / "a", scheme="FP8_BLOCK")
     ignore = (Pattern("*layers.0.mlp*"),)
     request = Request(quant_method="compressed-tensors", ignore=ignore)
     facts = verbs.convert(tmp_path / "a", request, WriteOptions(tmp_path / "b"))
     body = card_of(tmp_path / "b")[1]
-    assert f"| unpacked | {facts.num_unpacked} weights, FP8 in the source, are BF16 |" in body
+    assert f"| dequantized | {facts.num_unpacked} weights, FP8 in the source, are BF16 |" in body
     assert body.count("layers.0.mlp") == 1  # in the command
 
 

@@ -68,7 +68,7 @@ def test_auto_takes_block_scales_when_every_dimension_is_a_multiple_of_128() -> 
 def test_auto_takes_channel_scales_for_ragged_dimensions() -> None:
     plan = plan_of(model(intermediate=2000))
     assert plan.recipe.scheme == "FP8_DYNAMIC"
-    assert "gate_proj.weight is 2000 x 1024, no multiple of 128" in plan.recipe.reason
+    assert "gate_proj.weight is 2000 x 1024, not a multiple of 128" in plan.recipe.reason
     assert len(plan.packed) == 14
 
 
@@ -91,7 +91,7 @@ def test_auto_looks_at_the_tensor_parallel_size_that_is_asked_for() -> None:
     assert plan_of(model(intermediate=1408), facts).recipe.scheme == "FP8_BLOCK"
     plan = plan_of(model(intermediate=1408), facts, tp=2)
     assert plan.recipe.scheme == "FP8_DYNAMIC"
-    assert "1408 / 2 is no multiple of 128" in plan.recipe.reason
+    assert "1408 / 2 is not a multiple of 128" in plan.recipe.reason
 
 
 def test_moe_sizes_that_do_not_split_are_named() -> None:
@@ -103,7 +103,7 @@ def test_moe_sizes_that_do_not_split_are_named() -> None:
     plan = plan_of(shapes, replace(QWEN, architecture="Qwen3MoeForCausalLM"))
     vllm = next(verdict for verdict in plan.engines if verdict.engine == "vllm")
     assert vllm.tp == (1, 2)
-    assert "N = 768, and 768 / 4 is no multiple of 128" in vllm.reason
+    assert "N = 768, and 768 / 4 is not a multiple of 128" in vllm.reason
 
 
 def test_replicated_key_heads_do_not_hinder_tensor_parallelism() -> None:
@@ -133,7 +133,7 @@ def test_a_pattern_of_pack_that_packs_nothing_is_an_error() -> None:
 
 
 def test_only_a_part_of_a_fused_group_says_why_nothing_is_packed() -> None:
-    with pytest.raises(RecipeError, match="kept with k_proj, which engines fuse it with"):
+    with pytest.raises(RecipeError, match="ignored with k_proj: engines fuse the two"):
         plan_of(model(), only=(Pattern("*.q_proj"),))
 
 
@@ -141,10 +141,10 @@ def test_a_ragged_member_keeps_its_whole_fused_group_under_fp8() -> None:
     plan = plan_of(model(kv=192), scheme="FP8_BLOCK")
     kept = reasons(plan)
     assert (
-        "192 x 1024 is no multiple of 128: --scheme FP8_DYNAMIC packs it"
+        "192 x 1024 is not a multiple of 128: --scheme FP8_DYNAMIC packs it"
         in kept["model.layers.0.self_attn.k_proj.weight"]
     )
-    assert kept["model.layers.0.self_attn.q_proj.weight"].startswith("kept with k_proj, which engines fuse it with")
+    assert kept["model.layers.0.self_attn.q_proj.weight"].startswith("ignored with k_proj: engines fuse the two")
     assert "model.layers.0.self_attn.o_proj.weight" not in kept
     assert {f"model.layers.0.self_attn.{leaf}_proj" for leaf in "qkv"} <= set(plan.ignored_modules)
 
@@ -168,7 +168,7 @@ def test_ignore_only_and_pack_do_what_they_say() -> None:
         "lm_head.weight",
         *(f"model.layers.{i}.mlp.{leaf}_proj.weight" for i in range(2) for leaf in ("gate", "up", "down")),
     }
-    assert reasons(plan)["model.layers.0.self_attn.q_proj.weight"] == "not named by --only"
+    assert reasons(plan)["model.layers.0.self_attn.q_proj.weight"] == "not matched by --only"
 
 
 def test_first_and_last_layers_stay_when_the_recipe_says_so() -> None:
@@ -193,7 +193,7 @@ def test_keeping_everything_is_an_error() -> None:
 
 def test_shapes_that_leave_nothing_to_pack_have_the_scheme_that_packs_them_as_a_hint() -> None:
     shapes = {f"model.layers.0.mlp.{leaf}_proj.weight": (192, 192) for leaf in ("gate", "up", "down")}
-    with pytest.raises(RecipeError, match="192 x 192 is no multiple of 128") as caught:
+    with pytest.raises(RecipeError, match="192 x 192 is not a multiple of 128") as caught:
         plan_of(shapes, scheme="FP8_BLOCK")
     assert caught.value.command_hint == "--scheme FP8_DYNAMIC packs it"
     assert "--" not in str(caught.value)

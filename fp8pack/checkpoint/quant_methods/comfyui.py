@@ -34,7 +34,7 @@ class ComfyUi(Convention):
     def problem(self, shape: tuple[int, ...], granularity: Granularity) -> str | None:
         """Return why a weight stays: ComfyUI's kernels pad mx to multiples of 32, which a file must hold already."""
         if granularity == MX and (shape[0] % 32 or shape[1] % 32):
-            return f"{shape[0]} x {shape[1]} is no multiple of 32"
+            return f"{shape[0]} x {shape[1]} is not a multiple of 32"
         return super().problem(shape, granularity)
 
     def scale(self, spec: TensorSpec, granularity: Granularity) -> Stored:
