@@ -27,7 +27,7 @@ def print_inspection(found: Inspection, asked: Sequence[str] = ()) -> None:
     extra = [*(["input, K, V scale"] if static else []), *(["SQNR dB"] if measured else [])]
     for header in ("scale min", "scale max", *extra):
         table.add_column(header, justify="right")
-    table.add_column("kept because", overflow="fold")
+    table.add_column("ignored because", overflow="fold")
     for tensor in sorted(found.tensors, key=lambda tensor: natural(tensor.name)):
         cells = _cells(tensor, static=static, measured=measured)
         table.add_row(*(Text(printable(cell)) for cell in (shorten(cells[0], names), *cells[1:])))
