@@ -169,8 +169,8 @@ def _run(run: Run, staging: Staging, journal: CalibrationJournal, progress: Prog
         return calibration
     if journal.done == done:
         raise DeadlineError(
-            "the deadline is reached before a layer was finished, so nothing was saved",
-            "allow more time with --deadline",
+            "the deadline is reached before a layer was finished",
+            "the same command continues; allow more time with --deadline",
         )
     raise DeadlineError(
         f"the deadline is reached with {progress.done} of {progress.total} tokens done", "the same command continues"

@@ -1,7 +1,7 @@
 """`observe`: activation statistics of a model, recorded while it runs.
 
 Module hooks record the input of each linear and the output of each norm. The inputs of experts, K after rotary, and V
-are recorded by functions that replace transformers' experts implementation and attention (doors.py).
+are recorded by functions that replace transformers' experts implementation and attention (interception.py).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -205,7 +205,7 @@ class Observation:
                 points = [f"{name}.input" for name in self._names.of_linear(path)]
                 self._hook(module.register_forward_pre_hook(self._before_linear(points), with_kwargs=True))
         if parts:
-            from fp8pack.calibration.doors import intercept  # imports transformers
+            from fp8pack.calibration.interception import intercept  # imports transformers
             from fp8pack.modelrun.transformers_internals import num_cached_tokens
 
             self._num_cached_tokens = num_cached_tokens

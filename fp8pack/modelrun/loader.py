@@ -173,7 +173,7 @@ def _find_class(source: Source, config: Any, trust_remote_code: bool) -> Any:
         return found
     if architecture in remote:
         raise _untrusted(source)
-    if architecture is None:
+    if not architecture:
         raise InputError(f"{source.path}/config.json names no architecture", "add `architectures` to it")
     raise InputError(
         f"transformers {transformers.__version__} has no {architecture}",

@@ -463,7 +463,7 @@ def test_an_output_that_appears_meanwhile_is_not_replaced(bench: Bench) -> None:
     bench.output.write_text("mine")
     ran = running.end()
     assert ran.code == 4
-    bench.check_message(ran, "appeared")
+    bench.check_message(ran, "was created by somebody else")
     assert bench.output.read_text() == "mine"
     bench.output.unlink()
     bench.finish_here()

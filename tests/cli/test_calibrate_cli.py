@@ -256,7 +256,7 @@ def test_merge_says_what_it_joined(fp8pack: Fp8Pack, tmp_path: Path) -> None:
     assert fp8pack("merge", a, b, "-o", c).code == 4
     again = fp8pack("merge", a, a, "-o", tmp_path / "d.safetensors")
     assert again.code == 3
-    assert "share prompt" in again.message
+    assert "contain the same prompt" in again.message
     assert fp8pack("merge", a, tmp_path / "absent.safetensors", "-o", tmp_path / "d.safetensors").code == 3
     nowhere = fp8pack("merge", a, b, "-o", tmp_path / "absent" / "d.safetensors")
     assert nowhere.code == 5
@@ -278,12 +278,12 @@ WRONG_USE: dict[str, tuple[str, ...]] = {
     "max length '-5'": ("--max-length", "-5"),
     "num prompts '0'": ("--num-prompts", "0"),
     "batch size '0'": ("--batch-size", "0"),
-    "choose auto, cpu or cuda": ("--device", "tpu"),
+    "choose auto, cpu, cuda": ("--device", "tpu"),
     "choose auto, on, off": ("--stream-layers", "maybe"),
-    "must name a .safetensors file": ("-o", "/tmp/never.json"),
+    "is not a .safetensors file": ("-o", "/tmp/never.json"),
     "write 50m": ("--deadline", "soon"),
     "--frobnicate": ("--frobnicate",),
-    "--device": ("--device", "cpu:banana"),
+    "device 'cpu:banana'": ("--device", "cpu:banana"),
     "--stream-layers off": ("--stream-layers", "on", "--until-converged"),
 }
 
