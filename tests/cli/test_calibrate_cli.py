@@ -12,27 +12,11 @@ from typing import Any
 
 import pytest
 from checkpoints import DEMO
-from typer.testing import CliRunner
 
 from fp8pack.checkpoint.calibration_file import read_calibration
-from fp8pack.cli.app import app, main
+from fp8pack.cli.app import main
 from fp8pack.planning.calibration import value_of
 
-CALIBRATE_OPTIONS = {
-    *(
-        "--output",
-        "--prompts",
-        "--text-column",
-        "--num-prompts",
-        "--max-length",
-        "--batch-size",
-        "--all-experts",
-        "--until-converged",
-    ),
-    *("--stream-layers", "--device", "--trust-remote-code", "--resume", "--no-resume", "--deadline", "--overwrite"),
-    *("--json", "--quiet", "--help"),
-}
-MERGE_OPTIONS = {"--output", "--overwrite", "--json", "--quiet", "--help"}
 WORDS = (DEMO / "heldout.txt").read_text().split()
 
 
@@ -457,17 +441,6 @@ def test_a_weight_that_is_not_finite_is_a_sentence(
 
 
 # The interface.
-
-
-def options_in(text: str) -> set[str]:
-    words = text.replace(",", " ").split()
-    return {word for word in words if word.startswith("--") and word.strip("-")}
-
-
-def test_the_options_are_these_and_a_new_one_needs_a_reason() -> None:
-    runner = CliRunner(env={"COLUMNS": "300", "TERM": "dumb"})
-    assert options_in(runner.invoke(app, ["calibrate", "--help"]).stdout) == CALIBRATE_OPTIONS
-    assert options_in(runner.invoke(app, ["merge", "--help"]).stdout) == MERGE_OPTIONS
 
 
 def test_help_and_wrong_use_do_not_import_torch() -> None:

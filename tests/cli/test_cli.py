@@ -31,7 +31,8 @@ PACK_OPTIONS = {
     *("--json", "--quiet", "--verbose", "--help"),
 }
 CALIBRATE_OPTIONS = {
-    *("--output", "--prompts", "--num-prompts", "--max-length", "--batch-size", "--all-experts", "--until-converged"),
+    *("--output", "--prompts", "--text-column", "--num-prompts", "--max-length", "--batch-size"),
+    *("--all-experts", "--until-converged"),
     *("--stream-layers", "--device", "--trust-remote-code", "--resume", "--no-resume", "--deadline", "--overwrite"),
     *("--json", "--quiet", "--help"),
 }

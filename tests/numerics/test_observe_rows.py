@@ -305,7 +305,7 @@ def test_an_interrupt_waits_for_the_threads_that_hold_addresses(monkeypatch: pyt
 
 
 def test_rows_that_belong_to_nobody_are_refused() -> None:
-    with pytest.raises(ValueError, match="has 5 rows, of 4 is known whose they are"):
+    with pytest.raises(ValueError, match="a has 5 rows, and prompts are known for 4"):
         Recorder("a", 7).add(*placed(finite_bits((5, 7), 0)), Rows.of(np.zeros(4, np.int32)), Threads(1))
     with pytest.raises(ValueError, match="a kernel takes"):
         Rows.of(np.zeros(8, np.int32)[::2])

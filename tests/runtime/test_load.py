@@ -95,5 +95,6 @@ def test_a_single_file_loads_by_its_own_path(tmp_path: Path) -> None:
 
 
 def test_what_is_not_packed_is_refused_with_the_command(make_checkpoint: MakeCheckpoint) -> None:
-    with pytest.raises(InputError, match="fp8pack pack"):
+    with pytest.raises(InputError, match="no FP8 weight") as caught:
         fp8pack.load_packed(make_checkpoint())
+    assert "fp8pack pack" in caught.value.hint
