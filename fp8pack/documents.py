@@ -8,6 +8,7 @@ from os import PathLike, fspath
 from typing import Any
 
 SCHEMA = 1  # of every document that --json prints
+_MAX_SHOWN = 4
 
 
 class Document:
@@ -18,6 +19,17 @@ class Document:
     def to_dict(self) -> dict[str, Any]:
         """Return the result as plain data, as `--json` prints it; docs/schemas/ says what each key means."""
         return {"schema": SCHEMA, **as_data(self)}
+
+    def __repr__(self) -> str:
+        """Return the class and its fields; of a long list, how many entries it has."""
+        values = ((field.name, getattr(self, field.name)) for field in fields(self))  # type: ignore[arg-type]
+        return f"{type(self).__name__}({', '.join(f'{name}={_brief(value)}' for name, value in values)})"
+
+
+def _brief(value: Any) -> str:
+    if isinstance(value, tuple) and len(value) > _MAX_SHOWN:
+        return f"<{len(value)} of {type(value[0]).__name__}>"
+    return repr(value)
 
 
 def as_data(value: Any) -> Any:

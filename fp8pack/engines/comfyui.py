@@ -9,13 +9,7 @@ COMFYUI = Engine(
     readers=(
         EngineRule("comfyui tensor *, comfyui-scaled tensor *", True, "ops.py, quant_ops.py"),
         EngineRule("comfyui mx *", True, "ops.py, quant_ops.py", "with scales in cuBLASLt's tiled order"),
-        EngineRule(
-            "*",
-            False,
-            "ops.py",
-            "it reads single files with its own markers",
-            "--scheme FP8_SCALED",
-        ),
+        EngineRule("*", False, "ops.py", "it reads single files with its own markers"),
     ),
     loads_whole=True,
     is_for_language_models=False,

@@ -21,11 +21,6 @@ class Evidence(StrEnum):
 READ, INFERRED, RUN, REPORTED = Evidence.READ, Evidence.INFERRED, Evidence.RUN, Evidence.REPORTED
 
 # Shared by several engines.
-DYNAMIC, BLOCK, COMPRESSED_TENSORS = (
-    "--scheme FP8_DYNAMIC",
-    "--scheme FP8_BLOCK",
-    "--quant-method compressed-tensors",
-)
 KEEP_EXPERTS = "--ignore '*experts*'"
 ONE_BY_ONE = "was not read to take experts of this class one by one"
 FNUZ = "turned into e4m3fnuz at load"
@@ -36,8 +31,9 @@ class EngineRule:
     """What an engine does with some kinds of storage.
 
     kinds: globs over `method granularity activations`, separated by commas; the naming follows the method, as in
-    `fp8/transformers tensor dynamic`. loads: whether it loads them; `text` is then a note, else the reason. only: globs
-    over the subject of the rule: architectures, roles of weights, or GPUs (`any` if none is named).
+    `fp8/transformers tensor dynamic`. loads: whether it loads them; `text` is then a note, else the reason. remedy:
+    only if it is not another recipe, which is found by trying. only: globs over the subject of the rule:
+    architectures, roles of weights, or GPUs (`any` if none is named).
     """
 
     kinds: str
@@ -129,6 +125,6 @@ def renaming_rules(classes: Mapping[str, str], source: str, *, loses_mx: bool = 
     for architecture, loader in classes.items():
         for what, kinds in lost:
             text = f"its {loader} loader loses {what}"
-            rules.append(EngineRule(kinds, False, source, text, DYNAMIC, INFERRED, (architecture,)))
+            rules.append(EngineRule(kinds, False, source, text, evidence=INFERRED, only=(architecture,)))
         rules.append(EngineRule("fp8/transformers tensor *", True, source, only=(architecture,)))
     return tuple(rules)

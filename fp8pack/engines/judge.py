@@ -5,7 +5,7 @@ The rules were read in the engines' code; no engine was run. docs/engines.md say
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -19,12 +19,21 @@ from fp8pack.modelfacts.model import ModelFacts
 from fp8pack.modelfacts.spec import TensorSpec
 from fp8pack.modelfacts.storage import Storage
 from fp8pack.modelfacts.tensor_parallel import GEMM_MULTIPLE, Packed, tp_problem
-from fp8pack.numerics.formats import E5M2
-from fp8pack.numerics.granularity import BLOCK_128, CHANNEL, MX
+from fp8pack.numerics.formats import E4M3, E5M2
+from fp8pack.numerics.granularity import BLOCK_128, CHANNEL, MX, TENSOR
 
 TP_SIZES = (1, 2, 4, 8)
 NO_ARCHITECTURE = "no config.json names an architecture"
 
+# What a remedy may change: the quant method, or the preset. tests/engines/test_remedies.py applies each.
+METHODS = ("compressed-tensors", "fp8", "modelopt", "mxfp8", "quark", "torchao", "comfyui")
+PRESETS = {
+    "FP8_DYNAMIC": Storage("compressed-tensors", E4M3, CHANNEL, "dynamic"),
+    "FP8_BLOCK": Storage("fp8", E4M3, BLOCK_128, "dynamic"),
+    "MXFP8": Storage("compressed-tensors", E4M3, MX, "dynamic", powers_of_two=True),
+    "W8A16": Storage("compressed-tensors", E4M3, CHANNEL, "none"),
+    "FP8_SCALED": Storage("comfyui", E4M3, TENSOR, "dynamic"),
+}
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
@@ -96,7 +105,11 @@ def judge_engines(
     ignored: the ignored modules, as the checkpoint lists them; empty if the list is unknown.
     """
     case = Case(storage, packed, facts, (tp,) if tp else TP_SIZES, parse_gpu(gpu), tuple(ignored))
-    return tuple(judge_engine(engine, case) for engine in ENGINES)
+    verdicts = (judge_engine(engine, case) for engine in ENGINES)
+    return tuple(
+        replace(verdict, remedy=_remedy(engine, case)) if not (verdict.tp or verdict.remedy) else verdict
+        for engine, verdict in zip(ENGINES, verdicts, strict=True)
+    )
 
 
 def check_targets(verdicts: Sequence[EngineVerdict], storage: Storage, targets: Sequence[str]) -> None:
@@ -108,6 +121,7 @@ def check_targets(verdicts: Sequence[EngineVerdict], storage: Storage, targets: 
 
 
 def judge_engine(engine: Engine, case: Case) -> EngineVerdict:
+    """Return the verdict of one engine; without a remedy that changes the recipe, which costs more trials."""
     notes: list[str] = []
     for look in (_architecture, _reader, _weights, _shapes, _groups, _list, _head, _gpu):
         for found in look(engine, case):
@@ -124,6 +138,19 @@ def judge_engine(engine: Engine, case: Case) -> EngineVerdict:
     return EngineVerdict(engine.id, fitting, note)
 
 
+def _remedy(engine: Engine, case: Case) -> str:
+    """The option with which the engine loads it: the same scales under another quant method, or a preset."""
+    stored = case.storage
+    methods = () if stored.granularity.name.startswith("group:") else METHODS  # few can store groups
+    ways = {f"--quant-method {name}": replace(stored, quant_method=name, spelling="") for name in methods}
+    presets = sorted(PRESETS.items(), key=lambda preset: preset[1].granularity != stored.granularity)
+    ways |= {f"--scheme {name}": storage for name, storage in presets}
+    for option, storage in ways.items():
+        if judge_engine(engine, replace(case, storage=storage, sizes=case.sizes[:1])).tp:
+            return option
+    return ""
+
+
 _Findings = Iterable[_Refusal | str]
 
 
@@ -136,15 +163,14 @@ def _reader(engine: Engine, case: Case) -> _Findings:
     storage = case.storage
     if storage.format == E5M2 and engine.id != "comfyui" and (engine.id != "cublaslt" or storage.granularity == MX):
         who = "cuBLASLt takes no E5M2 with MX scales" if engine.id == "cublaslt" else "no LLM engine reads E5M2 weights"
-        yield _Refusal(who, "--format e4m3")
+        yield _Refusal(who)
     if storage.quant_method == "fp8pack" and engine.id != "cublaslt":
-        yield _Refusal("only load_packed() reads quant_method fp8pack", "--scheme FP8_BLOCK or FP8_DYNAMIC")
+        yield _Refusal("only load_packed() reads quant_method fp8pack")
     rule = next(iter(rules_for(engine.readers, case.kind, case.facts.architecture)), None)
     if rule is None:
         activations = {"none": " with activations in BF16", "static": " with static activations"}
         which = f"{storage.granularity} scales{activations.get(storage.activations, '')}"
-        remedy = "--scheme FP8_DYNAMIC --quant-method compressed-tensors"
-        yield _Refusal(f"it has no reader for {which} in {storage.quant_method}", remedy)
+        yield _Refusal(f"it has no reader for {which} in {storage.quant_method}")
     else:
         yield from _say(rule)
 
@@ -177,13 +203,12 @@ def _shapes(engine: Engine, case: Case) -> _Findings:
     for spec, _ in case.packed:
         n, k = spec.shape
         if granularity == MX and k % 32:
-            yield _Refusal(f"{spec.name} has K = {k}, not a multiple of 32", "--scheme FP8_DYNAMIC")
+            yield _Refusal(f"{spec.name} has K = {k}, not a multiple of 32")
         if engine.fuses and (n % GEMM_MULTIPLE or k % GEMM_MULTIPLE):
             reason = f"{spec.name} is {n} x {k}, not a multiple of {GEMM_MULTIPLE}, which no FP8 GEMM takes"
             yield _Refusal(reason, f"--ignore {spec.name.removesuffix('.weight')}")
         if granularity == BLOCK_128 and not granularity.fits(spec.shape) and not _takes_edge(engine, case, spec):
-            reason = f"{spec.name} is {n} x {k}, not a multiple of 128"
-            yield _Refusal(reason, "" if engine.id == "lmdeploy" else "--scheme FP8_DYNAMIC")
+            yield _Refusal(f"{spec.name} is {n} x {k}, not a multiple of 128")
 
 
 def _takes_edge(engine: Engine, case: Case, spec: TensorSpec) -> bool:

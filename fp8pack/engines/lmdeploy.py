@@ -1,6 +1,6 @@
 """Which FP8 checkpoints LMDeploy loads, as read in its code."""
 
-from fp8pack.engines.engine import BLOCK, INFERRED, KEEP_EXPERTS, ONE_BY_ONE, Edges, Engine, EngineRule, PartialBlocks
+from fp8pack.engines.engine import INFERRED, KEEP_EXPERTS, ONE_BY_ONE, Edges, Engine, EngineRule, PartialBlocks
 from fp8pack.engines.gpus import BEFORE_ADA
 
 LMDEPLOY = Engine(
@@ -14,11 +14,10 @@ LMDEPLOY = Engine(
             False,
             "turbomind/weight_format.py",
             "it would use the weight without its scale",
-            BLOCK,
-            INFERRED,
+            evidence=INFERRED,
         ),
-        EngineRule("* block:*", False, "turbomind/converter.py", "quant_method fp8 only", "--quant-method fp8"),
-        EngineRule("*", False, "turbomind/converter.py", "block scales only", BLOCK),
+        EngineRule("* block:*", False, "turbomind/converter.py", "quant_method fp8 only"),
+        EngineRule("*", False, "turbomind/converter.py", "block scales only"),
     ),
     experts=(EngineRule("*", False, "models/", ONE_BY_ONE, KEEP_EXPERTS, INFERRED, ("GptOss*",)),),
     on_gpu=(

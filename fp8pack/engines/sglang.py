@@ -1,7 +1,6 @@
 """Which FP8 checkpoints SGLang loads, as read in its code."""
 
 from fp8pack.engines.engine import (
-    DYNAMIC,
     FNUZ,
     INFERRED,
     KEEP_EXPERTS,
@@ -39,7 +38,6 @@ SGLANG = Engine(
             False,
             "quantization/fp8.py, models/transformers.py",
             "it looks for weight_scale, and only its Llama classes rename weight_scale_inv",
-            DYNAMIC,
         ),
         EngineRule(
             "compressed-tensors tensor *, compressed-tensors channel *, compressed-tensors block:128x128 dynamic, "
@@ -52,7 +50,6 @@ SGLANG = Engine(
             False,
             "quantization/compressed_tensors/",
             "it has no MXFP8 in compressed-tensors",
-            "--quant-method modelopt",
         ),
         EngineRule("modelopt tensor static, modelopt mx dynamic", True, "configs/model_config.py"),
         EngineRule(
@@ -60,7 +57,6 @@ SGLANG = Engine(
             False,
             "quantization/modelopt_quant.py, sgl-project/sglang#15468",
             "its modelopt reader holds static tensor scales and MXFP8 only",
-            DYNAMIC,
         ),
         EngineRule("mxfp8 mx dynamic", True, "quantization/fp8.py"),
         EngineRule("quark tensor *, quark channel *", True, "quantization/quark/quark.py"),
@@ -69,7 +65,6 @@ SGLANG = Engine(
             False,
             "quantization/quark/quark.py",
             "it looks for weight_scale_inv, and Quark's files say weight_scale",
-            "--quant-method fp8",
         ),
         EngineRule("w8a8_fp8 channel dynamic", True, "quantization/w8a8_fp8.py"),
     ),
@@ -83,7 +78,6 @@ SGLANG = Engine(
             False,
             "quantization/modelopt_quant.py at 003ca3e5",
             "its modelopt reader needs SM89",
-            DYNAMIC,
             only=BEFORE_ADA,
         ),
         EngineRule(

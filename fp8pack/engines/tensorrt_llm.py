@@ -1,8 +1,6 @@
 """Which FP8 checkpoints TensorRT-LLM loads, as read in its code."""
 
 from fp8pack.engines.engine import (
-    BLOCK,
-    DYNAMIC,
     INFERRED,
     KEEP_EXPERTS,
     ONE_BY_ONE,
@@ -25,7 +23,6 @@ TENSORRT_LLM = Engine(
             False,
             "_torch/model_config.py",
             "quant_method fp8 means block scales there",
-            BLOCK,
         ),
         EngineRule(
             "compressed-tensors channel dynamic, compressed-tensors block:128x128 dynamic",
@@ -33,19 +30,14 @@ TENSORRT_LLM = Engine(
             "models/quant_config_utils.py",
         ),
         EngineRule(
-            "compressed-tensors tensor *",
-            False,
-            "models/quant_config_utils.py",
-            "it refuses tensor scales there",
-            "--quant-method modelopt",
+            "compressed-tensors tensor *", False, "models/quant_config_utils.py", "it refuses tensor scales there"
         ),
         EngineRule(
             "compressed-tensors * none",
             False,
             "models/quant_config_utils.py",
             "it asks for input_activations there",
-            DYNAMIC,
-            INFERRED,
+            evidence=INFERRED,
         ),
         EngineRule(
             "modelopt tensor static, modelopt channel dynamic, modelopt block:128x128 dynamic, modelopt mx dynamic",
@@ -59,7 +51,7 @@ TENSORRT_LLM = Engine(
         EngineRule("*", False, "the project", "it runs on NVIDIA GPUs only", "", INFERRED, ("gfx*",)),
         EngineRule("*", False, "_torch/modules/linear.py", "FP8 needs SM89 there", "", INFERRED, ("sm70", *BEFORE_ADA)),
         EngineRule(
-            "* mx *", False, "_torch/modules/linear.py", "MXFP8 needs SM100 there", DYNAMIC, INFERRED, BEFORE_SM100
+            "* mx *", False, "_torch/modules/linear.py", "MXFP8 needs SM100 there", evidence=INFERRED, only=BEFORE_SM100
         ),
     ),
     kv_cache=(

@@ -1,8 +1,6 @@
 """Which FP8 checkpoints TGI loads, as read in its code."""
 
 from fp8pack.engines.engine import (
-    COMPRESSED_TENSORS,
-    DYNAMIC,
     FNUZ,
     INFERRED,
     KEEP_EXPERTS,
@@ -19,7 +17,7 @@ TGI = Engine(
     "TGI 05d0aa67",
     readers=(
         EngineRule("fp8 block:128x128 dynamic, fp8 tensor dynamic, fp8 tensor static", True, "layers/fp8.py"),
-        EngineRule("fp8/transformers *", False, "layers/fp8.py", "it looks for weight_scale", DYNAMIC, INFERRED),
+        EngineRule("fp8/transformers *", False, "layers/fp8.py", "it looks for weight_scale", evidence=INFERRED),
         EngineRule(
             "compressed-tensors channel dynamic, compressed-tensors tensor dynamic, compressed-tensors tensor static",
             True,
@@ -30,10 +28,9 @@ TGI = Engine(
             False,
             "layers/compressed_tensors",
             "its compressed-tensors reader holds tensor and channel scales only",
-            "--quant-method fp8",
-            INFERRED,
+            evidence=INFERRED,
         ),
-        EngineRule("modelopt *", False, "utils/quantization.py", "it has no reader for modelopt", COMPRESSED_TENSORS),
+        EngineRule("modelopt *", False, "utils/quantization.py", "it has no reader for modelopt"),
         EngineRule("fbgemm_fp8 channel dynamic", True, "layers/fp8.py"),
     ),
     experts=(EngineRule("*", False, "models/", ONE_BY_ONE, KEEP_EXPERTS, INFERRED, ("GptOss*",)),),
@@ -43,7 +40,6 @@ TGI = Engine(
             False,
             "layers/fp8.py, layers/marlin/fp8.py at 14e8ca52",
             "its kernel for SM8x (Marlin) takes no block scales",
-            DYNAMIC,
             only=("sm80", "sm86", "sm89"),
         ),
         EngineRule(

@@ -1,8 +1,6 @@
 """Which FP8 checkpoints transformers loads, as read in its code."""
 
 from fp8pack.engines.engine import (
-    COMPRESSED_TENSORS,
-    DYNAMIC,
     INFERRED,
     KEEP_EXPERTS,
     RUN,
@@ -27,7 +25,7 @@ TRANSFORMERS = Engine(
             evidence=RUN,
         ),
         EngineRule("fp8/transformers tensor static", True, "integrations/finegrained_fp8.py", "with accelerate"),
-        EngineRule("fp8 tensor *", False, "integrations/finegrained_fp8.py", "it looks for weight_scale_inv", DYNAMIC),
+        EngineRule("fp8 tensor *", False, "integrations/finegrained_fp8.py", "it looks for weight_scale_inv"),
         EngineRule(
             "compressed-tensors channel dynamic, compressed-tensors channel none, compressed-tensors mx dynamic, "
             "compressed-tensors block:128x128 dynamic, compressed-tensors tensor dynamic, "
@@ -48,8 +46,7 @@ TRANSFORMERS = Engine(
             False,
             "quantizers/auto.py",
             "it has no reader for modelopt and takes the bytes for weights without scales",
-            COMPRESSED_TENSORS,
-            INFERRED,
+            evidence=INFERRED,
         ),
     ),
     experts=(
@@ -58,7 +55,6 @@ TRANSFORMERS = Engine(
             False,
             "conversion_mapping.py",
             "has no conversion from experts one by one for Llama 4",
-            "--quant-method compressed-tensors",
             only=("Llama4*",),
         ),
         EngineRule(
@@ -75,16 +71,14 @@ TRANSFORMERS = Engine(
             False,
             "quantizers/quantizer_compressed_tensors.py, where experts are put together",
             "puts experts together with tensor or channel scales only",
-            DYNAMIC,
-            RUN,
+            evidence=RUN,
         ),
         EngineRule(
             "torchao *",
             False,
             "quantizers/quantizer_torchao.py, where experts are put together",
             "takes no experts from torchao files",
-            COMPRESSED_TENSORS,
-            RUN,
+            evidence=RUN,
         ),
     ),
     wrappers=(
@@ -93,8 +87,7 @@ TRANSFORMERS = Engine(
             False,
             "quantizers/quantizer_torchao.py, where names are mapped",
             "does not find the metadata of torchao files under a wrapper's names",
-            COMPRESSED_TENSORS,
-            RUN,
+            evidence=RUN,
         ),
     ),
     on_gpu=(
@@ -110,7 +103,6 @@ TRANSFORMERS = Engine(
             False,
             "integrations/fbgemm_fp8.py",
             "fbgemm_fp8 needs SM90",
-            DYNAMIC,
             only=("sm70", *BEFORE_ADA, "sm89"),
         ),
     ),

@@ -1,8 +1,6 @@
 """Which FP8 checkpoints vLLM loads, as read in its code."""
 
 from fp8pack.engines.engine import (
-    BLOCK,
-    DYNAMIC,
     FNUZ,
     INFERRED,
     REPORTED,
@@ -26,13 +24,12 @@ VLLM = Engine(
     readers=(
         *renaming_rules(_RENAMING, "models/mistral3.py"),
         EngineRule("fp8 block:128x128 dynamic, fp8 tensor dynamic, fp8 tensor static", True, "fp8.py"),
-        EngineRule("fp8 block:* static", False, "fp8.py", "block scales go with dynamic activations only", BLOCK),
+        EngineRule("fp8 block:* static", False, "fp8.py", "block scales go with dynamic activations only"),
         EngineRule(
             "fp8/transformers *",
             False,
             "fp8.py",
             "it looks for weight_scale, and only its Mistral3 class renames weight_scale_inv",
-            DYNAMIC,
         ),
         EngineRule(
             "compressed-tensors tensor *, compressed-tensors channel *, compressed-tensors block:128x128 dynamic, "
@@ -45,14 +42,12 @@ VLLM = Engine(
             False,
             "compressed_tensors/schemes/",
             "block scales go with dynamic activations only",
-            BLOCK,
         ),
         EngineRule(
             "compressed-tensors group:*",
             False,
             "compressed_tensors/compressed_tensors.py",
             "it has kernels for tensor, channel and block scales only",
-            DYNAMIC,
         ),
         EngineRule(
             "compressed-tensors mx dynamic, compressed-tensors mx none",
@@ -66,11 +61,7 @@ VLLM = Engine(
         ),
         EngineRule("mxfp8 mx dynamic", True, "models/minimax_m3/nvidia/model.py", only=("MiniMaxM3*",)),
         EngineRule(
-            "mxfp8 *",
-            False,
-            "models/minimax_m3/nvidia/model.py",
-            "only its MiniMax-M3 class reads quant_method mxfp8",
-            "--quant-method modelopt",
+            "mxfp8 *", False, "models/minimax_m3/nvidia/model.py", "only its MiniMax-M3 class reads quant_method mxfp8"
         ),
         EngineRule(
             "torchao tensor dynamic, torchao tensor none, torchao channel dynamic, torchao channel none",
@@ -93,7 +84,6 @@ VLLM = Engine(
             False,
             "fp8.py, vllm-project/vllm#31757",
             "never takes the logits for FP8 under this quant method",
-            "--quant-method compressed-tensors",
             only=("logits",),
         ),
         EngineRule(
@@ -109,7 +99,6 @@ VLLM = Engine(
             False,
             "compressed_tensors/compressed_tensors_moe/",
             "takes channel scales of experts with dynamic activations only",
-            DYNAMIC,
             only=("expert*",),
         ),
         EngineRule(
@@ -117,9 +106,8 @@ VLLM = Engine(
             False,
             "compressed_tensors/compressed_tensors_moe/",
             "has no weight-only FP8 experts",
-            DYNAMIC,
-            INFERRED,
-            ("expert*",),
+            evidence=INFERRED,
+            only=("expert*",),
         ),
     ),
     experts=(
@@ -128,9 +116,8 @@ VLLM = Engine(
             False,
             "models/gpt_oss.py",
             "reads experts of gpt-oss one by one in quark files only",
-            "--quant-method quark",
-            INFERRED,
-            ("GptOss*",),
+            evidence=INFERRED,
+            only=("GptOss*",),
         ),
     ),
     on_gpu=(
@@ -140,7 +127,6 @@ VLLM = Engine(
             False,
             "modelopt.py at 00155cde",
             "its modelopt reader needs SM89",
-            DYNAMIC,
             only=BEFORE_ADA,
         ),
         EngineRule(

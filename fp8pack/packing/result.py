@@ -79,7 +79,7 @@ class Written:
     notes: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class PackResult(Document):
     """What `pack`, `convert` or `unpack` did, or would do in a dry run.
 

@@ -39,7 +39,7 @@ class RareExpert:
     tokens: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class CalibrationSummary(Document):
     """The content of a calibration file.
 

@@ -36,7 +36,7 @@ class ComparisonTotals:
     sqnr_worst_tensor: str | None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Comparison(Document):
     """Two checkpoints, tensor by tensor; `quant_methods`: those that A and B declare, or empty."""
 

@@ -55,7 +55,7 @@ class Totals:
     sqnr_worst_tensor: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Inspection(Document):
     """The tensors of a checkpoint, and the engines that load it.
 

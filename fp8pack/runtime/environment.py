@@ -42,7 +42,7 @@ class DeviceEnvironment:
     gemms: tuple[GemmSupport, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Environment(Document):
     """The FP8 support of this machine.
 
