@@ -17,7 +17,7 @@ from fp8pack.errors import InputError, VerificationError
 from fp8pack.modelfacts.spec import DTYPE_BITS, TensorSpec
 from fp8pack.numerics.granularity import TENSOR, parse_granularity
 from fp8pack.numerics.swizzle import padded
-from fp8pack.planning.make_plan import BAND_NBYTES
+from fp8pack.planning.sizes import SIZES
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +85,7 @@ def expected_digests(manifest: Manifest, specs: Mapping[str, TensorSpec]) -> dic
                 raise InputError(f"{name!r} was unpacked, and fp8pack.json has no bands for its digest")
             case _:
                 size = specs[name].nbytes
-                lengths = [min(BAND_NBYTES, size - at) for at in range(0, size, BAND_NBYTES)]
+                lengths = [min(SIZES.band, size - at) for at in range(0, size, SIZES.band)]
                 found[name] = Expected(specs[name], tuple(_consecutive(lengths)), entry.digest)
         for stored in small:
             spec = specs[stored.tensor]

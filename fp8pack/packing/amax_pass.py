@@ -6,18 +6,16 @@ from threading import Lock
 from fp8pack.checkpoint.journal import Journal
 from fp8pack.packing.bands import Band
 
-CHECKPOINT_NBYTES = 1 << 30  # of source, between two lines of the journal
-
 
 class AmaxCollector:
     """Collects amax values of bands into those of tensors, from several threads; NaN marks a NaN or infinity.
 
-    `amax` holds the finished tensors. What is finished goes to the journal on the way.
+    `amax` holds the finished tensors. They go to the journal whenever they make up `checkpoint_nbytes` of source.
     """
 
-    def __init__(self, journal: Journal) -> None:
+    def __init__(self, journal: Journal, checkpoint_nbytes: int) -> None:
         self.amax: dict[str, float] = {}
-        self._journal = journal
+        self._journal, self._checkpoint_nbytes = journal, checkpoint_nbytes
         self._partial: dict[str, list[float]] = {}
         self._unwritten: dict[str, float] = {}
         self._unwritten_nbytes = 0
@@ -35,7 +33,7 @@ class AmaxCollector:
             del self._partial[name]
             self._unwritten[name] = self.amax[name]
             self._unwritten_nbytes += band.tensor.spec.nbytes
-            full = self._unwritten_nbytes >= CHECKPOINT_NBYTES
+            full = self._unwritten_nbytes >= self._checkpoint_nbytes
         if full:
             self.flush()
 

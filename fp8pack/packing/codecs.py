@@ -30,19 +30,21 @@ class Codec(Protocol):
         ...
 
 
-def make_codec(device: str) -> Codec:
+def make_codec(device: str, strip_nbytes: int | None = None) -> Codec:
     """Return the codec of a device: `cpu` is the CPU kernels, `cuda` and `cuda:1` torch there, `torch:cpu` torch here.
 
+    strip_nbytes: by default what suits the device.
     Raises:
         DeviceError: torch sees none here.
     """
-    return CpuCodec() if device == "cpu" else TorchCodec(device)
+    return CpuCodec(strip_nbytes) if device == "cpu" else TorchCodec(device, strip_nbytes)
 
 
 class CpuCodec:
     """The CPU kernels. A strip is what is read, quantized and written at a time: it stays in the cache."""
 
-    strip_nbytes = 2 << 20
+    def __init__(self, strip_nbytes: int | None = None) -> None:
+        self.strip_nbytes = 2 << 20 if strip_nbytes is None else strip_nbytes
 
     def amax(self, weight: Array, dtype: str) -> float:
         """See Codec."""
@@ -60,14 +62,13 @@ class CpuCodec:
 class TorchCodec:
     """The torch reference on a device; strips are as large as bands, to keep a GPU busy."""
 
-    strip_nbytes = 8 << 20
-
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, strip_nbytes: int | None = None) -> None:
         import torch  # heavy, and never needed to pack on a CPU
 
         from fp8pack.gemm.device import find_device
         from fp8pack.numerics import torch_codec
 
+        self.strip_nbytes = 8 << 20 if strip_nbytes is None else strip_nbytes
         self._torch, self._codec = torch, torch_codec
         self._device = find_device(device.removeprefix("torch:"))
         self._dtypes = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}

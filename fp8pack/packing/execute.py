@@ -31,7 +31,6 @@ from fp8pack.planning.layout import ShardPlan
 from fp8pack.planning.plan import Action, Plan, TensorPlan
 
 _Job: TypeAlias = "tuple[ShardWork, Band] | SideWork"
-CHECKPOINT_NBYTES = 1 << 30  # of source: what a killed run may have to do again, for each shard
 
 
 @dataclass(slots=True)
@@ -63,13 +62,13 @@ class ShardWork:
         """Whether every band is finished."""
         return len(self.results) == self.num_bands
 
-    def record(self, result: BandResult, nbytes: int) -> list[BandResult]:
-        """Add a finished band; return those to be synced now, none while less than a gibibyte waits."""
+    def record(self, result: BandResult, nbytes: int, checkpoint_nbytes: int) -> list[BandResult]:
+        """Add a finished band; return those to be synced now, none while less than a checkpoint waits."""
         with self.lock:
             self.results[result.tensor, result.index] = result
             self.pending.append(result)
             self.pending_nbytes += nbytes
-            if not self.is_complete and self.pending_nbytes < CHECKPOINT_NBYTES:
+            if not self.is_complete and self.pending_nbytes < checkpoint_nbytes:
                 return []
             ready, self.pending, self.pending_nbytes = self.pending, [], 0
             return ready
@@ -128,7 +127,14 @@ class Execution:
     """One run over the shards of a plan. Every finished piece goes to the journal, so that another run can go on."""
 
     def __init__(
-        self, plan: Plan, source: Source, sides: Sequence[SideWork] = (), *, folder: Path, journal: Journal
+        self,
+        plan: Plan,
+        source: Source,
+        sides: Sequence[SideWork],
+        *,
+        folder: Path,
+        journal: Journal,
+        checkpoint_nbytes: int,
     ) -> None:
         self._plan, self._sides = plan, sides
         self.works = plan_work(plan, source)
@@ -136,6 +142,7 @@ class Execution:
         side_nbytes = sum(work.side.size for work in sides)
         self.counters = Counters(plan.source_nbytes + sum(t.spec.nbytes for t in self._two_pass) + side_nbytes)
         self._source, self._folder, self._journal = source.directory, folder, journal
+        self._checkpoint_nbytes = checkpoint_nbytes
         self._amax: dict[str, float] = {}
         self._offenders: set[str] = set()
 
@@ -235,7 +242,7 @@ class Execution:
         )
         if not todo:
             return
-        collector = AmaxCollector(self._journal)
+        collector = AmaxCollector(self._journal, self._checkpoint_nbytes)
 
         @contextmanager
         def make_worker() -> Iterator[Callable[[Band], None]]:
@@ -297,7 +304,7 @@ class Execution:
             self.counters.add(band.nbytes)
             if math.isnan(result.amax):
                 self._offenders.add(name)
-            elif ready := work.record(result, band.nbytes):
+            elif ready := work.record(result, band.nbytes, self._checkpoint_nbytes):
                 sync(work, ready)
 
         with closing(BandWorker(codec, self._source, self._folder)) as worker:

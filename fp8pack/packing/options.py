@@ -16,6 +16,7 @@ from fp8pack.inputs import (
     parse_switch,
     parse_texts,
 )
+from fp8pack.planning.sizes import SIZES, Sizes
 
 DEFAULT_MEMORY = "256MiB"
 MAX_WORKERS = 4096
@@ -27,7 +28,7 @@ class WriteOptions:
     """How to write; only `max_shard_size` and `copy` change what the output holds. None stands for the default.
 
     Sizes and times may be given as text: `max_memory="1GiB"`, `deadline="50m"`. max_memory, max_shard_size are stored
-    in bytes, deadline in seconds.
+    in bytes, deadline in seconds. `sizes` is for tests, and no option of a command.
 
     Raises:
         RecipeError: a value is not of its kind, or out of range.
@@ -42,6 +43,7 @@ class WriteOptions:
     resume: bool
     overwrite: bool
     deadline: float | None
+    sizes: Sizes
 
     def __init__(
         self,
@@ -55,6 +57,7 @@ class WriteOptions:
         resume: bool = True,
         overwrite: bool = False,
         deadline: Duration | None = None,
+        sizes: Sizes | None = None,
     ) -> None:
         put = partial(object.__setattr__, self)
         put("output", None if output is None else parse_path("output", output))
@@ -66,3 +69,4 @@ class WriteOptions:
         put("resume", parse_switch("resume", resume))
         put("overwrite", parse_switch("overwrite", overwrite))
         put("deadline", None if deadline is None else parse_duration("deadline", deadline))
+        put("sizes", SIZES if sizes is None else sizes)

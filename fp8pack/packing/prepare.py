@@ -82,7 +82,9 @@ def prepare_pack(model: Path, request: Request, options: WriteOptions) -> Prepar
     decisions = decide(contents, request)
     recipe = choose_recipe(decisions, source.facts, request, _calibration(source, request))
     method, limit = find_method(recipe, request.rules), _shard_limit(source, options)
-    plan = make_plan(decisions, contents, request, recipe=recipe, method=method, max_shard_nbytes=limit)
+    plan = make_plan(
+        decisions, contents, request, recipe=recipe, method=method, max_shard_nbytes=limit, sizes=options.sizes
+    )
     announcement = _Announcement(method.config(plan), method.files(plan))
     return _place(source, plan, announcement, _Job("pack", recipe.suffix), options)
 
@@ -102,7 +104,9 @@ def prepare_convert(checkpoint: Path, request: Request, options: WriteOptions) -
     recipe = resolve_conversion(request, storage, calibration)
     method, limit = find_method(recipe, request.rules), _shard_limit(source, options)
     decisions = decide(contents, request)
-    plan = make_plan(decisions, contents, request, recipe=recipe, method=method, max_shard_nbytes=limit)
+    plan = make_plan(
+        decisions, contents, request, recipe=recipe, method=method, max_shard_nbytes=limit, sizes=options.sizes
+    )
     announcement = _Announcement(method.config(plan), method.files(plan))
     suffix = f"{recipe.suffix}-{recipe.quant_method}" if request.quant_method else recipe.suffix
     return _place(source, plan, announcement, _Job("convert", suffix), options)
@@ -123,7 +127,8 @@ def prepare_unpack(checkpoint: Path, dtype: str | None, options: WriteOptions) -
     if not contents.quantized:
         raise InputError(f"{source.path} has no FP8 weight to unpack")
     dtype = dtype or next(name for name, stored in UNPACKED_DTYPES.items() if stored == contents.source_dtype)
-    plan = make_unpack_plan(contents, UNPACKED_DTYPES[dtype], max_shard_nbytes=_shard_limit(source, options))
+    limit = _shard_limit(source, options)
+    plan = make_unpack_plan(contents, UNPACKED_DTYPES[dtype], max_shard_nbytes=limit, sizes=options.sizes)
     job = _Job("unpack", UNPACKED_DTYPES[dtype], dtype)
     return _place(source, plan, _Announcement(), job, options)
 

@@ -64,7 +64,7 @@ def carry_out(prepared: Prepared, on_progress: OnProgress = lambda done, total: 
     options, staging = prepared.options, Staging(prepared.output)
     if not options.overwrite and not staging.leftovers and (root := _finished_root(prepared)):
         return Written(root, True, time.monotonic() - started)
-    codec = make_codec(options.device)
+    codec = make_codec(options.device, options.sizes.strip)
     stop = Stop(deadline=None if options.deadline is None else started + options.deadline)
     with staging:
         half_committed = _is_half_committed(prepared, staging)
@@ -76,7 +76,12 @@ def carry_out(prepared: Prepared, on_progress: OnProgress = lambda done, total: 
             raise _exists(prepared)
         with closing(Journal(staging.journal)) as journal:
             sides = tuple(SideWork(side) for side in side_files_to_copy(prepared))
-            execution = Execution(prepared.plan, prepared.source, sides, folder=staging.content, journal=journal)
+            execution = Execution(
+                *(prepared.plan, prepared.source, sides),
+                folder=staging.content,
+                journal=journal,
+                checkpoint_nbytes=options.sizes.checkpoint,
+            )
             _resume(prepared, execution, journal, staging)
             check_space(staging.folder, execution.remaining_nbytes())
 

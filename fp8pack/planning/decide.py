@@ -13,8 +13,7 @@ from fp8pack.modelfacts.spec import FLOAT_DTYPES, TensorSpec
 from fp8pack.numerics.granularity import CHANNEL, Granularity
 from fp8pack.planning.plan import QuantMethod
 from fp8pack.planning.recipe import Recipe, Request, Rule, RuleAction
-
-MAX_GRANULE_NBYTES = 16 << 20  # rows of one region above this are split by columns
+from fp8pack.planning.sizes import Sizes
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,9 +75,11 @@ def decide(contents: Contents, request: Request) -> list[Decision]:
     return decisions
 
 
-def settle(decisions: Sequence[Decision], contents: Contents, recipe: Recipe, method: QuantMethod) -> list[Decision]:
+def settle(
+    decisions: Sequence[Decision], contents: Contents, recipe: Recipe, method: QuantMethod, sizes: Sizes
+) -> list[Decision]:
     """Leave weights unquantized whose shape the quant method does not support, and all that engines fuse with them."""
-    settled = [_check_shape(decision, contents, recipe, method) for decision in decisions]
+    settled = [_check_shape(decision, contents, recipe, method, sizes) for decision in decisions]
     if recipe.quant_method != "fp8pack":
         causes: dict[str, Decision] = {}
         for decision in settled:
@@ -139,7 +140,7 @@ def _is_bias_of(name: str, split: set[str]) -> bool:
     return name.endswith("_bias") and name.removesuffix("_bias") in split
 
 
-def _check_shape(decision: Decision, contents: Contents, recipe: Recipe, method: QuantMethod) -> Decision:
+def _check_shape(decision: Decision, contents: Contents, recipe: Recipe, method: QuantMethod, sizes: Sizes) -> Decision:
     if not decision.packed:
         return decision
     if 0 in decision.spec.shape:
@@ -149,7 +150,7 @@ def _check_shape(decision: Decision, contents: Contents, recipe: Recipe, method:
     if quantized and quantized.granularity == granularity and granularity.rows != 1:
         return decision  # whole tensors and blocks, with the same edges in the source
     row_nbytes = decision.spec.nbytes // decision.spec.shape[0]
-    if granularity == CHANNEL and row_nbytes > MAX_GRANULE_NBYTES:
+    if granularity == CHANNEL and row_nbytes > sizes.granule:
         return replace(
             decision, packed=False, reason=f"a row of {row_nbytes >> 20} MiB is too long for a channel scale"
         )

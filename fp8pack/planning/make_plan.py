@@ -22,13 +22,13 @@ from fp8pack.planning.activation_scales import NO_KV_CACHE, ActivationScale, Act
 from fp8pack.planning.calibration import Calibration
 from fp8pack.planning.carry import activation_scales, agree, can_carry
 from fp8pack.planning.choose_scheme import choose_scheme
-from fp8pack.planning.decide import MAX_GRANULE_NBYTES, Decision, granularity_of, settle
+from fp8pack.planning.decide import Decision, granularity_of, settle
 from fp8pack.planning.layout import Output, arrange
 from fp8pack.planning.plan import Action, Packing, PackPlan, Plan, QuantMethod, TensorPlan
 from fp8pack.planning.recipe import USUAL_GRANULARITY, Recipe, Request, parse_scheme, resolve, selection_of
+from fp8pack.planning.sizes import SIZES, Sizes
 from fp8pack.units import ceil_div
 
-BAND_NBYTES = 8 << 20
 UNKNOWN_SHARE = 0.05
 
 
@@ -50,7 +50,7 @@ def choose_recipe(
     return resolve(request, scheme, reason, calibration)
 
 
-def make_plan(
+def make_plan(  # noqa: PLR0913
     decisions: Sequence[Decision],
     contents: Contents,
     request: Request,
@@ -58,6 +58,7 @@ def make_plan(
     recipe: Recipe,
     method: QuantMethod,
     max_shard_nbytes: int | None = None,
+    sizes: Sizes = SIZES,
 ) -> PackPlan:
     """Return the plan of packing the tensors of a checkpoint, or of converting those that are FP8.
 
@@ -65,8 +66,8 @@ def make_plan(
         RecipeError: nothing is left to pack, or a named target cannot load the result.
         InputError: the source already has a tensor with the name of a scale, or the calibration lacks a weight.
     """
-    planner = _Planner(recipe, method, contents)
-    tensors = agree([planner.plan(decision) for decision in settle(decisions, contents, recipe, method)])
+    planner = _Planner(recipe, method, contents, sizes)
+    tensors = agree([planner.plan(decision) for decision in settle(decisions, contents, recipe, method, sizes)])
     if not any(tensor.packing for tensor in tensors):
         raise _nothing_to_pack(tensors)
     keeps_inputs = contents.activations == "static" and request.activations is None and request.scheme == "auto"
@@ -95,7 +96,9 @@ def make_plan(
     )
 
 
-def make_unpack_plan(contents: Contents, dtype: str, *, max_shard_nbytes: int | None = None) -> Plan:
+def make_unpack_plan(
+    contents: Contents, dtype: str, *, max_shard_nbytes: int | None = None, sizes: Sizes = SIZES
+) -> Plan:
     """Return the plan of turning every FP8 tensor of a checkpoint into floats of a dtype (BF16, F16, F32)."""
     tensors = []
     for spec in contents.tensors:
@@ -104,9 +107,9 @@ def make_unpack_plan(contents: Contents, dtype: str, *, max_shard_nbytes: int | 
         quantized = contents.quantized.get(spec.name)
         role = judge(replace(spec, dtype="BF16"), contents.facts).role
         if quantized is None:
-            tensors.append(_copy(spec, role, "not FP8 in the source"))
+            tensors.append(_copy(spec, role, "not FP8 in the source", sizes))
         else:
-            tensors.append(_unpack(spec, role, "FP8 in the source", quantized, dtype))
+            tensors.append(_unpack(spec, role, "FP8 in the source", quantized, dtype, sizes))
     _check_names(tensors)
     shards = arrange(_outputs(tensors), max_shard_nbytes)
     inputs = [quantized.input_scale.name for quantized in contents.quantized.values() if quantized.input_scale]
@@ -122,13 +125,14 @@ class _Planner:
     recipe: Recipe
     method: QuantMethod
     contents: Contents
+    sizes: Sizes
 
     def plan(self, decision: Decision) -> TensorPlan:
         spec, quantized = decision.spec, self.contents.quantized.get(decision.spec.name)
         if not decision.packed and quantized is None:
-            return _copy(spec, decision.role, decision.reason)
+            return _copy(spec, decision.role, decision.reason, self.sizes)
         if not decision.packed and quantized is not None:
-            return _unpack(spec, decision.role, decision.reason, quantized, quantized.source_dtype)
+            return _unpack(spec, decision.role, decision.reason, quantized, quantized.source_dtype, self.sizes)
         granularity = granularity_of(decision, self.recipe)
         format = (decision.rule.format if decision.rule else None) or self.recipe.format
         rounding = self.recipe.scale_rounding
@@ -145,19 +149,19 @@ class _Planner:
         if quantized is not None:
             carried = can_carry(spec, quantized, packing, powers_of_two=self.contents.powers_of_two)
             packing = replace(packing, carried=carried)
-        rows, cols = _band_shape(spec, granularity.rows or 1, granularity.cols or 1)
+        rows, cols = _band_shape(spec, granularity.rows or 1, granularity.cols or 1, self.sizes)
         if tiled:
             rows, cols = ceil_div(rows, TILE[0]) * TILE[0], spec.shape[1]
         data = self.method.payload(spec, format)
         return TensorPlan(spec, Action.PACKED, decision.role, decision.reason, data, rows, cols, packing, quantized)
 
 
-def _copy(spec: TensorSpec, role: str, reason: str) -> TensorPlan:
-    return TensorPlan(spec, Action.COPIED, role, reason, Stored(spec.name, spec.dtype, spec.shape), BAND_NBYTES)
+def _copy(spec: TensorSpec, role: str, reason: str, sizes: Sizes) -> TensorPlan:
+    return TensorPlan(spec, Action.COPIED, role, reason, Stored(spec.name, spec.dtype, spec.shape), sizes.band)
 
 
-def _unpack(spec: TensorSpec, role: str, reason: str, quantized: Quantized, dtype: str) -> TensorPlan:
-    rows, cols = _band_shape(spec, 1, 1)
+def _unpack(spec: TensorSpec, role: str, reason: str, quantized: Quantized, dtype: str, sizes: Sizes) -> TensorPlan:
+    rows, cols = _band_shape(spec, 1, 1, sizes)
     data = Stored(spec.name, dtype, spec.shape)
     return TensorPlan(spec, Action.UNPACKED, role, reason, data, rows, cols, quantized=quantized)
 
@@ -236,12 +240,12 @@ def _calibration_notes(inputs: dict[str, Observed]) -> list[str]:
     return notes
 
 
-def _band_shape(spec: TensorSpec, rows: int, cols: int) -> tuple[int, int]:
-    """Whole regions, about 8 MiB of source: all columns of as many rows as fit, or a part of one row of regions."""
+def _band_shape(spec: TensorSpec, rows: int, cols: int, sizes: Sizes) -> tuple[int, int]:
+    """Whole regions, about a band of source: all columns of as many rows as fit, or a part of one row of regions."""
     k, itemsize = spec.matrix[1], DTYPE_BITS[spec.dtype] // 8
-    if rows * k * itemsize > MAX_GRANULE_NBYTES:
-        return rows, max(1, BAND_NBYTES // (rows * itemsize * cols)) * cols
-    return max(1, BAND_NBYTES // max(1, rows * k * itemsize)) * rows, max(1, k)
+    if rows * k * itemsize > sizes.granule:
+        return rows, max(1, sizes.band // (rows * itemsize * cols)) * cols
+    return max(1, sizes.band // max(1, rows * k * itemsize)) * rows, max(1, k)
 
 
 def _check_names(tensors: Sequence[TensorPlan]) -> None:

@@ -27,7 +27,7 @@ from fp8pack.modelfacts.tensor_parallel import Part, Rank, part_of
 from fp8pack.runtime.fnuz import turn_into_fnuz
 from fp8pack.runtime.memory import Buffers, MappedFiles, Memory, Shapes
 from fp8pack.runtime.packed_checkpoint import PackedCheckpoint
-from fp8pack.runtime.placement import digest_reads, place
+from fp8pack.runtime.placement import READ_NBYTES, digest_reads, place
 from fp8pack.runtime.reader import Digests, read_all
 
 _MAX_WORKERS = 8
@@ -97,7 +97,7 @@ def load_source(
     return PackedCheckpoint(source, contents, memory, parts, weights)
 
 
-def fill_buffers(
+def fill_buffers(  # noqa: PLR0913
     directory: Path,
     contents: Contents,
     parts: Mapping[str, Part],
@@ -105,10 +105,11 @@ def fill_buffers(
     *,
     device: torch.device,
     workers: int,
+    read_nbytes: int = READ_NBYTES,
 ) -> Buffers:
     """Read tensors, or parts of them, into buffers of a device; check the expected digests."""
     wanted = ((spec, parts.get(spec.name)) for spec in _stored(contents))
-    placement = place(wanted, expected)
+    placement = place(wanted, expected, read_nbytes)
     buffers = [torch.empty(nbytes, dtype=torch.uint8, device=device) for nbytes in placement.buffers]
     _check(expected, read_all(directory, placement.reads, buffers, device, workers))
     memory = Buffers(buffers, placement.places, parts)

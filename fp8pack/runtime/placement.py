@@ -62,11 +62,15 @@ class Placement:
     reads: tuple[Read, ...]
 
 
-def place(tensors: Iterable[tuple[TensorSpec, Part | None]], expected: Mapping[str, Expected]) -> Placement:
+def place(
+    tensors: Iterable[tuple[TensorSpec, Part | None]],
+    expected: Mapping[str, Expected],
+    read_nbytes: int = READ_NBYTES,
+) -> Placement:
     """Return the places and reads of tensors.
 
     tensors: each with the part to load, None for all of it. expected: what to digest, by name; may include tensors that
-        are not loaded.
+        are not loaded. read_nbytes: the most that is read at once, but for one row or piece.
     """
     runs: list[list[tuple[TensorSpec, Part | None]]] = []
     for spec, part in sorted(tensors, key=lambda item: (item[0].file, item[0].begin, item[0].end)):
@@ -83,10 +87,10 @@ def place(tensors: Iterable[tuple[TensorSpec, Part | None]], expected: Mapping[s
             places[spec.name] = BufferPlace(i, spec.begin - first.begin)
         if part is None:
             buffers.append(last.end - first.begin)
-            reads += _whole_reads([spec for spec, _ in run], i, expected)
+            reads += _whole_reads([spec for spec, _ in run], i, expected, read_nbytes)
         else:
             buffers.append(_nbytes(first, part))
-            reads += _part_reads(first, part, i)
+            reads += _part_reads(first, part, i, read_nbytes)
             reads += digest_reads(first.name, expected[first.name]) if first.name in expected else ()
     reads += [read for name, other in expected.items() if name not in places for read in digest_reads(name, other)]
     return Placement(tuple(buffers), places, tuple(reads))
@@ -99,7 +103,9 @@ def digest_reads(name: str, tensor: Expected) -> Iterator[Read]:
         yield Read(spec.file, spec.begin + piece.begin, piece.nbytes, (), (Proof(0, piece, name),))
 
 
-def _whole_reads(run: list[TensorSpec], buffer: int, expected: Mapping[str, Expected]) -> Iterator[Read]:
+def _whole_reads(
+    run: list[TensorSpec], buffer: int, expected: Mapping[str, Expected], read_nbytes: int
+) -> Iterator[Read]:
     """Reads of adjacent tensors, each of whole pieces if they are digested."""
     begin = run[0].begin
     atoms: list[tuple[int, Proof | None]] = []  # bytes, and the piece to digest
@@ -107,19 +113,19 @@ def _whole_reads(run: list[TensorSpec], buffer: int, expected: Mapping[str, Expe
         if spec.name in expected:
             atoms += ((piece.nbytes, Proof(spec.begin, piece, spec.name)) for piece in expected[spec.name].pieces)
         else:
-            atoms += ((min(READ_NBYTES, spec.nbytes - at), None) for at in range(0, spec.nbytes, READ_NBYTES))
-    for nbytes, proofs in _batches(atoms):
+            atoms += ((min(read_nbytes, spec.nbytes - at), None) for at in range(0, spec.nbytes, read_nbytes))
+    for nbytes, proofs in _batches(atoms, read_nbytes):
         cut = Cut(0, nbytes, BufferPlace(buffer, begin - run[0].begin))
         moved = (Proof(proof.begin + proof.piece.begin - begin, proof.piece, proof.tensor) for proof in proofs)
         yield Read(run[0].file, begin, nbytes, (cut,), tuple(moved))
         begin += nbytes
 
 
-def _batches(atoms: list[tuple[int, Proof | None]]) -> Iterator[tuple[int, list[Proof]]]:
+def _batches(atoms: list[tuple[int, Proof | None]], read_nbytes: int) -> Iterator[tuple[int, list[Proof]]]:
     total: int = 0
     proofs: list[Proof] = []
     for nbytes, proof in atoms:
-        if total and total + nbytes > READ_NBYTES:
+        if total and total + nbytes > read_nbytes:
             yield total, proofs
             total, proofs = 0, []
         total += nbytes
@@ -129,13 +135,13 @@ def _batches(atoms: list[tuple[int, Proof | None]]) -> Iterator[tuple[int, list[
         yield total, proofs
 
 
-def _part_reads(spec: TensorSpec, part: Part, buffer: int) -> Iterator[Read]:
+def _part_reads(spec: TensorSpec, part: Part, buffer: int, read_nbytes: int) -> Iterator[Read]:
     """Reads of the rows of a part; whole rows if columns are cut off."""
     itemsize = DTYPE_BITS[spec.dtype] // 8
     row = itemsize * (spec.matrix[1] if len(spec.shape) > 1 else 1)
     left, right = (edge * itemsize for edge in part.cols)
     crop = None if right - left == row else Crop(row, left, right)
-    step = READ_NBYTES if crop is None else max(1, READ_NBYTES // row) * row
+    step = read_nbytes if crop is None else max(1, read_nbytes // row) * row
     filled = 0
     for lo, hi in part.rows:
         for at in range(lo * row, hi * row, step):

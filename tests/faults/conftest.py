@@ -22,10 +22,9 @@ SHARDS = 4
 # that can be hit, on any disk.
 SLOW = """
 import os, sys, time
-from fp8pack.packing import execute
-from fp8pack.planning import make_plan
-execute.CHECKPOINT_NBYTES = 1
-make_plan.BAND_NBYTES = 512 << 10
+from fp8pack.packing import options
+from fp8pack.planning.sizes import Sizes
+options.SIZES = Sizes(band=512 << 10, checkpoint=1)
 os.fdatasync = lambda fd: time.sleep(0.003)
 """
 RUN = """

@@ -19,9 +19,7 @@ import fp8pack
 from fp8pack.errors import InputError
 from fp8pack.modelfacts.patterns import Pattern
 from fp8pack.numerics.granularity import parse_granularity
-from fp8pack.packing import codecs
 from fp8pack.packing.options import WriteOptions
-from fp8pack.planning import make_plan
 from fp8pack.planning.recipe import Request
 
 E4M3, BF16 = ml_dtypes.float8_e4m3fn, ml_dtypes.bfloat16
@@ -107,17 +105,13 @@ def test_fused_experts_are_packed_as_single_ones_are(layout: str, granularity: s
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_bands_strips_workers_and_shards_change_no_byte_of_them(
-    layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bands_strips_workers_and_shards_change_no_byte_of_them(layout: str, tmp_path: Path) -> None:
     tensors = single_experts(biases=layout == "interleaved")
     source = write_model(tmp_path / "fused", fuse(tensors, layout) | rest(), config_of(layout), shards=2)
     verbs.pack(source, asked("block:128x128"), WriteOptions(tmp_path / "whole", workers=1))
     verbs.pack(source, asked("block:128x128"), WriteOptions(tmp_path / "many", workers=4, max_shard_size=60_000))
     verbs.pack(source, asked("block:128x128"), WriteOptions(tmp_path / "torch", device="torch:cpu"))
-    monkeypatch.setattr(codecs.CpuCodec, "strip_nbytes", 1000)
-    monkeypatch.setattr(make_plan, "BAND_NBYTES", 3000)
-    verbs.pack(source, asked("block:128x128"), WriteOptions(tmp_path / "cut"))
+    verbs.pack(source, asked("block:128x128"), WriteOptions(tmp_path / "cut", sizes=Sizes(band=3000, strip=1000)))
     for name in ("many", "torch", "cut"):
         assert as_bytes(tmp_path / name) == as_bytes(tmp_path / "whole"), name
 

@@ -44,9 +44,7 @@ from fp8pack.modelfacts.patterns import Pattern
 from fp8pack.numerics.formats import parse_format
 from fp8pack.numerics.granularity import parse_granularity
 from fp8pack.numerics.scaling import ScaleRounding
-from fp8pack.packing import codecs
 from fp8pack.packing.options import WriteOptions
-from fp8pack.planning import make_plan
 from fp8pack.planning.recipe import Request, Rule, RuleAction
 
 
@@ -232,16 +230,13 @@ def test_a_block_that_reaches_over_a_weights_edge_covers_its_rows_and_columns(tm
 
 
 @pytest.mark.slow
-def test_bytes_are_carried_in_bands_strips_and_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bytes_are_carried_in_bands_strips_and_columns(tmp_path: Path) -> None:
     shapes = {f"{LAYER}.mlp.down_proj": (200, 1000), f"{ATTENTION}.o_proj": (128, 256)}
     source = source_of(tmp_path / "source", "block:128x128", rounding="up", shapes=shapes)
-    monkeypatch.setattr(codecs.CpuCodec, "strip_nbytes", 300)
-    monkeypatch.setattr(make_plan, "BAND_NBYTES", 1000)
+    rows, columns = Sizes(band=1000, strip=300), Sizes(band=1000, granule=500, strip=300)
     for granularity in ("block:64x32", "group:64", "mx"):
-        monkeypatch.setattr(make_plan, "MAX_GRANULE_NBYTES", 16 << 20)
-        convert(source, tmp_path / f"rows-{granularity}", asked(granularity, "fp8pack"), workers=3)
-        monkeypatch.setattr(make_plan, "MAX_GRANULE_NBYTES", 500)
-        convert(source, tmp_path / f"columns-{granularity}", asked(granularity, "fp8pack"))
+        convert(source, tmp_path / f"rows-{granularity}", asked(granularity, "fp8pack"), workers=3, sizes=rows)
+        convert(source, tmp_path / f"columns-{granularity}", asked(granularity, "fp8pack"), sizes=columns)
         for kind in ("rows", "columns"):
             loaded = fp8pack.load_packed(tmp_path / f"{kind}-{granularity}")
             for name, values in values_of(quantized("block:128x128", "up", shapes=shapes), "block:128x128").items():
@@ -330,19 +325,14 @@ def test_what_is_quantized_anew_is_our_pack_of_the_dequantized_weights(
     assert sorted_lists(config_text(tmp_path / "out")) == sorted_lists(config_text(tmp_path / "expected")) | dtype
 
 
-def test_what_is_quantized_anew_is_the_same_in_bands_strips_and_on_torch(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_quantized_anew_is_the_same_in_bands_strips_and_on_torch(tmp_path: Path) -> None:
     shapes = {f"{LAYER}.mlp.down_proj": (200, 1000), f"{ATTENTION}.o_proj": (128, 256)}
     source = source_of(tmp_path / "source", "block:48x80", shapes=shapes, shards=2)
     requests = {name: asked(name, "fp8pack") for name in ("tensor", "channel", "block:128x128", "mx")}
     for name, request in requests.items():
         convert(source, tmp_path / f"{name}-whole", request, workers=1)
         convert(source, tmp_path / f"{name}-torch", request, device="torch:cpu")
-    monkeypatch.setattr(codecs.CpuCodec, "strip_nbytes", 2000)
-    monkeypatch.setattr(make_plan, "BAND_NBYTES", 3000)
-    for name, request in requests.items():
-        convert(source, tmp_path / f"{name}-cut", request, max_memory=1)
+        convert(source, tmp_path / f"{name}-cut", request, max_memory=1, sizes=Sizes(band=3000, strip=2000))
         for kind in ("torch", "cut"):
             assert as_bytes(tmp_path / f"{name}-{kind}") == as_bytes(tmp_path / f"{name}-whole"), (name, kind)
 

@@ -19,7 +19,7 @@ from fp8pack.checkpoint.quantized import read_contents
 from fp8pack.checkpoint.source import open_checkpoint
 from fp8pack.errors import Fp8PackError, OutputError
 from fp8pack.modelfacts.patterns import Pattern
-from fp8pack.packing import bands, execute
+from fp8pack.packing import bands
 from fp8pack.packing.options import WriteOptions
 
 # Containers.
@@ -124,7 +124,6 @@ def test_a_conversion_that_was_cut_off_continues_to_the_same_bytes(
     """Bytes that are carried, and bytes that are made anew."""
     source, request = source_of(tmp_path / "source", "channel", shards=2), asked(granularity, method)
     convert(source, tmp_path / "whole", request)
-    monkeypatch.setattr(execute, "CHECKPOINT_NBYTES", 1)
     left = iter(range(5))
     with monkeypatch.context() as patched:
         for name in ("carry", "pack"):
@@ -137,7 +136,7 @@ def test_a_conversion_that_was_cut_off_continues_to_the_same_bytes(
 
             patched.setattr(bands.BandWorker, name, cut_off)
         with pytest.raises(KeyboardInterrupt):
-            verbs.convert(source, request, WriteOptions(tmp_path / "out", workers=1))
+            verbs.convert(source, request, WriteOptions(tmp_path / "out", workers=1, sizes=Sizes(checkpoint=1)))
     assert not (tmp_path / "out").exists()
     other = asked("group:64", "fp8pack")
     with pytest.raises(OutputError, match="another recipe"):

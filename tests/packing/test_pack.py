@@ -23,10 +23,10 @@ from fp8pack.modelfacts.patterns import Pattern
 from fp8pack.numerics.formats import parse_format
 from fp8pack.numerics.granularity import parse_granularity
 from fp8pack.numerics.scaling import ScaleRounding, decode_e8m0
-from fp8pack.packing import bands, codecs, pack
+from fp8pack.packing import bands, pack
 from fp8pack.packing.options import WriteOptions
-from fp8pack.planning import decide, make_plan
 from fp8pack.planning.recipe import Request
+from fp8pack.planning.sizes import Sizes
 
 GRANULARITIES = ("tensor", "channel", "group:64", "block:128x128", "block:48x80", "mx")
 
@@ -111,7 +111,7 @@ def test_fused_members_share_a_tensor_wide_scale(make_checkpoint: MakeCheckpoint
 
 @pytest.mark.parametrize("granularity", ["tensor", "channel", "block:128x128", "mx"])
 def test_workers_strips_and_device_change_no_byte(
-    make_checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, granularity: str
+    make_checkpoint: MakeCheckpoint, tmp_path: Path, granularity: str
 ) -> None:
     source = make_checkpoint(
         llama_tensors() | {"model.layers.0.mlp.odd.weight": random_weight((700, 130), 5)}, shards=2
@@ -122,19 +122,18 @@ def test_workers_strips_and_device_change_no_byte(
     verbs.pack(source, asked, WriteOptions(tmp_path / "many", workers=5))
     verbs.pack(source, asked, WriteOptions(tmp_path / "little", max_memory=1))
     verbs.pack(source, asked, WriteOptions(tmp_path / "torch", device="torch:cpu"))
-    monkeypatch.setattr(codecs.CpuCodec, "strip_nbytes", 4096)
-    verbs.pack(source, asked, WriteOptions(tmp_path / "strips"))
+    verbs.pack(source, asked, WriteOptions(tmp_path / "strips", sizes=Sizes(strip=4096)))
     for name in ("many", "little", "torch", "strips"):
         assert files_of(tmp_path / name) == reference, name
 
 
 def test_bands_cut_a_tensor_anywhere_but_change_only_its_digest(
-    make_checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_checkpoint: MakeCheckpoint, tmp_path: Path
 ) -> None:
     source = make_checkpoint()
     verbs.pack(source, request(granularity="group:64"), WriteOptions(tmp_path / "whole"))
-    monkeypatch.setattr(make_plan, "BAND_NBYTES", 3000)
-    verbs.pack(source, request(granularity="group:64"), WriteOptions(tmp_path / "cut"))
+    options = WriteOptions(tmp_path / "cut", sizes=Sizes(band=3000))
+    verbs.pack(source, request(granularity="group:64"), options)
     assert stored_bytes(tmp_path / "cut") == stored_bytes(tmp_path / "whole")
     entry = read_manifest(tmp_path / "cut" / "fp8pack.json").tensors["model.layers.0.mlp.up_proj.weight"]
     assert isinstance(entry, PackedEntry)
@@ -144,15 +143,12 @@ def test_bands_cut_a_tensor_anywhere_but_change_only_its_digest(
 @pytest.mark.slow
 @pytest.mark.parametrize("granularity", ["tensor", "group:64", "block:128x128", "block:48x80", "mx"])
 def test_very_long_rows_are_cut_into_columns_and_no_byte_changes(
-    make_checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, granularity: str
+    make_checkpoint: MakeCheckpoint, tmp_path: Path, granularity: str
 ) -> None:
     source = make_checkpoint(llama_tensors() | {"model.layers.0.mlp.odd.weight": random_weight((260, 1000), 5)})
     asked = request("e4m3", granularity)
     verbs.pack(source, asked, WriteOptions(tmp_path / "whole"))
-    for module in (decide, make_plan):
-        monkeypatch.setattr(module, "MAX_GRANULE_NBYTES", 600)
-    monkeypatch.setattr(make_plan, "BAND_NBYTES", 300)
-    verbs.pack(source, asked, WriteOptions(tmp_path / "cut"))
+    verbs.pack(source, asked, WriteOptions(tmp_path / "cut", sizes=Sizes(band=300, granule=600)))
     assert stored_bytes(tmp_path / "cut") == stored_bytes(tmp_path / "whole")
     entry = read_manifest(tmp_path / "cut" / "fp8pack.json").tensors["model.layers.0.mlp.odd.weight"]
     assert isinstance(entry, PackedEntry)

@@ -24,10 +24,9 @@ from fp8pack.checkpoint.manifest_schema import ActivationEntry, Manifest, read_m
 from fp8pack.checkpoint.source import open_checkpoint
 from fp8pack.errors import DeadlineError, InputError, OutputError
 from fp8pack.numerics.granularity import parse_granularity
-from fp8pack.packing import codecs, execute
 from fp8pack.packing.options import WriteOptions
-from fp8pack.planning import make_plan
 from fp8pack.planning.recipe import Request
+from fp8pack.planning.sizes import Sizes
 
 SCHEMA = Path(__file__).parents[2] / "docs" / "schemas" / "manifest.schema.json"
 
@@ -355,9 +354,7 @@ def test_payloads_stay_aligned(make_checkpoint: MakeCheckpoint, tmp_path: Path) 
 # The same bytes.
 
 
-def test_workers_memory_strips_and_device_change_no_byte(
-    make_checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_workers_memory_strips_and_device_change_no_byte(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     source = make_checkpoint(shards=3)
     asked = Request(scheme="FP8", calibration=calibrate(source), kv_cache=True)
     verbs.pack(source, asked, WriteOptions(tmp_path / "one", workers=1))
@@ -365,8 +362,7 @@ def test_workers_memory_strips_and_device_change_no_byte(
     verbs.pack(source, asked, WriteOptions(tmp_path / "many", workers=7))
     verbs.pack(source, asked, WriteOptions(tmp_path / "little", max_memory=1))
     verbs.pack(source, asked, WriteOptions(tmp_path / "torch", device="torch:cpu"))
-    monkeypatch.setattr(codecs.CpuCodec, "strip_nbytes", 4096)
-    verbs.pack(source, asked, WriteOptions(tmp_path / "strips"))
+    verbs.pack(source, asked, WriteOptions(tmp_path / "strips", sizes=Sizes(strip=4096)))
     for name in ("many", "little", "torch", "strips"):
         assert files_of(tmp_path / name) == reference, name
 
@@ -390,7 +386,7 @@ def test_neither_place_nor_name_of_a_calibration_is_in_the_output(
 
 
 def interrupt(source: Path, asked: Request, options: WriteOptions, monkeypatch: pytest.MonkeyPatch, line: int) -> None:
-    """Pack until the journal is to get this line, and no further."""
+    """Pack in small bands, each journalled at once, until the journal is to get this line, and no further."""
     genuine, seen = Journal._append, []
 
     def dying(journal: Journal, entry: dict[str, Any]) -> None:
@@ -400,11 +396,9 @@ def interrupt(source: Path, asked: Request, options: WriteOptions, monkeypatch: 
         genuine(journal, entry)
 
     with monkeypatch.context() as patched:
-        patched.setattr(execute, "CHECKPOINT_NBYTES", 1)
-        patched.setattr(make_plan, "BAND_NBYTES", 1 << 16)
         patched.setattr(Journal, "_append", dying)
         with pytest.raises(KeyboardInterrupt):
-            verbs.pack(source, asked, options)
+            verbs.pack(source, asked, replace(options, sizes=Sizes(band=1 << 16, checkpoint=1)))
 
 
 @pytest.mark.slow
@@ -415,11 +409,11 @@ def test_an_interrupted_pack_ends_in_the_same_bytes(
 ) -> None:
     source = make_checkpoint(shards=2)
     asked = Request(scheme="FP8", calibration=calibrate(source), kv_cache=True, quant_method=method)
-    monkeypatch.setattr(make_plan, "BAND_NBYTES", 1 << 16)
-    verbs.pack(source, asked, WriteOptions(tmp_path / "whole"))
+    sizes = Sizes(band=1 << 16)
+    verbs.pack(source, asked, WriteOptions(tmp_path / "whole", sizes=sizes))
     interrupt(source, asked, WriteOptions(output=tmp_path / "out", workers=1), monkeypatch, line)
     assert not (tmp_path / "out").exists()
-    facts = verbs.pack(source, asked, WriteOptions(tmp_path / "out"))
+    facts = verbs.pack(source, asked, WriteOptions(tmp_path / "out", sizes=sizes))
     assert facts.resumed_nbytes > 0 or line < 20
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
 

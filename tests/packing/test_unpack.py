@@ -25,11 +25,10 @@ from fp8pack.errors import Fp8PackError, InputError, OutputError, RecipeError, S
 from fp8pack.numerics.formats import parse_format
 from fp8pack.numerics.granularity import parse_granularity
 from fp8pack.numerics.scaling import ScaleRounding
-from fp8pack.packing import codecs
 from fp8pack.packing.options import WriteOptions
 from fp8pack.packing.prepare import UNPACKED_DTYPES
-from fp8pack.planning import make_plan
 from fp8pack.planning.recipe import Request
+from fp8pack.planning.sizes import Sizes
 
 BF16, E4M3 = ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn
 BLOCKS = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": [128, 128]}
@@ -99,17 +98,12 @@ def test_every_byte_is_that_of_the_formula(dtype: str, checkpoint: Path, tmp_pat
 
 
 @pytest.mark.slow
-def test_workers_strips_bands_and_shards_change_no_byte(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_workers_strips_bands_and_shards_change_no_byte(checkpoint: Path, tmp_path: Path) -> None:
     fp8pack.unpack(checkpoint, tmp_path / "one", workers=1)
     fp8pack.unpack(checkpoint, tmp_path / "many", workers=4, max_shard_size=100_000)
-    monkeypatch.setattr(codecs.CpuCodec, "strip_nbytes", 700)
-    monkeypatch.setattr(make_plan, "BAND_NBYTES", 2000)
-    fp8pack.unpack(checkpoint, tmp_path / "little", max_memory=1)
-    monkeypatch.setattr(make_plan, "MAX_GRANULE_NBYTES", 100)
-    monkeypatch.setattr(make_plan, "BAND_NBYTES", 99)
-    fp8pack.unpack(checkpoint, tmp_path / "columns", workers=3)
+    rows, columns = Sizes(band=2000, strip=700), Sizes(band=99, granule=100, strip=700)
+    verbs.unpack(checkpoint, options=WriteOptions(tmp_path / "little", max_memory=1, sizes=rows))
+    verbs.unpack(checkpoint, options=WriteOptions(tmp_path / "columns", workers=3, sizes=columns))
     for name in ("one", "many", "little", "columns"):
         check(read_tensors(tmp_path / name), deepseek())
 
@@ -404,10 +398,9 @@ def test_too_little_space_ends_with_code_5_before_any_byte_and_with_more_it_cont
 
 SLOW = """
 import os, time
-from fp8pack.packing import execute
-from fp8pack.planning import make_plan
-execute.CHECKPOINT_NBYTES = 1
-make_plan.BAND_NBYTES = 16 << 10
+from fp8pack.packing import options
+from fp8pack.planning.sizes import Sizes
+options.SIZES = Sizes(band=16 << 10, checkpoint=1)
 os.fdatasync = lambda fd: time.sleep(0.002)
 from fp8pack.cli.app import main
 main()
