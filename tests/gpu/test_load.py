@@ -14,11 +14,15 @@ from checkpoints import MakeCheckpoint, llama_config, llama_tensors, random_weig
 from torch import Tensor
 
 import fp8pack
+from fp8pack.checkpoint.quantized import read_contents
+from fp8pack.checkpoint.source import open_checkpoint
 from fp8pack.errors import VerificationError
 from fp8pack.numerics.granularity import parse_granularity
 from fp8pack.packing.options import WriteOptions
 from fp8pack.planning.recipe import Request
 from fp8pack.runtime import placement, reader
+from fp8pack.runtime.load import fill_buffers
+from fp8pack.runtime.packed_checkpoint import PackedCheckpoint
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -71,11 +75,13 @@ def test_every_byte_is_that_of_the_files(
 
 @pytest.mark.parametrize("read_nbytes", [4096, 5000, 1 << 16])
 def test_many_reads_share_the_staging_buffers(
-    make_checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read_nbytes: int
+    make_checkpoint: MakeCheckpoint, tmp_path: Path, read_nbytes: int
 ) -> None:
-    out = packed(make_checkpoint, tmp_path / "out", shards=2)
-    monkeypatch.setattr(placement, "READ_NBYTES", read_nbytes)
-    assert_same(fp8pack.load_packed(out, DEVICE, workers=3), fp8pack.load_packed(out))
+    source = open_checkpoint(packed(make_checkpoint, tmp_path / "out", shards=2))
+    contents, device = read_contents(source), torch.device(DEVICE)
+    memory = fill_buffers(source.directory, contents, {}, {}, device=device, workers=3, read_nbytes=read_nbytes)
+    found = PackedCheckpoint(source, contents, memory, {}, tuple(contents.quantized))
+    assert_same(found, fp8pack.load_packed(source.path))
 
 
 def test_a_selection_is_loaded_alone(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:

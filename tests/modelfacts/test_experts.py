@@ -21,6 +21,7 @@ from fp8pack.modelfacts.patterns import Pattern
 from fp8pack.numerics.granularity import parse_granularity
 from fp8pack.packing.options import WriteOptions
 from fp8pack.planning.recipe import Request
+from fp8pack.planning.sizes import Sizes
 
 E4M3, BF16 = ml_dtypes.float8_e4m3fn, ml_dtypes.bfloat16
 EXPERTS = "model.layers.0.mlp.experts"

@@ -46,6 +46,7 @@ from fp8pack.numerics.granularity import parse_granularity
 from fp8pack.numerics.scaling import ScaleRounding
 from fp8pack.packing.options import WriteOptions
 from fp8pack.planning.recipe import Request, Rule, RuleAction
+from fp8pack.planning.sizes import Sizes
 
 
 def values_of(

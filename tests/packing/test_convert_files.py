@@ -21,6 +21,7 @@ from fp8pack.errors import Fp8PackError, OutputError
 from fp8pack.modelfacts.patterns import Pattern
 from fp8pack.packing import bands
 from fp8pack.packing.options import WriteOptions
+from fp8pack.planning.sizes import Sizes
 
 # Containers.
 

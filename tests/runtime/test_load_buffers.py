@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import verbs
 from checkpoints import MakeCheckpoint, llama_tensors, random_weight
 
 import fp8pack
@@ -16,6 +17,9 @@ from fp8pack.checkpoint.source import open_checkpoint
 from fp8pack.errors import DeviceError, InputError, RecipeError, VerificationError
 from fp8pack.gemm.device import DeviceFacts
 from fp8pack.numerics.granularity import parse_granularity
+from fp8pack.packing.options import WriteOptions
+from fp8pack.planning.recipe import Request
+from fp8pack.planning.sizes import Sizes
 from fp8pack.runtime import load, packed_checkpoint, placement, reader
 from fp8pack.runtime.packed_checkpoint import PackedCheckpoint
 
@@ -31,13 +35,17 @@ def packed(make: MakeCheckpoint, out: Path, granularity: str = "block:128x128", 
     return out
 
 
-def in_buffers(path: Path, *, tp: tuple[int, int] | None = None, verify: bool = False) -> PackedCheckpoint:
+def in_buffers(
+    path: Path, *, tp: tuple[int, int] | None = None, verify: bool = False, read_nbytes: int = placement.READ_NBYTES
+) -> PackedCheckpoint:
     """Load as onto a GPU, with buffers of the CPU."""
     source = open_checkpoint(path)
     contents = read_contents(source)
     parts = load._parts(contents, load.Rank(*tp)) if tp else {}
     expected = load._expected(source, contents) if verify else {}
-    memory = load.fill_buffers(source.directory, contents, parts, expected, device=CPU, workers=3)
+    memory = load.fill_buffers(
+        source.directory, contents, parts, expected, device=CPU, workers=3, read_nbytes=read_nbytes
+    )
     return PackedCheckpoint(source, contents, memory, parts, tuple(contents.quantized))
 
 
@@ -57,13 +65,12 @@ def same(found: PackedCheckpoint, expected: PackedCheckpoint) -> bool:
 @pytest.mark.parametrize("read_nbytes", [8 << 20, 5000])
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_buffers_hold_what_the_files_hold(
-    make_checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, granularity: str, read_nbytes: int
+    make_checkpoint: MakeCheckpoint, tmp_path: Path, granularity: str, read_nbytes: int
 ) -> None:
-    monkeypatch.setattr(placement, "READ_NBYTES", read_nbytes)
     odd = {"model.layers.0.mlp.odd.weight": random_weight((131, 77), 7)}
     out = packed(make_checkpoint, tmp_path / "out", granularity, tensors=llama_tensors() | odd, shards=2)
-    assert same(in_buffers(out), fp8pack.load_packed(out))
-    assert same(in_buffers(out, verify=True), fp8pack.load_packed(out, verify=True))
+    assert same(in_buffers(out, read_nbytes=read_nbytes), fp8pack.load_packed(out))
+    assert same(in_buffers(out, verify=True, read_nbytes=read_nbytes), fp8pack.load_packed(out, verify=True))
 
 
 def test_tensors_are_views_of_few_buffers_and_aligned(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
@@ -189,17 +196,27 @@ def test_what_has_no_manifest_cannot_be_verified(make_checkpoint: MakeCheckpoint
         fp8pack.load_packed(out, verify=True)
 
 
-def test_very_long_rows_are_verified_in_their_bands(
-    make_checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("fp8pack.planning.make_plan.MAX_GRANULE_NBYTES", 30_000)
-    monkeypatch.setattr("fp8pack.planning.make_plan.BAND_NBYTES", 70_000)
-    monkeypatch.setattr("fp8pack.checkpoint.digests.BAND_NBYTES", 70_000)
-    out = packed(make_checkpoint, tmp_path / "out", "block:128x128")
+def test_very_long_rows_are_verified_in_their_bands(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    layers = {name: tensor for name, tensor in llama_tensors().items() if "layers" in name}
+    asked = Request(granularity="block:128x128", quant_method="fp8pack")
+    out, sizes = tmp_path / "out", Sizes(band=70_000, granule=30_000)
+    verbs.pack(make_checkpoint(layers), asked, WriteOptions(out, sizes=sizes))
     manifest = fp8pack.load_packed(out).manifest
     assert manifest is not None
     assert any(getattr(entry, "band_cols", None) for entry in manifest.tensors.values())
     assert same(in_buffers(out, verify=True), fp8pack.load_packed(out, verify=True))
+
+
+def test_a_copy_is_verified_in_bands_of_8_mib(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    name = "model.embed_tokens.weight"
+    out = packed(make_checkpoint, tmp_path / "out", tensors=llama_tensors() | {name: random_weight((16_500, 256), 1)})
+    spec = next(spec for spec in open_checkpoint(out).specs if spec.name == name)
+    assert 8 << 20 < spec.nbytes < 16 << 20
+    assert same(in_buffers(out, verify=True), fp8pack.load_packed(out, verify=True))
+    _flip(out / spec.file, spec.end - 1)
+    for loader in (lambda: fp8pack.load_packed(out, verify=True), lambda: in_buffers(out, verify=True)):
+        with pytest.raises(VerificationError, match="embed_tokens"):
+            loader()
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
