@@ -316,12 +316,12 @@ def check_calibration(request: Request, activations: str, calibration: Calibrati
     if not what and options:
         raise RecipeError(
             "percentile, margin and warmup change calibrated scales, and none are asked for",
-            "add --calibration FILE with --scheme FP8 or --kv-cache",
+            "add --calibration FILE --scheme FP8, or --calibration FILE --kv-cache",
         )
     if request.percentile is not None and request.warmup:
         raise RecipeError(
             "percentile and warmup exclude each other: the histogram covers all prompts",
-            "leave out --percentile, or --warmup",
+            "leave out --percentile, or leave out --warmup",
         )
 
 
