@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from fp8pack import __version__, errors
 from fp8pack.cli.app import app
+from fp8pack.planning.recipe_file import DEFAULTS
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -47,6 +48,12 @@ def test_the_commands_run_in_order(page: str, tmp_path: Path) -> None:
         command = ["bash", "-euo", "pipefail", "-c", block]
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{block}\n{done.stderr}"
+
+
+def test_the_keys_of_a_recipe_are_all_explained() -> None:
+    section = (ROOT / "docs" / "howto.md").read_text(encoding="utf-8").split("## A recipe in git")[1].split("\n## ")[0]
+    rows = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
+    assert {key for row in rows for key in re.findall(r"`(\w+)`", row)} == set(DEFAULTS)
 
 
 def _write_model(folder: Path) -> None:
