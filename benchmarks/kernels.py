@@ -16,7 +16,7 @@ from torch import Tensor
 from fp8pack.numerics.formats import E4M3
 from fp8pack.numerics.granularity import parse_granularity
 from fp8pack.numerics.native import quantize_rows
-from fp8pack.numerics.scaling import ScaleRounding
+from fp8pack.numerics.rounding import ScaleRounding
 
 SHAPE = (2048, 4096)
 TILE_NBYTES = 512 << 10  # of float32

@@ -7,7 +7,7 @@ from fp8pack.gemm.activations import float_scale_of, quantize_in_torch
 from fp8pack.gemm.scheme import GemmScheme
 from fp8pack.numerics import torch_codec
 from fp8pack.numerics.granularity import MX
-from fp8pack.numerics.scaling import ScaleRounding
+from fp8pack.numerics.rounding import ScaleRounding
 
 AS_QUANTIZED, AS_ENTERED = 5e-3, 4e-2  # relative, Frobenius
 

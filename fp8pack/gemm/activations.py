@@ -11,7 +11,7 @@ from fp8pack.gemm.layouts import tile
 from fp8pack.numerics import torch_codec
 from fp8pack.numerics.formats import E4M3
 from fp8pack.numerics.granularity import MX, TENSOR, Granularity
-from fp8pack.numerics.scaling import ScaleRounding
+from fp8pack.numerics.rounding import ScaleRounding
 
 
 def quantize_activation(

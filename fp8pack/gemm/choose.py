@@ -18,7 +18,7 @@ from fp8pack.gemm.torch_backend import TorchBackend, torch_problem
 from fp8pack.numerics import torch_codec
 from fp8pack.numerics.formats import E4M3
 from fp8pack.numerics.granularity import MX, Granularity
-from fp8pack.numerics.scaling import ScaleRounding
+from fp8pack.numerics.rounding import ScaleRounding
 
 logger = logging.getLogger("fp8pack")
 

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fp8pack.numerics.formats import Float8Format, value_table
+from fp8pack.numerics.formats import Float8Format
+from fp8pack.numerics.value_table import value_table
 
 _FLOAT_DTYPE = {"F16": np.float16, "F32": np.float32}
 

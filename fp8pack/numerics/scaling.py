@@ -1,26 +1,12 @@
 """Scales: the multipliers that dequantize, and how they are rounded and stored."""
 
-from enum import StrEnum
-
 import numpy as np
 from numpy.typing import NDArray
 
 from fp8pack.numerics.formats import Float8Format
+from fp8pack.numerics.rounding import ScaleRounding
 
 MIN_SCALE = 2.0**-126  # the smallest normal float32: a smaller scale would be flushed to zero on GPUs
-
-
-class ScaleRounding(StrEnum):
-    """How amax / max becomes a scale.
-
-    none: as it is, in float32.
-    up: the smallest power of two that is not below it, so that nothing saturates.
-    floor: 2^(floor(log2 amax) - emax), the OCP Microscaling 1.0 rule; up to 1/8 (E4M3) of a binade saturates.
-    """
-
-    NONE = "none"
-    UP = "up"
-    FLOOR = "floor"
 
 
 def scale_of(amax: float, format: Float8Format, rounding: ScaleRounding) -> np.float32:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from fp8pack.numerics.formats import Float8Format
-from fp8pack.numerics.scaling import MIN_SCALE, ScaleRounding
+from fp8pack.numerics.rounding import ScaleRounding
+from fp8pack.numerics.scaling import MIN_SCALE
 
 
 def quantize(

@@ -21,9 +21,9 @@ from fp8pack.checkpoint.values import dequantize
 from fp8pack.modelfacts.contents import Quantized
 from fp8pack.modelfacts.spec import DTYPE_BITS, TensorSpec
 from fp8pack.numerics import native
-from fp8pack.numerics.formats import value_table
 from fp8pack.numerics.granularity import TENSOR
 from fp8pack.numerics.metrics import error_energy
+from fp8pack.numerics.value_table import value_table
 from fp8pack.packing.codecs import BITS_DTYPE, Codec
 from fp8pack.packing.scales import encode_scales, refine
 from fp8pack.planning.plan import Packing, TensorPlan

@@ -12,8 +12,10 @@ from fp8pack.modelfacts.fused import fused_module
 from fp8pack.modelfacts.patterns import ignoring
 from fp8pack.modelfacts.spec import Stored
 from fp8pack.numerics.formats import E4M3, Float8Format
-from fp8pack.numerics.scaling import MIN_SCALE, ScaleRounding, scale_of
+from fp8pack.numerics.rounding import ScaleRounding
+from fp8pack.numerics.scaling import MIN_SCALE, scale_of
 from fp8pack.planning.calibration import MIN_EXPERT_TOKENS, Calibration, Site, expert_of, values_of
+from fp8pack.planning.recipe import ActivationOptions
 
 NO_KV_CACHE = "leave out --kv-cache; unless activations are static, also --calibration"
 Kind = Literal["input", "k", "v"]
@@ -26,19 +28,6 @@ _MAKES: dict[str, tuple[Kind, ...]] = {
     "attn.qkv": ("k", "v"),
 }
 _LATENT = ("kv_a_proj_with_mqa", "kv_b_proj", "wkv_a", "wkv_b")  # of multi-head latent attention
-
-
-@dataclass(frozen=True, slots=True)
-class ActivationOptions:
-    """How statistics become an amax.
-
-    percentile: of all magnitudes, instead of the largest. margin: the scale is multiplied by 2^margin, as in
-    Transformer Engine. warmup: prompts at the start that are skipped for amax and history.
-    """
-
-    percentile: float | None = None
-    margin: int = 0
-    warmup: int = 0
 
 
 @dataclass(frozen=True, slots=True)

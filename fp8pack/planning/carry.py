@@ -8,7 +8,7 @@ from fp8pack.errors import InputError
 from fp8pack.modelfacts.contents import Contents, Quantized
 from fp8pack.modelfacts.spec import Stored, TensorSpec
 from fp8pack.numerics.granularity import TENSOR
-from fp8pack.numerics.scaling import ScaleRounding
+from fp8pack.numerics.rounding import ScaleRounding
 from fp8pack.planning.activation_scales import Kind
 from fp8pack.planning.plan import Action, Packing, QuantMethod, TensorPlan
 from fp8pack.planning.recipe import Recipe

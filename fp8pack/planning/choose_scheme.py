@@ -14,7 +14,7 @@ from fp8pack.modelfacts.storage import Storage
 from fp8pack.modelfacts.tensor_parallel import Packed, tp_problem
 from fp8pack.numerics.formats import E4M3, E5M2
 from fp8pack.numerics.granularity import BLOCK_128, MX, TENSOR, Granularity
-from fp8pack.numerics.scaling import ScaleRounding
+from fp8pack.numerics.rounding import ScaleRounding
 from fp8pack.planning.recipe import (
     FP8,
     FP8_BLOCK,

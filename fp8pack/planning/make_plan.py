@@ -16,7 +16,7 @@ from fp8pack.modelfacts.roles import UNKNOWN_LINEAR, judge
 from fp8pack.modelfacts.spec import DTYPE_BITS, Stored, TensorSpec
 from fp8pack.modelfacts.storage import Storage
 from fp8pack.numerics.granularity import MX
-from fp8pack.numerics.scaling import ScaleRounding
+from fp8pack.numerics.rounding import ScaleRounding
 from fp8pack.numerics.swizzle import TILE
 from fp8pack.planning.activation_scales import NO_KV_CACHE, ActivationScale, ActivationScales, Observed
 from fp8pack.planning.calibration import Calibration

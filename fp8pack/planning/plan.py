@@ -12,7 +12,7 @@ from fp8pack.modelfacts.spec import Stored, TensorSpec
 from fp8pack.modelfacts.storage import Storage
 from fp8pack.numerics.formats import Float8Format
 from fp8pack.numerics.granularity import TENSOR, Granularity
-from fp8pack.numerics.scaling import ScaleRounding
+from fp8pack.numerics.rounding import ScaleRounding
 from fp8pack.planning.activation_scales import ActivationScale, Kind
 from fp8pack.planning.layout import Constant, ShardPlan
 from fp8pack.planning.recipe import Recipe

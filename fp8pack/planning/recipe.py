@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fp8pack.engines.gpus import parse_gpu
 from fp8pack.engines.known import parse_targets
@@ -24,9 +24,10 @@ from fp8pack.modelfacts.patterns import Pattern, Patterns, parse_patterns
 from fp8pack.modelfacts.storage import Storage
 from fp8pack.numerics.formats import E4M3, Float8Format, parse_format
 from fp8pack.numerics.granularity import BLOCK_128, CHANNEL, MX, TENSOR, Granularity, parse_granularity
-from fp8pack.numerics.scaling import ScaleRounding
-from fp8pack.planning.activation_scales import ActivationOptions
-from fp8pack.planning.calibration import Calibration
+from fp8pack.numerics.rounding import ScaleRounding
+
+if TYPE_CHECKING:
+    from fp8pack.planning.calibration import Calibration  # NumPy, which --help must not wait for
 
 T = TypeVar("T")
 
@@ -177,6 +178,19 @@ SCHEMES = (FP8_BLOCK, FP8_DYNAMIC, FP8, MXFP8, W8A16, FP8_SCALED)
 
 
 @dataclass(frozen=True, slots=True)
+class ActivationOptions:
+    """How statistics become an amax.
+
+    percentile: of all magnitudes, instead of the largest. margin: the scale is multiplied by 2^margin, as in
+    Transformer Engine. warmup: prompts at the start that are skipped for amax and history.
+    """
+
+    percentile: float | None = None
+    margin: int = 0
+    warmup: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Recipe:
     """Everything that decides the bytes of the output, resolved; `reason` says why the scheme was chosen."""
 
@@ -189,7 +203,7 @@ class Recipe:
     quant_method: str
     suffix: str
     kv_cache: bool = False
-    calibration: Calibration | None = None  # if scales of activations are stored
+    calibration: "Calibration | None" = None  # if scales of activations are stored
     activation_options: ActivationOptions = field(default_factory=ActivationOptions)
     spelling: str = ""  # see Storage
 
@@ -265,7 +279,7 @@ def _scheme_key(text: str) -> str:
     return text.strip().upper().replace("-", "_")
 
 
-def resolve(request: Request, scheme: Scheme, reason: str, calibration: Calibration | None = None) -> Recipe:
+def resolve(request: Request, scheme: Scheme, reason: str, calibration: "Calibration | None" = None) -> Recipe:
     """Return the scheme with the parts that the request overrides; a changed part makes it `custom`.
 
     Raises:
@@ -275,7 +289,7 @@ def resolve(request: Request, scheme: Scheme, reason: str, calibration: Calibrat
     return _override(scheme, request, reason, calibration)
 
 
-def resolve_conversion(request: Request, storage: Storage, calibration: Calibration | None = None) -> Recipe:
+def resolve_conversion(request: Request, storage: Storage, calibration: "Calibration | None" = None) -> Recipe:
     """Return the recipe of a conversion: what is not asked for is the same as in the source.
 
     Raises:
@@ -302,7 +316,7 @@ def resolve_conversion(request: Request, storage: Storage, calibration: Calibrat
     return replace(recipe, kv_cache=recipe.kv_cache or storage.kv_cache)
 
 
-def check_calibration(request: Request, activations: str, calibration: Calibration | None) -> None:
+def check_calibration(request: Request, activations: str, calibration: "Calibration | None") -> None:
     """Raise RecipeError if calibrated scales are asked for without a calibration, or the other way round."""
     what = "static activations" if activations == "static" else "KV-cache scales" if request.kv_cache else ""
     if what and calibration is None:
@@ -325,7 +339,7 @@ def check_calibration(request: Request, activations: str, calibration: Calibrati
         )
 
 
-def _override(scheme: Scheme, request: Request, reason: str, calibration: Calibration | None) -> Recipe:
+def _override(scheme: Scheme, request: Request, reason: str, calibration: "Calibration | None") -> Recipe:
     activations = request.activations or scheme.activations
     granularity = request.granularity or scheme.granularity
     format = request.format or scheme.format

@@ -3,8 +3,9 @@
 from rich.table import Table
 
 from fp8pack.reading.comparison import Comparison, TensorComparison
+from fp8pack.report.quality import decibels
 from fp8pack.report.table import make_console, print_line
-from fp8pack.report.text import decibels, listed, natural
+from fp8pack.report.text import listed, natural
 
 
 def print_diff(found: Comparison) -> None:

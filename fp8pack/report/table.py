@@ -8,7 +8,8 @@ from rich.text import Text
 
 from fp8pack.reading.inspection import Inspection, TensorInspection
 from fp8pack.report.engines import engine_lines
-from fp8pack.report.text import decibels, natural, printable, shorten
+from fp8pack.report.quality import decibels
+from fp8pack.report.text import natural, printable, shorten
 from fp8pack.units import format_size
 
 _WIDTH = 160  # of a table that goes to a file or a pipe

@@ -2,8 +2,6 @@
 
 import re
 
-from fp8pack.numerics.metrics import EXACT_DB, LOST_DB
-
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
@@ -23,11 +21,6 @@ def shorten(name: str, width: int) -> str:
         return name
     tail = (width - 1) * 2 // 3  # the end of a name says more than its beginning
     return f"{name[: width - 1 - tail]}…{name[-tail:]}"
-
-
-def decibels(sqnr: float, digits: int = 1) -> str:
-    """Return an SQNR: `exact` where nothing differs, `lost` where a NaN, infinity or zero is against a value."""
-    return "exact" if sqnr >= EXACT_DB else "lost" if sqnr <= LOST_DB else f"{sqnr:.{digits}f}"
 
 
 def listed(names: list[str], most: int = 3) -> str:

@@ -13,7 +13,7 @@ from fp8pack.errors import RecipeError
 from fp8pack.modelfacts.model import ModelFacts
 from fp8pack.numerics.formats import E5M2
 from fp8pack.numerics.granularity import BLOCK_128, MX, TENSOR, parse_granularity
-from fp8pack.numerics.scaling import ScaleRounding
+from fp8pack.numerics.rounding import ScaleRounding
 from fp8pack.planning.choose_scheme import choose_scheme
 from fp8pack.planning.recipe import FP8, FP8_BLOCK, FP8_DYNAMIC, Request
 

@@ -12,7 +12,7 @@ import fp8pack
 from fp8pack.engines.judge import METHODS, PRESETS
 from fp8pack.engines.known import BY_ID, NAMES
 from fp8pack.modelfacts.storage import Storage
-from fp8pack.numerics.scaling import ScaleRounding
+from fp8pack.numerics.rounding import ScaleRounding
 from fp8pack.planning.recipe import SCHEMES, WRITABLE
 
 GRANULARITIES = ("tensor", "channel", "group:64", "block:128x128", "mx")

@@ -10,9 +10,11 @@ from torch import Tensor
 from fp8pack.gemm.triton_activations import quantize
 from fp8pack.gemm.triton_gemm import dequantize_gemm, scaled_gemm, serves
 from fp8pack.numerics import swizzle, torch_codec
-from fp8pack.numerics.formats import E4M3, E5M2, Float8Format, value_table
+from fp8pack.numerics.formats import E4M3, E5M2, Float8Format
 from fp8pack.numerics.granularity import CHANNEL, MX, TENSOR, Granularity, parse_granularity
-from fp8pack.numerics.scaling import ScaleRounding, encode_e8m0
+from fp8pack.numerics.rounding import ScaleRounding
+from fp8pack.numerics.scaling import encode_e8m0
+from fp8pack.numerics.value_table import value_table
 
 pytestmark = pytest.mark.slow
 

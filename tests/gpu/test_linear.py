@@ -24,7 +24,7 @@ from fp8pack.numerics import torch_codec
 from fp8pack.numerics.formats import E4M3, E5M2, FORMATS, Float8Format
 from fp8pack.numerics.granularity import CHANNEL, MX, TENSOR, Granularity, parse_granularity
 from fp8pack.numerics.native import quantize_rows
-from fp8pack.numerics.scaling import ScaleRounding
+from fp8pack.numerics.rounding import ScaleRounding
 from fp8pack.packing.options import WriteOptions
 from fp8pack.planning.recipe import Request
 

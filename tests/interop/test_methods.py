@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 import fp8pack
 from fp8pack.numerics.granularity import TENSOR, parse_granularity
-from fp8pack.numerics.scaling import ScaleRounding
+from fp8pack.numerics.rounding import ScaleRounding
 
 CT = {"quant_method": "compressed-tensors"}
 COMPRESSED = {

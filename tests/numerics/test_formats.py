@@ -3,7 +3,8 @@ import numpy as np
 import pytest
 
 from fp8pack.errors import RecipeError
-from fp8pack.numerics.formats import E4M3, E5M2, FORMATS, Float8Format, parse_format, value_table
+from fp8pack.numerics.formats import E4M3, E5M2, FORMATS, Float8Format, parse_format
+from fp8pack.numerics.value_table import value_table
 
 ELEMENT = {"e4m3": ml_dtypes.float8_e4m3fn, "e5m2": ml_dtypes.float8_e5m2}
 

@@ -10,11 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from fp8pack.numerics.formats import E4M3, FORMATS, Float8Format, value_table
+from fp8pack.numerics.formats import E4M3, FORMATS, Float8Format
 from fp8pack.numerics.granularity import parse_granularity
 from fp8pack.numerics.metrics import error_energy
 from fp8pack.numerics.native import amax_rows, dequantize_rows, largest_codes, quantize_rows
-from fp8pack.numerics.scaling import ScaleRounding, decode_e8m0, encode_e8m0, scale_of
+from fp8pack.numerics.rounding import ScaleRounding
+from fp8pack.numerics.scaling import decode_e8m0, encode_e8m0, scale_of
+from fp8pack.numerics.value_table import value_table
 
 NUMPY_DTYPE: dict[str, Any] = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32}
 GRANULARITIES = ("tensor", "channel", "group:64", "group:7", "block:128x128", "block:3x5", "mx")

@@ -9,7 +9,7 @@ from fp8pack.numerics import torch_codec
 from fp8pack.numerics.formats import FORMATS, Float8Format
 from fp8pack.numerics.granularity import parse_granularity
 from fp8pack.numerics.native import quantize_rows
-from fp8pack.numerics.scaling import ScaleRounding
+from fp8pack.numerics.rounding import ScaleRounding
 
 
 @pytest.mark.parametrize("rounding", list(ScaleRounding))

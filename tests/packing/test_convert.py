@@ -43,7 +43,7 @@ from fp8pack.errors import InputError, RecipeError
 from fp8pack.modelfacts.patterns import Pattern
 from fp8pack.numerics.formats import parse_format
 from fp8pack.numerics.granularity import parse_granularity
-from fp8pack.numerics.scaling import ScaleRounding
+from fp8pack.numerics.rounding import ScaleRounding
 from fp8pack.packing.options import WriteOptions
 from fp8pack.planning.recipe import Request, Rule, RuleAction
 from fp8pack.planning.sizes import Sizes

@@ -22,7 +22,8 @@ from fp8pack.errors import InputError, OutputError
 from fp8pack.modelfacts.patterns import Pattern
 from fp8pack.numerics.formats import parse_format
 from fp8pack.numerics.granularity import parse_granularity
-from fp8pack.numerics.scaling import ScaleRounding, decode_e8m0
+from fp8pack.numerics.rounding import ScaleRounding
+from fp8pack.numerics.scaling import decode_e8m0
 from fp8pack.packing import bands, pack
 from fp8pack.packing.options import WriteOptions
 from fp8pack.planning.recipe import Request

@@ -24,7 +24,7 @@ import fp8pack
 from fp8pack.errors import Fp8PackError, InputError, OutputError, RecipeError, SpaceError
 from fp8pack.numerics.formats import parse_format
 from fp8pack.numerics.granularity import parse_granularity
-from fp8pack.numerics.scaling import ScaleRounding
+from fp8pack.numerics.rounding import ScaleRounding
 from fp8pack.packing.options import WriteOptions
 from fp8pack.packing.prepare import UNPACKED_DTYPES
 from fp8pack.planning.recipe import Request

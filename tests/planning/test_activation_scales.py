@@ -20,12 +20,12 @@ from fp8pack.modelfacts.patterns import Pattern
 from fp8pack.modelfacts.spec import Stored, TensorSpec
 from fp8pack.numerics.formats import E4M3, E5M2, Float8Format
 from fp8pack.numerics.granularity import parse_granularity
-from fp8pack.planning.activation_scales import ActivationOptions, ActivationScale, ActivationScales
+from fp8pack.planning.activation_scales import ActivationScale, ActivationScales
 from fp8pack.planning.calibration import Calibration, Site
 from fp8pack.planning.decide import decide
 from fp8pack.planning.make_plan import choose_recipe, make_plan
 from fp8pack.planning.plan import PackPlan
-from fp8pack.planning.recipe import WRITABLE, Request, Rule, RuleAction
+from fp8pack.planning.recipe import WRITABLE, ActivationOptions, Request, Rule, RuleAction
 from fp8pack.planning.recipe_file import make_request
 
 QWEN = ModelFacts("Qwen3ForCausalLM", "qwen3", num_layers=2, head_dim=64, num_heads=4, num_kv_heads=2)

@@ -10,8 +10,9 @@ from safetensors.numpy import save_file
 
 import fp8pack
 from fp8pack.errors import InputError
-from fp8pack.numerics.formats import parse_format, value_table
+from fp8pack.numerics.formats import parse_format
 from fp8pack.numerics.granularity import parse_granularity
+from fp8pack.numerics.value_table import value_table
 from fp8pack.packing.options import WriteOptions
 from fp8pack.planning.recipe import Request
 

@@ -13,7 +13,7 @@ from fp8pack.modelfacts.spec import Stored, TensorSpec
 from fp8pack.modelfacts.storage import Storage
 from fp8pack.numerics.formats import E4M3
 from fp8pack.numerics.granularity import BLOCK_128, TENSOR, Granularity
-from fp8pack.numerics.scaling import ScaleRounding
+from fp8pack.numerics.rounding import ScaleRounding
 from fp8pack.planning.plan import PackPlan
 
 
