@@ -76,7 +76,8 @@ class Engine:
     of K and V. lists: how it matches ignore entries. renaming: classes that rename `weight_scale_inv` -> their names.
     rounds_on_sm100: where it was read to round block scales to powers of two on SM100, which DeepGEMM needs there.
     fuses: it builds qkv_proj and gate_up_proj. loads_whole: it has no tensor parallelism to judge.
-    is_for_language_models: it needs an architecture in config.json.
+    is_for_language_models: it needs an architecture in config.json. facts: the file of its classes in data/.
+    dequantizes: linears that it makes BF16 at load -> the kinds of storage from which it can.
     """
 
     id: str
@@ -95,6 +96,8 @@ class Engine:
     fuses: bool = False
     loads_whole: bool = False
     is_for_language_models: bool = True
+    facts: str = ""
+    dequantizes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def list_syntax(self, kind: str) -> ListSyntax | None:
         """Return how the engine matches ignore entries, None if that was not read."""

@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
-from fp8pack.engines.engine import Edges, Engine, EngineRule, kind_of, rules_for
+from fp8pack.engines.class_facts import read_class_facts
+from fp8pack.engines.engine import Edges, Engine, EngineRule, kind_of, matches_kind, rules_for
 from fp8pack.engines.gpus import Gpu, parse_gpu
 from fp8pack.engines.ignore_list import find_listed, is_understood
 from fp8pack.engines.known import ENGINES, NAMES
@@ -41,10 +42,12 @@ _EXPERT = re.compile(r"\.experts\.\d+\.")
 class EngineVerdict:
     """Whether an engine loads the output: the tensor-parallel sizes at which it does, or the reason and the remedy.
 
-    If it loads at some sizes only, the reason is of the first size at which it does not.
+    loads: None if that is not known; the reason says why. If it loads at some sizes only, the reason is of the first
+    size at which it does not.
     """
 
     engine: str
+    loads: bool | None
     tp: tuple[int, ...]
     note: str = ""
     reason: str = ""
@@ -54,6 +57,10 @@ class EngineVerdict:
 class _Refusal(NamedTuple):
     reason: str
     remedy: str = ""
+
+
+class _Unknown(NamedTuple):
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -107,7 +114,7 @@ def judge_engines(
     case = Case(storage, packed, facts, (tp,) if tp else TP_SIZES, parse_gpu(gpu), tuple(ignored))
     verdicts = (judge_engine(engine, case) for engine in ENGINES)
     return tuple(
-        replace(verdict, remedy=_remedy(engine, case)) if not (verdict.tp or verdict.remedy) else verdict
+        replace(verdict, remedy=_remedy(engine, case)) if verdict.loads is False and not verdict.remedy else verdict
         for engine, verdict in zip(ENGINES, verdicts, strict=True)
     )
 
@@ -115,7 +122,7 @@ def judge_engines(
 def check_targets(verdicts: Sequence[EngineVerdict], storage: Storage, targets: Sequence[str]) -> None:
     """Raise RecipeError if an engine that is a target cannot load the output."""
     for verdict in verdicts:
-        if verdict.engine in targets and not verdict.tp:
+        if verdict.engine in targets and verdict.loads is False:
             stored = f"{storage.granularity} scales in {storage.quant_method}"
             raise RecipeError(f"{NAMES[verdict.engine]} cannot load {stored}: {verdict.reason}", verdict.remedy)
 
@@ -123,19 +130,25 @@ def check_targets(verdicts: Sequence[EngineVerdict], storage: Storage, targets: 
 def judge_engine(engine: Engine, case: Case) -> EngineVerdict:
     """Return the verdict of one engine; without a remedy that changes the recipe, which costs more trials."""
     notes: list[str] = []
-    for look in (_architecture, _reader, _weights, _shapes, _groups, _list, _head, _gpu):
+    unknown: _Unknown | None = None
+    for look in (_architecture, _reader, _weights, _built, _shapes, _groups, _list, _head, _gpu):
         for found in look(engine, case):
             if isinstance(found, _Refusal):
-                return EngineVerdict(engine.id, (), "", found.reason, found.remedy)
-            notes.append(found)
+                return EngineVerdict(engine.id, False, (), "", found.reason, found.remedy)
+            if isinstance(found, _Unknown):
+                unknown = unknown or found
+            else:
+                notes.append(found)
+    if unknown is not None:
+        return EngineVerdict(engine.id, None, (), "", unknown.reason)
     note = "; ".join(dict.fromkeys([*notes, *_kv_cache(engine, case)]))
     if engine.loads_whole:
-        return EngineVerdict(engine.id, (1,), note)
+        return EngineVerdict(engine.id, True, (1,), note)
     fitting = tuple(tp for tp, cut in case.cuts.items() if cut is None)
     for tp, cut in case.cuts.items():
         if cut:
-            return EngineVerdict(engine.id, fitting, note, cut, _remedy_of_cut(engine, case, tp))
-    return EngineVerdict(engine.id, fitting, note)
+            return EngineVerdict(engine.id, bool(fitting), fitting, note, cut, _remedy_of_cut(engine, case, tp))
+    return EngineVerdict(engine.id, True, fitting, note)
 
 
 def _remedy(engine: Engine, case: Case) -> str:
@@ -146,17 +159,44 @@ def _remedy(engine: Engine, case: Case) -> str:
     presets = sorted(PRESETS.items(), key=lambda preset: preset[1].granularity != stored.granularity)
     ways |= {f"--scheme {name}": storage for name, storage in presets}
     for option, storage in ways.items():
-        if judge_engine(engine, replace(case, storage=storage, sizes=case.sizes[:1])).tp:
+        if judge_engine(engine, replace(case, storage=storage, sizes=case.sizes[:1])).loads is not False:
             return option
     return ""
 
 
-_Findings = Iterable[_Refusal | str]
+_Findings = Iterable[_Refusal | _Unknown | str]
 
 
 def _architecture(engine: Engine, case: Case) -> _Findings:
-    if not case.facts.architecture and engine.is_for_language_models:
+    name, known = case.facts.architecture, read_class_facts(engine.facts)
+    if not name and engine.is_for_language_models:
         yield _Refusal(NO_ARCHITECTURE)
+    if known is None or name in known.classes or case.facts.model_type in known.model_types:
+        return
+    if last := known.removed.get(name):
+        yield _Refusal(f"it had {name} until {last}")
+    elif known.falls_back:
+        yield _Unknown(f"{name} is not among its {len(known.classes) or len(known.model_types)} classes")
+    else:
+        yield _Refusal(f"{name} is not among its {len(known.classes)} classes")
+
+
+def _built(engine: Engine, case: Case) -> _Findings:
+    """The class of the engine builds each FP8 weight with the quantization config."""
+    known = read_class_facts(engine.facts)
+    built = known.classes.get(case.facts.architecture) if known else None
+    if built is None:
+        return
+    if "*" in built.unknown:
+        yield _Unknown(f"its class of {case.facts.architecture} was not found in its code")
+    for module in {module.rpartition(".")[2]: module for module in reversed(case.modules.values())}.values():
+        leaf = module.rpartition(".")[2]
+        if any(matches_kind(kinds, case.kind) for kinds in engine.dequantizes.get(leaf, ())):
+            continue
+        if name := built.find(leaf, built.unquantized):
+            yield _Refusal(f"{module} is FP8, and its class builds {name} in BF16", f"--ignore '*.{leaf}'")
+        elif name := built.find(leaf, built.unknown):
+            yield _Unknown(f"its class may build {name}, of which {module} is a part, in BF16")
 
 
 def _reader(engine: Engine, case: Case) -> _Findings:
@@ -291,6 +331,10 @@ def _gpu(engine: Engine, case: Case) -> _Findings:
 def _kv_cache(engine: Engine, case: Case) -> list[str]:
     if not case.storage.kv_cache:
         return []
+    known = read_class_facts(engine.facts)
+    built = known.classes.get(case.facts.architecture) if known else None
+    if built is not None and built.kv_scales is False:
+        return ["its class drops the scales of K and V, which become 1.0"]
     return [rule.text for rule in rules_for(engine.kv_cache, case.kind, case.facts.architecture)]
 
 

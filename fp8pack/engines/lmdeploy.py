@@ -7,6 +7,7 @@ LMDEPLOY = Engine(
     "lmdeploy",
     "LMDeploy",
     "LMDeploy 02f556b3",
+    facts="lmdeploy-0.18.0",
     readers=(
         EngineRule("fp8 block:128x128 dynamic", True, "turbomind/weight_format.py, pytorch/nn/linear/blocked_fp8.py"),
         EngineRule(

@@ -30,6 +30,7 @@ SGLANG = Engine(
     "sglang",
     "SGLang",
     "SGLang 0.5.23",
+    facts="sglang-0.5.23",
     readers=(
         *renaming_rules(_RENAMING, "models/llama.py, model_loader/auto_loader.py", loses_mx=True),
         EngineRule("fp8 block:128x128 dynamic, fp8 tensor dynamic, fp8 tensor static", True, "quantization/fp8.py"),

@@ -16,6 +16,7 @@ TENSORRT_LLM = Engine(
     "tensorrt-llm",
     "TensorRT-LLM",
     "TensorRT-LLM 008e0af8",
+    facts="tensorrt-llm-065ff9e9",
     readers=(
         EngineRule("fp8 block:128x128 dynamic", True, "_torch/model_config.py"),
         EngineRule(

@@ -15,6 +15,7 @@ TGI = Engine(
     "tgi",
     "TGI",
     "TGI 05d0aa67",
+    facts="tgi-db931fcf",
     readers=(
         EngineRule("fp8 block:128x128 dynamic, fp8 tensor dynamic, fp8 tensor static", True, "layers/fp8.py"),
         EngineRule("fp8/transformers *", False, "layers/fp8.py", "it looks for weight_scale", evidence=INFERRED),

@@ -16,6 +16,7 @@ TRANSFORMERS = Engine(
     "transformers",
     "transformers",
     "transformers 5.23.0",
+    facts="transformers-5.24.0",
     readers=(
         EngineRule(
             "fp8 block:128x128 dynamic, fp8/transformers tensor dynamic, mxfp8 mx dynamic",

@@ -21,6 +21,8 @@ VLLM = Engine(
     "vllm",
     "vLLM",
     "vLLM 0.33.0",
+    facts="vllm-0.33.0",
+    dequantizes={"wk": ("fp8 block:128x128 dynamic",)},  # models/deepseek_v2.py, of the indexer: weight_scale_inv only
     readers=(
         *renaming_rules(_RENAMING, "models/mistral3.py"),
         EngineRule("fp8 block:128x128 dynamic, fp8 tensor dynamic, fp8 tensor static", True, "fp8.py"),
@@ -149,17 +151,7 @@ VLLM = Engine(
         ),
         EngineRule("*", True, "utils/w8a8_utils.py", FNUZ, only=("gfx942",)),
     ),
-    kv_cache=(
-        EngineRule(
-            "*",
-            True,
-            "vllm-project/vllm#54623, #25047",
-            "its class drops the scales of K and V, which become 1.0",
-            evidence=REPORTED,
-            only=("Qwen3MoeForCausalLM", "Qwen3_5*"),
-        ),
-        EngineRule("fp8 *, fp8/transformers *", True, "fp8.py", "KV cache in FP8 with --kv-cache-dtype fp8"),
-    ),
+    kv_cache=(EngineRule("fp8 *, fp8/transformers *", True, "fp8.py", "KV cache in FP8 with --kv-cache-dtype fp8"),),
     lists=(
         ListSyntax("fp8 *, fp8/transformers *, fbgemm_fp8 *", (Match.WHOLE,), "utils/quant_utils.py"),
         ListSyntax("compressed-tensors *", (Match.WHOLE, Match.REGEX), "compressed_tensors/utils.py", True),

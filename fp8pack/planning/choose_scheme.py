@@ -171,7 +171,11 @@ def _try(choice: Scheme, request: Request, packed: Packed, facts: ModelFacts, si
     )
     case = Case(storage, held, facts, sizes, parse_gpu(request.gpu))
     verdicts = [judge_engine(BY_ID[target], case) for target in request.targets]
-    refusals = {verdict.engine: verdict.reason for verdict in verdicts if not verdict.tp or verdict.reason}
+    refusals = {
+        verdict.engine: verdict.reason
+        for verdict in verdicts
+        if verdict.loads is False or (verdict.tp and verdict.reason)
+    }
     if packed and not held:
         refusals = dict.fromkeys(request.targets, f"no weight fits {choice.granularity} scales")
     return _Trial(choice, len(packed) - len(held), refusals)

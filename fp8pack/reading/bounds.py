@@ -50,5 +50,6 @@ def check_bounds(found: Inspection | Comparison, bounds: Sequence[Bound]) -> Non
 def check_targets(inspection: Inspection, targets: Sequence[str]) -> None:
     """Raise BoundError for the first of these engines that does not load the checkpoint."""
     for verdict in inspection.engines:
-        if verdict.engine in targets and not verdict.tp:
-            raise BoundError(f"{NAMES[verdict.engine]} does not load this checkpoint: {verdict.reason}", verdict.remedy)
+        if verdict.engine in targets and not verdict.loads:
+            what = "does not load this checkpoint" if verdict.loads is False else "may not load this checkpoint"
+            raise BoundError(f"{NAMES[verdict.engine]} {what}: {verdict.reason}", verdict.remedy)

@@ -26,10 +26,14 @@ def engine_lines(verdicts: Sequence[EngineVerdict], *, asked: Sequence[str] = ()
     lines = [f"loads in {'; '.join(loads)}"] if loads else []
     if not loads and not asked:
         lines = ["loads in load_packed() only"]
+    unknown: dict[str, list[str]] = {}
     refusals: dict[tuple[str, str], list[str]] = {}
     for verdict in verdicts:
-        if not verdict.tp:
+        if verdict.loads is None:
+            unknown.setdefault(verdict.reason, []).append(NAMES[verdict.engine])
+        elif not verdict.loads:
             refusals.setdefault((verdict.reason, verdict.remedy), []).append(NAMES[verdict.engine])
+    lines += [f"         not known: {', '.join(names)}: {reason}" for reason, names in unknown.items()]
     for (reason, remedy), names in refusals.items():
         options = f" ({command if remedy.startswith('--') else ''}{remedy})" if remedy else ""
         lines.append(f"         not {', '.join(names)}: {reason}{options}")
@@ -41,4 +45,4 @@ def _goes_without_saying(verdict: EngineVerdict, verdicts: Sequence[EngineVerdic
     if verdict.engine in asked:
         return False
     of_language = not any(other.reason == NO_ARCHITECTURE for other in verdicts)
-    return not verdict.tp and (verdict.engine == "comfyui") == of_language
+    return verdict.loads is False and (verdict.engine == "comfyui") == of_language

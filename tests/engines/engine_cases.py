@@ -11,7 +11,7 @@ from fp8pack.modelfacts.storage import Storage
 from fp8pack.numerics.formats import E4M3
 from fp8pack.numerics.granularity import parse_granularity
 
-QWEN = ModelFacts("Qwen3ForCausalLM", "qwen3", num_layers=1, head_dim=128, num_heads=32, num_kv_heads=8)
+QWEN = ModelFacts("Qwen2ForCausalLM", "qwen2", num_layers=1, head_dim=128, num_heads=32, num_kv_heads=8)
 LLAMA = replace(QWEN, architecture="LlamaForCausalLM", model_type="llama")
 LLM_ENGINES = tuple(engine.id for engine in ENGINES if engine.is_for_language_models)
 LAYER = "model.layers.0"

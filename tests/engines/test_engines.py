@@ -460,13 +460,11 @@ def test_lists_are_compared_fast_enough_for_a_mixture_of_experts() -> None:
 @pytest.mark.parametrize(
     ("kind", "engine", "architecture", "words"),
     [
-        ("fp8 block:128x128 dynamic", "vllm", "Qwen3MoeForCausalLM", "drops the scales of K and V"),
-        (
-            "compressed-tensors channel dynamic",
-            "vllm",
-            "Qwen3_5ForConditionalGeneration",
-            "drops the scales of K and V",
-        ),
+        ("fp8 block:128x128 dynamic", "sglang", "Qwen2ForCausalLM", "drops the scales of K and V"),
+        ("compressed-tensors channel dynamic", "sglang", "Qwen3MoeForCausalLM", "drops the scales of K and V"),
+        ("compressed-tensors channel dynamic", "sglang", "MixtralForCausalLM", "drops the scales of K and V"),
+        ("compressed-tensors channel dynamic", "vllm", "Qwen3MoeForCausalLM", ""),
+        ("compressed-tensors channel dynamic", "vllm", "Qwen3_5ForConditionalGeneration", ""),
         ("compressed-tensors channel dynamic", "vllm", "Qwen3ForCausalLM", ""),
         ("fp8 block:128x128 dynamic", "vllm", "Qwen3ForCausalLM", "--kv-cache-dtype fp8"),
         ("fp8 block:128x128 dynamic", "sglang", "Qwen3ForCausalLM", "--kv-cache-dtype fp8_e4m3"),

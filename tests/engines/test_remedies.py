@@ -88,10 +88,10 @@ def test_an_engine_loads_what_its_remedy_makes(
     source = request.getfixturevalue(model)
     result = dry_run(source, **asked)
     for verdict in result.engines if result else ():
-        if verdict.tp or not verdict.remedy.startswith("--"):
+        if verdict.loads is not False or not verdict.remedy.startswith("--"):
             continue
         if BY_ID[verdict.engine].is_for_language_models:
             better = fp8pack.pack(source, dry_run=True, **applied(asked, options_of(verdict.remedy)))
-            assert any(other.tp for other in better.engines if other.engine == verdict.engine), (
+            assert any(other.loads is not False for other in better.engines if other.engine == verdict.engine), (
                 f"{NAMES[verdict.engine]}: {verdict.reason} ({verdict.remedy})"
             )
