@@ -17,7 +17,8 @@ from fp8pack.checkpoint.calibration_file import CalibrationEntry
 from fp8pack.checkpoint.manifest_schema import Manifest
 from fp8pack.cli.app import app
 from fp8pack.documents import SCHEMA
-from fp8pack.engines.engine import EngineRule
+from fp8pack.engines.class_facts import read_class_facts
+from fp8pack.engines.engine import Engine, EngineRule
 from fp8pack.engines.gpus import GPUS
 from fp8pack.engines.judge import judge_engines
 from fp8pack.engines.known import ENGINES, NAMES
@@ -201,12 +202,52 @@ them. A storage that no row of an engine covers is refused: no reader of it was 
 """
 
 
+CLASSES_HEAD = """## Classes, read by a program
+
+`tools/read_engines.py` parses a wheel or a source tree and writes `fp8pack/engines/data/`: the classes of an engine,
+the linears that each builds without a quantization config, its fused linears, and whether it loads scales of K and V.
+A class that an engine does not have is "not known" if the engine can run it through transformers, else "no". To add a
+version: run the program, read the diff, name the file in the engine's `facts`. "Left open" counts classes with a
+linear of which parsing does not tell. All other rules on this page were written by hand.
+"""
+
+
+def _classes_row(engine: Engine) -> Sequence[str]:
+    rules = sum(
+        map(len, (engine.readers, engine.weights, engine.experts, engine.wrappers, engine.on_gpu, engine.kv_cache))
+    )
+    known = read_class_facts(engine.facts)
+    if known is None:
+        return (engine.name, "", "", "", "", "", str(rules))
+    classes = known.classes.values()
+    built = (
+        sum(bool(each.unquantized) for each in classes),
+        sum(each.kv_scales is False for each in classes),
+        sum(bool(each.unknown) for each in classes),
+    )
+    counts = (len(known.classes) or f"{len(known.model_types)} model types", *(built if any(built) else [""] * 3))
+    return (engine.name, f"`{engine.facts}.json`", *map(str, counts), str(rules))
+
+
 def engines_text() -> str:
     """Return the text of engines.md."""
     versions = [(engine.name, engine.version) for engine in ENGINES]
     parts = [
         ENGINES_HEAD,
         _table(("engine", "version that was read"), versions),
+        CLASSES_HEAD,
+        _table(
+            (
+                "engine",
+                "data file",
+                "classes",
+                "build linears in BF16",
+                "drop K/V scales",
+                "left open",
+                "rules by hand",
+            ),
+            map(_classes_row, ENGINES),
+        ),
         "## At a glance\n\nFor a class without a peculiarity of its own, on a GPU that runs it.\n",
         _table(("stored as", *NAMES.values()), _glance()),
     ]
@@ -225,7 +266,7 @@ def _glance() -> Iterable[Sequence[str]]:
         spelled, granularity, activations = kind.split()
         method, _, spelling = spelled.partition("/")
         storage = Storage(method, E4M3, parse_granularity(granularity), activations, spelling=spelling)
-        verdicts = judge_engines(storage, (), ModelFacts("Qwen3ForCausalLM"), tp=1)
+        verdicts = judge_engines(storage, (), ModelFacts("Qwen2ForCausalLM", "qwen2"), tp=1)
         yield (f"`{kind}`", *("yes" if verdict.tp else "no" for verdict in verdicts))
 
 

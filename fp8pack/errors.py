@@ -98,7 +98,10 @@ class DeviceError(Fp8PackError):
 
 _OPTION = re.compile(r"(?<![\w-])--(?P<no>no-)?(?P<name>[a-z][a-z-]*)(?:[ =](?P<value>'[^']*'|[^\s,:;)`]+))?")
 _OPTION_NAME = re.compile(r"(?<![\w-])--(?P<no>no-)?(?P<name>[a-z][a-z-]*)")
-_SWITCHES = ("resume", "overwrite", "kv_cache", "all_experts", "until_converged", "trust_remote_code", "dry_run")
+_SWITCHES = (
+    *("resume", "overwrite", "kv_cache", "all_experts", "until_converged", "trust_remote_code", "dry_run"),
+    "strict_target",
+)
 
 
 def as_names(sentence: str) -> str:

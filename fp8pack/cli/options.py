@@ -123,6 +123,9 @@ TensorParallel = Annotated[str | None, recipe_option("--tp", metavar="N", help="
 GpuName = Annotated[
     str | None, recipe_option("--gpu", help="Target GPU, e.g. h100, b200 or mi300x", values=tuple(GPUS))
 ]
+StrictTarget = Annotated[
+    bool, recipe_option("--strict-target", help="Refuse the output if it is not known whether a target loads it")
+]
 Copy = Annotated[
     list[str] | None,
     _writing("--copy", metavar="PATTERN", help="Also copy side files that are excluded by default"),

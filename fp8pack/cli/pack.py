@@ -39,6 +39,7 @@ def pack(
     targets: options.Targets = None,
     tp: options.TensorParallel = None,
     gpu: options.GpuName = None,
+    strict_target: options.StrictTarget = False,
     copy: options.Copy = None,
     max_shard_size: options.MaxShardSize = None,
     workers: options.Workers = None,

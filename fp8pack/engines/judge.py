@@ -24,6 +24,7 @@ from fp8pack.numerics.formats import E4M3, E5M2
 from fp8pack.numerics.granularity import BLOCK_128, CHANNEL, MX, TENSOR
 
 TP_SIZES = (1, 2, 4, 8)
+_NOT_STRICT = "leave out --strict-target"
 NO_ARCHITECTURE = "no config.json names an architecture"
 
 # What a remedy may change: the quant method, or the preset. tests/engines/test_remedies.py applies each.
@@ -119,12 +120,15 @@ def judge_engines(
     )
 
 
-def check_targets(verdicts: Sequence[EngineVerdict], storage: Storage, targets: Sequence[str]) -> None:
-    """Raise RecipeError if an engine that is a target cannot load the output."""
+def check_targets(
+    verdicts: Sequence[EngineVerdict], storage: Storage, targets: Sequence[str], *, strict: bool = False
+) -> None:
+    """Raise RecipeError if an engine that is a target cannot load the output; strict: or if that is not known."""
     for verdict in verdicts:
-        if verdict.engine in targets and verdict.loads is False:
+        if verdict.engine in targets and (verdict.loads is False or (strict and verdict.loads is None)):
             stored = f"{storage.granularity} scales in {storage.quant_method}"
-            raise RecipeError(f"{NAMES[verdict.engine]} cannot load {stored}: {verdict.reason}", verdict.remedy)
+            loads, remedy = ("cannot", verdict.remedy) if verdict.loads is False else ("may not", _NOT_STRICT)
+            raise RecipeError(f"{NAMES[verdict.engine]} {loads} load {stored}: {verdict.reason}", remedy)
 
 
 def judge_engine(engine: Engine, case: Case) -> EngineVerdict:
@@ -176,7 +180,9 @@ def _architecture(engine: Engine, case: Case) -> _Findings:
     if last := known.removed.get(name):
         yield _Refusal(f"it had {name} until {last}")
     elif known.falls_back:
-        yield _Unknown(f"{name} is not among its {len(known.classes) or len(known.model_types)} classes")
+        count = len(known.classes) or len(known.model_types)
+        other = "or be code of its own" if engine.id == "transformers" else "or run through transformers"
+        yield _Unknown(f"{name} is not among its {count} classes; it may have another name, {other}")
     else:
         yield _Refusal(f"{name} is not among its {len(known.classes)} classes")
 
@@ -189,14 +195,19 @@ def _built(engine: Engine, case: Case) -> _Findings:
         return
     if "*" in built.unknown:
         yield _Unknown(f"its class of {case.facts.architecture} was not found in its code")
-    for module in {module.rpartition(".")[2]: module for module in reversed(case.modules.values())}.values():
-        leaf = module.rpartition(".")[2]
-        if any(matches_kind(kinds, case.kind) for kinds in engine.dequantizes.get(leaf, ())):
-            continue
-        if name := built.find(leaf, built.unquantized):
-            yield _Refusal(f"{module} is FP8, and its class builds {name} in BF16", f"--ignore '*.{leaf}'")
-        elif name := built.find(leaf, built.unknown):
-            yield _Unknown(f"its class may build {name}, of which {module} is a part, in BF16")
+    of_leaf = {module.rpartition(".")[2]: module for module in reversed(case.modules.values())}
+    leaves = [
+        leaf
+        for leaf in of_leaf
+        if not any(matches_kind(kinds, case.kind) for kinds in engine.dequantizes.get(leaf, ()))
+    ]
+    if wide := [leaf for leaf in leaves if built.find(leaf, built.unquantized)]:
+        name = built.find(wide[0], built.unquantized)
+        remedy = " ".join(f"--ignore '*.{leaf}'" for leaf in wide)
+        yield _Refusal(f"{of_leaf[wide[0]]} is FP8, and its class builds {name} in BF16", remedy)
+    for leaf in leaves:
+        if built.find(leaf, built.unknown):
+            yield _Unknown(f"parsing does not tell whether its class builds {of_leaf[leaf]} in BF16")
 
 
 def _reader(engine: Engine, case: Case) -> _Findings:

@@ -56,6 +56,11 @@ _IGNORED = tuple(
             "router",
             "a small error changes which experts run",
         ),
+        (
+            r"(^|\.)indexer\.(weights_proj|wk)$",
+            "indexer",
+            "it selects tokens of sparse attention; engines fuse both in BF16",
+        ),
         (r"(^|\.)(rotary\w*|rope\w*|inv_freq|freqs\w*)(\.|$)", "rotary", "a table, no GEMM"),
         (
             r"(^|\.)(x_embedder|img_in|txt_in|time_in|vector_in|guidance_in|context_embedder|caption_projection|time_text_embed|"

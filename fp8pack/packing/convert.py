@@ -31,6 +31,7 @@ def convert(
     targets: Texts = (),
     tp: int | None = None,
     gpu: str | None = None,
+    strict_target: bool = False,
     copy: Texts = (),
     max_shard_size: Size | None = None,
     workers: int | None = None,
@@ -54,7 +55,7 @@ def convert(
     activations: dynamic, static or none. calibration: the file of `fp8pack.calibrate`, for static activations and
         `kv_cache`. percentile: clip activations there instead of at amax. margin: activation scales times 2^margin.
         warmup: skip the first prompts.
-    ignore: patterns of tensors to dequantize to BF16. only, pack, targets, tp, gpu: as in `fp8pack.pack`.
+    ignore: patterns of tensors to dequantize to BF16. only, pack, targets, tp, gpu, strict_target: as in `pack`.
     output: by default beside the source, named after the scheme. copy: patterns of side files that are skipped by
         default. max_shard_size: such as "5GB". workers: threads. max_memory: bounds them. device: cpu or cuda; the
         bytes are the same. resume: continue unfinished work. deadline: such as "50m"; the same call continues.
@@ -81,6 +82,7 @@ def convert(
         targets=targets,
         tp=tp,
         gpu=gpu,
+        strict_target=strict_target,
     )
     how = WriteOptions(
         output=output,

@@ -35,6 +35,7 @@ def pack(
     targets: Texts = (),
     tp: int | None = None,
     gpu: str | None = None,
+    strict_target: bool = False,
     copy: Texts = (),
     max_shard_size: Size | None = None,
     workers: int | None = None,
@@ -62,7 +63,8 @@ def pack(
     ignore, only, pack: patterns of tensors to keep in BF16, to quantize alone, to quantize whatever the policy says. A
         pattern is a name, a glob over the whole name, or `re:` and an expression; `?` before it lets it match nothing.
     keep_first_layers, keep_last_layers: so many decoder layers stay in BF16.
-    targets, tp, gpu: the engines that must load the output, at which tensor-parallel size, on which GPU.
+    targets, tp, gpu: the engines that must load the output, at which tensor-parallel size, on which GPU. strict_target:
+        raise if it is not known whether one does.
     output: by default beside the source, named after the scheme. copy: patterns of side files that are skipped by
         default. max_shard_size: such as "5GB". workers: threads. max_memory: bounds them. device: cpu or cuda; the
         bytes are the same. resume: continue unfinished work. deadline: such as "50m"; the same call continues.
@@ -93,6 +95,7 @@ def pack(
         targets=targets,
         tp=tp,
         gpu=gpu,
+        strict_target=strict_target,
     )
     how = WriteOptions(
         output=output,

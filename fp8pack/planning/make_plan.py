@@ -78,7 +78,7 @@ def make_plan(  # noqa: PLR0913
     packed = [(tensor.spec, tensor.role) for tensor in tensors if tensor.packing]
     ignored = _ignored_modules(tensors, contents.facts)
     engines = judge_engines(recipe.storage, packed, contents.facts, tp=request.tp, gpu=request.gpu, ignored=ignored)
-    check_targets(engines, recipe.storage, request.targets)
+    check_targets(engines, recipe.storage, request.targets, strict=request.strict_target)
     metadata = method.metadata(tensors, recipe.storage)
     shards = arrange(_outputs(tensors), max_shard_nbytes)
     return PackPlan(

@@ -102,6 +102,7 @@ class Request:
     targets: tuple[str, ...]
     tp: int | None
     gpu: str | None
+    strict_target: bool
 
     def __init__(
         self,
@@ -126,6 +127,7 @@ class Request:
         targets: Texts = (),
         tp: int | str | None = None,
         gpu: str | None = None,
+        strict_target: bool = False,
     ) -> None:
         put = partial(object.__setattr__, self)
         put("scheme", "auto" if scheme is None else parse_scheme_name(scheme))
@@ -148,6 +150,7 @@ class Request:
         put("keep_last_layers", parse_count("keep_last_layers", keep_last_layers))
         put("targets", parse_targets(parse_texts("targets", targets, commas=True)))
         put("tp", None if tp is None else parse_count("tp", tp, least=1, most=MAX_TP))
+        put("strict_target", parse_switch("strict_target", strict_target))
         put("gpu", None if (known := parse_gpu(gpu)) is None else known.name)
 
 

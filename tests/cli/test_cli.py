@@ -24,6 +24,7 @@ PACK_OPTIONS = {
         "--target",
         "--tp",
         "--gpu",
+        "--strict-target",
         "--copy",
         "--max-shard-size",
     ),
@@ -65,7 +66,7 @@ def test_pack_prints_the_output_path_and_nothing_else_on_stdout(
     assert done.stdout == f"{tmp_path / 'out'}\n"
     first, *rest = done.stderr.splitlines()
     assert first.startswith("model  Qwen3ForCausalLM  BF16  21 tensors")
-    assert [line.split()[0] for line in rest] == ["scheme", "packed", "result", "SQNR", "loads", "next"]
+    assert [line.split()[0] for line in rest] == ["scheme", "packed", "result", "SQNR", "loads", "not", "next"]
 
 
 def test_json_is_one_document_with_the_same_facts_as_the_function(

@@ -24,7 +24,7 @@ from fp8pack.errors import Fp8PackError
 
 pytestmark = pytest.mark.slow
 
-SWITCHES = {"--overwrite", "--no-resume", "--kv-cache", "--until-converged", "--all-experts"}
+SWITCHES = {"--strict-target", "--overwrite", "--no-resume", "--kv-cache", "--until-converged", "--all-experts"}
 UP = "model.layers.0.mlp.up_proj.weight"
 
 
@@ -204,6 +204,12 @@ def a_directory_for_a_single_file(place: Place, _: Path) -> list[str]:
 @case
 def a_target_that_does_not_load_it(place: Place, _: Path) -> list[str]:
     return ["pack", str(place.model()), "--target", "lmdeploy", "--scheme", "FP8_DYNAMIC"]
+
+
+@case
+def a_target_that_may_not_load_it(place: Place, _: Path) -> list[str]:
+    source = place.model(config=llama_config("XForCausalLM"))
+    return ["pack", str(source), "--target", "vllm", "--strict-target"]
 
 
 @case

@@ -103,6 +103,10 @@ KEPT = {
         "single_blocks.0.modulation.lin.weight",
         "blocks.0.adaLN_modulation.1.weight",
     ],
+    "indexer": [
+        "model.layers.0.self_attn.indexer.weights_proj.weight",
+        "model.layers.0.self_attn.indexer.wk.weight",
+    ],
     "other": ["bert.pooler.dense.weight"],
 }
 DEEPSEEK = ModelFacts(architecture="DeepseekV3ForCausalLM", model_type="deepseek_v3", num_layers=61)
