@@ -39,6 +39,7 @@ def convert(
     tp: options.TensorParallel = None,
     gpu: options.GpuName = None,
     strict_target: options.StrictTarget = False,
+    strip_prefix: options.StripPrefix = None,
     copy: options.Copy = None,
     max_shard_size: options.MaxShardSize = None,
     workers: options.Workers = None,

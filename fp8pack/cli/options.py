@@ -126,6 +126,10 @@ GpuName = Annotated[
 StrictTarget = Annotated[
     bool, recipe_option("--strict-target", help="Refuse the output if it is not known whether a target loads it")
 ]
+StripPrefix = Annotated[
+    list[str] | None,
+    recipe_option("--strip-prefix", metavar="PREFIX", help="Remove PREFIX from tensor names, e.g. _orig_mod."),
+]
 Copy = Annotated[
     list[str] | None,
     _writing("--copy", metavar="PATTERN", help="Also copy side files that are excluded by default"),

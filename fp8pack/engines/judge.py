@@ -17,6 +17,7 @@ from fp8pack.engines.known import ENGINES, NAMES
 from fp8pack.errors import RecipeError
 from fp8pack.modelfacts.fused import LAST_PARTS, REPLICATED, fused_module, together
 from fp8pack.modelfacts.model import ModelFacts
+from fp8pack.modelfacts.prefixes import wrapper_of
 from fp8pack.modelfacts.spec import TensorSpec
 from fp8pack.modelfacts.storage import Storage
 from fp8pack.modelfacts.tensor_parallel import GEMM_MULTIPLE, Packed, tp_problem
@@ -135,7 +136,7 @@ def judge_engine(engine: Engine, case: Case) -> EngineVerdict:
     """Return the verdict of one engine; without a remedy that changes the recipe, which costs more trials."""
     notes: list[str] = []
     unknown: _Unknown | None = None
-    for look in (_architecture, _reader, _weights, _built, _shapes, _groups, _list, _head, _gpu):
+    for look in (_architecture, _names, _reader, _weights, _built, _shapes, _groups, _list, _head, _gpu):
         for found in look(engine, case):
             if isinstance(found, _Refusal):
                 return EngineVerdict(engine.id, False, (), "", found.reason, found.remedy)
@@ -208,6 +209,14 @@ def _built(engine: Engine, case: Case) -> _Findings:
     for leaf in leaves:
         if built.find(leaf, built.unknown):
             yield _Unknown(f"parsing does not tell whether its class builds {of_leaf[leaf]} in BF16")
+
+
+def _names(engine: Engine, case: Case) -> _Findings:
+    """Engines look for the names of the model itself; load_packed() takes any."""
+    if engine.is_for_language_models and engine.facts:
+        for spec, _ in case.packed:
+            if prefix := wrapper_of(spec.name):
+                yield _Refusal(f"tensor names have {prefix}, as {spec.name}", f"--strip-prefix {prefix}")
 
 
 def _reader(engine: Engine, case: Case) -> _Findings:

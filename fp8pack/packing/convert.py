@@ -32,6 +32,7 @@ def convert(
     tp: int | None = None,
     gpu: str | None = None,
     strict_target: bool = False,
+    strip_prefix: Texts = (),
     copy: Texts = (),
     max_shard_size: Size | None = None,
     workers: int | None = None,
@@ -55,7 +56,8 @@ def convert(
     activations: dynamic, static or none. calibration: the file of `fp8pack.calibrate`, for static activations and
         `kv_cache`. percentile: clip activations there instead of at amax. margin: activation scales times 2^margin.
         warmup: skip the first prompts.
-    ignore: patterns of tensors to dequantize to BF16. only, pack, targets, tp, gpu, strict_target: as in `pack`.
+    ignore: patterns of tensors to dequantize to BF16. only, pack, targets, tp, gpu, strict_target, strip_prefix: as
+        in `pack`.
     output: by default beside the source, named after the scheme. copy: patterns of side files that are skipped by
         default. max_shard_size: such as "5GB". workers: threads. max_memory: bounds them. device: cpu or cuda; the
         bytes are the same. resume: continue unfinished work. deadline: such as "50m"; the same call continues.
@@ -83,6 +85,7 @@ def convert(
         tp=tp,
         gpu=gpu,
         strict_target=strict_target,
+        strip_prefix=strip_prefix,
     )
     how = WriteOptions(
         output=output,

@@ -169,6 +169,7 @@ def _command(verb: str, plan: PackPlan, model: str) -> str:
         words += ["--warmup", str(options.warmup)] if options.warmup else []
     for flag in ("ignore", "only", "pack"):
         words += [word for pattern in selection.get(flag, ()) for word in (f"--{flag}", pattern)]
+    words += [word for prefix in selection.get("strip_prefix", ()) for word in ("--strip-prefix", prefix)]
     if selection.keys() & {"rules", "keep_first_layers", "keep_last_layers"}:
         words += ["--recipe", "FILE"]
     return shlex.join(words)

@@ -36,6 +36,7 @@ def pack(
     tp: int | None = None,
     gpu: str | None = None,
     strict_target: bool = False,
+    strip_prefix: Texts = (),
     copy: Texts = (),
     max_shard_size: Size | None = None,
     workers: int | None = None,
@@ -64,7 +65,7 @@ def pack(
         pattern is a name, a glob over the whole name, or `re:` and an expression; `?` before it lets it match nothing.
     keep_first_layers, keep_last_layers: so many decoder layers stay in BF16.
     targets, tp, gpu: the engines that must load the output, at which tensor-parallel size, on which GPU. strict_target:
-        raise if it is not known whether one does.
+        raise if it is not known whether one does. strip_prefix: prefixes to remove from tensor names: `_orig_mod.`.
     output: by default beside the source, named after the scheme. copy: patterns of side files that are skipped by
         default. max_shard_size: such as "5GB". workers: threads. max_memory: bounds them. device: cpu or cuda; the
         bytes are the same. resume: continue unfinished work. deadline: such as "50m"; the same call continues.
@@ -96,6 +97,7 @@ def pack(
         tp=tp,
         gpu=gpu,
         strict_target=strict_target,
+        strip_prefix=strip_prefix,
     )
     how = WriteOptions(
         output=output,

@@ -20,6 +20,8 @@ from fp8pack.errors import InputError, RecipeError
 from fp8pack.inputs import parse_choice
 from fp8pack.modelfacts.contents import Contents
 from fp8pack.modelfacts.experts import split_experts
+from fp8pack.modelfacts.gathered import ungathered
+from fp8pack.modelfacts.prefixes import strip_prefixes
 from fp8pack.packing.options import WriteOptions
 from fp8pack.planning.calibration import Calibration
 from fp8pack.planning.decide import decide
@@ -77,7 +79,12 @@ def prepare_pack(model: Path, request: Request, options: WriteOptions) -> Prepar
         RecipeError: the request cannot be carried out.
         OutputError, SpaceError: the output cannot stand where it is asked for.
     """
-    source = open_source(model)
+    source = _with_plain_names(open_source(model), request)
+    if part := ungathered(source.specs, source.facts):
+        raise InputError(
+            f"{source.path} is a part of a checkpoint: {part}",
+            "save it with its parameters gathered (DeepSpeed: zero_to_fp32.py; FSDP: a full state dict)",
+        )
     contents = split_experts(Contents("", source.specs, source.facts))
     decisions = decide(contents, request)
     recipe = choose_recipe(decisions, source.facts, request, _calibration(source, request))
@@ -91,7 +98,7 @@ def prepare_pack(model: Path, request: Request, options: WriteOptions) -> Prepar
 
 def prepare_convert(checkpoint: Path, request: Request, options: WriteOptions) -> Prepared:
     """Look at an FP8 checkpoint and decide how to turn it into another; raises as `prepare_pack` does."""
-    source, contents = _open_quantized(checkpoint)
+    source, contents = _open_quantized(checkpoint, request)
     contents = split_experts(contents)
     storage = contents.storage
     if storage is None:
@@ -133,8 +140,15 @@ def prepare_unpack(checkpoint: Path, dtype: str | None, options: WriteOptions) -
     return _place(source, plan, _Announcement(), job, options)
 
 
-def _open_quantized(checkpoint: Path) -> tuple[Source, Contents]:
+def _with_plain_names(source: Source, request: Request) -> Source:
+    if not request.strip_prefix:
+        return source
+    return replace(source, specs=strip_prefixes(source.specs, request.strip_prefix))
+
+
+def _open_quantized(checkpoint: Path, request: Request | None = None) -> tuple[Source, Contents]:
     source = open_checkpoint(checkpoint)
+    source = _with_plain_names(source, request) if request else source
     contents = read_contents(source)
     if contents.unread:
         raise InputError(

@@ -59,11 +59,12 @@ _CHOICES = (
 
 @dataclass(frozen=True, slots=True)
 class _Trial:
-    """A scheme judged for the targets: how many weights remain in BF16, and why a target cannot load it."""
+    """A scheme judged for the targets: how many weights remain in BF16, why a target cannot load it, and what helps."""
 
     scheme: Scheme
     num_ignored: int
     refusals: dict[str, str]
+    remedies: dict[str, str]
 
 
 def choose_scheme(
@@ -176,9 +177,10 @@ def _try(choice: Scheme, request: Request, packed: Packed, facts: ModelFacts, si
         for verdict in verdicts
         if verdict.loads is False or (verdict.tp and verdict.reason)
     }
+    remedies = {verdict.engine: verdict.remedy for verdict in verdicts}
     if packed and not held:
         refusals = dict.fromkeys(request.targets, f"no weight fits {choice.granularity} scales")
-    return _Trial(choice, len(packed) - len(held), refusals)
+    return _Trial(choice, len(packed) - len(held), refusals, remedies)
 
 
 def _held(granularity: Granularity, packed: Packed) -> Packed:
@@ -192,7 +194,8 @@ def _conflict(trials: Sequence[_Trial], targets: Sequence[str]) -> RecipeError:
     loaded = {target: [trial for trial in trials if target not in trial.refusals] for target in targets}
     for target in targets:
         if not loaded[target]:
-            return RecipeError(f"{NAMES[target]} loads no scheme of this model: {trials[0].refusals[target]}")
+            sentence = f"{NAMES[target]} loads no scheme of this model: {trials[0].refusals[target]}"
+            return RecipeError(sentence, trials[0].remedies[target])
     for one, other in combinations(targets, 2):
         if not any(trial in loaded[other] for trial in loaded[one]):
             of_one, of_other = loaded[other][0].refusals[one], loaded[one][0].refusals[other]

@@ -103,6 +103,7 @@ class Request:
     tp: int | None
     gpu: str | None
     strict_target: bool
+    strip_prefix: tuple[str, ...]
 
     def __init__(
         self,
@@ -128,6 +129,7 @@ class Request:
         tp: int | str | None = None,
         gpu: str | None = None,
         strict_target: bool = False,
+        strip_prefix: Texts = (),
     ) -> None:
         put = partial(object.__setattr__, self)
         put("scheme", "auto" if scheme is None else parse_scheme_name(scheme))
@@ -151,6 +153,7 @@ class Request:
         put("targets", parse_targets(parse_texts("targets", targets, commas=True)))
         put("tp", None if tp is None else parse_count("tp", tp, least=1, most=MAX_TP))
         put("strict_target", parse_switch("strict_target", strict_target))
+        put("strip_prefix", parse_texts("strip_prefix", strip_prefix))
         put("gpu", None if (known := parse_gpu(gpu)) is None else known.name)
 
 
@@ -259,6 +262,8 @@ def selection_of(request: Request) -> dict[str, Any]:
             }
             for rule in request.rules
         ]
+    if request.strip_prefix:
+        selection["strip_prefix"] = list(request.strip_prefix)
     layers = {"keep_first_layers": request.keep_first_layers, "keep_last_layers": request.keep_last_layers}
     return selection | {key: count for key, count in layers.items() if count}
 

@@ -20,6 +20,7 @@ from fp8pack.inputs import Texts, parse_count, parse_path, parse_texts
 from fp8pack.machine import usable_cores
 from fp8pack.modelfacts.contents import Contents, Quantized
 from fp8pack.modelfacts.experts import split_experts
+from fp8pack.modelfacts.prefixes import strip_prefixes
 from fp8pack.modelfacts.roles import judge
 from fp8pack.modelfacts.spec import FLOAT_DTYPES, Stored, TensorSpec
 from fp8pack.numerics.metrics import energies, sqnr_db
@@ -153,7 +154,8 @@ def _guess(spec: TensorSpec, contents: Contents, quantized: Quantized | None) ->
 def _measure(opened: Source, contents: Contents, against: Path) -> dict[str, float]:
     """The SQNR of every FP8 weight over all of its elements."""
     source = open_checkpoint(against)
-    whole = Contents("", source.specs, source.facts)
+    prefixes = opened.manifest.recipe.get("strip_prefix", ()) if opened.manifest else ()
+    whole = Contents("", strip_prefixes(source.specs, prefixes), source.facts)
     origins = {spec.name: spec for spec in (*split_experts(whole).tensors, *whole.tensors)}
     found: dict[str, float] = {}
 

@@ -25,6 +25,7 @@ PACK_OPTIONS = {
         "--tp",
         "--gpu",
         "--strict-target",
+        "--strip-prefix",
         "--copy",
         "--max-shard-size",
     ),

@@ -213,6 +213,17 @@ def a_target_that_may_not_load_it(place: Place, _: Path) -> list[str]:
 
 
 @case
+def names_that_a_compiled_model_left(place: Place, _: Path) -> list[str]:
+    tensors = {f"_orig_mod.{name}": tensor for name, tensor in llama_tensors().items()}
+    return ["pack", str(place.model(tensors)), "--target", "vllm"]
+
+
+@case
+def a_prefix_that_no_name_has(place: Place, _: Path) -> list[str]:
+    return ["pack", str(place.model()), "--strip-prefix", "module."]
+
+
+@case
 def a_weight_with_a_nan(place: Place, _: Path) -> list[str]:
     tensors = llama_tensors()
     for name in (UP, UP.replace("up_proj", "down_proj")):
