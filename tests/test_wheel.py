@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import fp8pack
+from fp8pack.engines.known import ENGINES
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "examples" / "demo-qwen3"
@@ -35,6 +36,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_wheel_holds_prompts_headers_types_and_the_licence(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     wanted = {"_data/prompts.jsonl", "_data/include/fp8pack.hpp", "_data/include/fp8pack_safetensors.hpp", "py.typed"}
+    wanted |= {f"engines/data/{engine.facts}.json" for engine in ENGINES if engine.facts}
     assert {f"fp8pack/{name}" for name in wanted} <= names
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert fp8pack.__version__ in wheel.name

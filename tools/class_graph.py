@@ -108,6 +108,14 @@ class Graph:
                 found += [each for each in self.lineage(self._dotted_origin(origin.module, name)) if each not in found]
         return tuple(found)
 
+    def attribute(self, origin: Origin, name: str) -> ast.expr | None:
+        """Return what a class, or the nearest base that does, assigns to an attribute."""
+        for each in self.lineage(origin):
+            node = self.find(each)
+            if node and name in (values := dict(_assigned(node.body))):
+                return values[name]
+        return None
+
     def reachable(self, origin: Origin) -> tuple[Origin, ...]:
         """Return the classes of the tree that a class names in its code, its bases' too, and those that they name."""
         found: dict[Origin, None] = {}
@@ -198,7 +206,7 @@ def literal(node: ast.expr | None) -> Any:
         return None
 
 
-def partial_dict(node: ast.expr) -> dict[Any, Any]:
+def partial_dict(node: ast.expr | None) -> dict[Any, Any]:
     """Return the literal entries of a dictionary; those that are computed are passed over."""
     if not isinstance(node, ast.Dict):
         return {}

@@ -89,17 +89,27 @@ def read_tgi(files: dict[str, str]) -> Facts:
 
 
 def read_transformers(files: dict[str, str]) -> Facts:
-    """Return the facts of transformers: the classes of its modeling files that build a model."""
-    names = set()
-    for name, text in files.items():
+    """Return the facts of transformers: the classes of its modeling files, and the heads that each ties."""
+    graph = Graph(files)
+    classes = {}
+    for name, module in graph.modules.items():
         if re.fullmatch(r"transformers\.models\.\w+\.modeling_\w+", name):
-            names |= {
-                node.name
-                for node in ast.parse(text).body
-                if isinstance(node, ast.ClassDef) and re.search(r"(For[A-Z]\w+|Model|Head|LMHeadModel)$", node.name)
-            }
-    classes = {name: {} for name in sorted(names) if not name.endswith(("PreTrainedModel", "PretrainedModel"))}
+            for cls in module.classes:
+                if re.search(r"(For[A-Z]\w+|Model|Head)$", cls) and not cls.endswith(
+                    ("PreTrainedModel", "PretrainedModel")
+                ):
+                    tied = _tied_heads(graph, Origin(name, cls))
+                    classes[cls] = {"tied": tied} if tied else {}
     return {"falls_back": True, "removed": {}, "classes": classes}
+
+
+def _tied_heads(graph: Graph, origin: Origin) -> list[str]:
+    """The modules whose weight is that of an embedding, which a checkpoint leaves out: no embeddings themselves."""
+    found = partial_dict(graph.attribute(origin, "_tied_weights_keys"))
+    pairs = {key.removesuffix(".weight"): value for key, value in found.items() if key.endswith(".weight")}
+    return sorted(
+        key for key, value in pairs.items() if re.fullmatch(r"[\w.]+", key) and "embed" not in key.split(".")[-1]
+    )
 
 
 def read_tensorrt_llm(files: dict[str, str]) -> Facts:

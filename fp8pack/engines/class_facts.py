@@ -16,13 +16,14 @@ class ClassFacts:
 
     unquantized: linears that it builds without a quantization config, by the last part of their names. unknown: those
     of which parsing does not tell. fused: its fused linears and their parts. kv_scales: whether it loads scales of K
-    and V, None if that was not read.
+    and V, None if that was not read. tied: linears whose weight is that of an embedding.
     """
 
     unquantized: frozenset[str] = frozenset()
     unknown: frozenset[str] = frozenset()
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     kv_scales: bool | None = None
+    tied: tuple[str, ...] = ()
 
     def find(self, leaf: str, among: frozenset[str]) -> str:
         """Return the linear of the engine that a checkpoint's is stored in, if it is among these; else empty."""
@@ -68,4 +69,5 @@ def _class_facts(entry: Mapping[str, Any]) -> ClassFacts:
         unknown=frozenset(entry.get("unknown", ())),
         fused={whole: tuple(parts) for whole, parts in entry.get("fused", {}).items()},
         kv_scales=entry.get("kv_scales"),
+        tied=tuple(entry.get("tied", ())),
     )

@@ -13,7 +13,7 @@ from fp8pack.engines.class_facts import read_class_facts
 from fp8pack.engines.engine import Edges, Engine, EngineRule, kind_of, matches_kind, rules_for
 from fp8pack.engines.gpus import Gpu, parse_gpu
 from fp8pack.engines.ignore_list import find_listed, is_understood
-from fp8pack.engines.known import ENGINES, NAMES
+from fp8pack.engines.known import BY_ID, ENGINES, NAMES
 from fp8pack.errors import RecipeError
 from fp8pack.modelfacts.fused import LAST_PARTS, REPLICATED, fused_module, together
 from fp8pack.modelfacts.model import ModelFacts
@@ -119,6 +119,13 @@ def judge_engines(
         replace(verdict, remedy=_remedy(engine, case)) if verdict.loads is False and not verdict.remedy else verdict
         for engine, verdict in zip(ENGINES, verdicts, strict=True)
     )
+
+
+def tied_heads(facts: ModelFacts) -> tuple[str, ...]:
+    """Return the linears that transformers ties to an embedding, so that the files may not have them."""
+    known = read_class_facts(BY_ID["transformers"].facts)
+    built = known.classes.get(facts.architecture) if known else None
+    return built.tied if built else ("lm_head",) if facts.tied else ()
 
 
 def check_targets(
@@ -325,9 +332,10 @@ def _list(engine: Engine, case: Case) -> _Findings:
         yield _Refusal(reason, f"--ignore {case.modules[module]}")
     if alien := next((entry for entry in case.ignored if not is_understood(entry, syntax.matches)), None):
         yield f"ignore entry `{alien}` is no valid pattern for it"
-    if case.facts.tied and syntax.lists_tied_head and not find_listed(case.ignored, ["lm_head"], syntax.matches):
-        reason = "lm_head is tied to the embedding and not ignored, so it would be loaded as FP8"
-        yield _Refusal(reason, "add lm_head to the ignored modules in config.json")
+    for head in tied_heads(case.facts) if case.facts.tied and syntax.lists_tied_head else ():
+        if not find_listed(case.ignored, [head], syntax.matches):
+            reason = f"{head} is tied to the embedding and not ignored, so it would be loaded as FP8"
+            yield _Refusal(reason, f"add {head} to the ignored modules in config.json")
 
 
 def _head(engine: Engine, case: Case) -> _Findings:

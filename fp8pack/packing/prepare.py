@@ -22,12 +22,13 @@ from fp8pack.modelfacts.contents import Contents
 from fp8pack.modelfacts.experts import split_experts
 from fp8pack.modelfacts.gathered import ungathered
 from fp8pack.modelfacts.prefixes import strip_prefixes
+from fp8pack.modelfacts.storage import Storage
 from fp8pack.packing.options import WriteOptions
 from fp8pack.planning.calibration import Calibration
 from fp8pack.planning.decide import decide
 from fp8pack.planning.make_plan import choose_recipe, make_plan, make_unpack_plan
 from fp8pack.planning.plan import Plan
-from fp8pack.planning.recipe import Request, parse_scheme, resolve_conversion
+from fp8pack.planning.recipe import WRITABLE, Recipe, Request, parse_scheme, resolve_conversion
 
 UNPACKED_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 _DTYPE_ALIASES = {"bf16": "bfloat16", "fp16": "float16", "f16": "float16", "half": "float16"}
@@ -108,7 +109,7 @@ def prepare_convert(checkpoint: Path, request: Request, options: WriteOptions) -
             f"{fused.file}: {fused.name!r} cannot be split into per-expert weights", "`fp8pack unpack` it, then pack"
         )
     calibration = _calibration(source, request, carries_static=contents.activations == "static")
-    recipe = resolve_conversion(request, storage, calibration)
+    recipe = _resolve(request, storage, calibration)
     method, limit = find_method(recipe, request.rules), _shard_limit(source, options)
     decisions = decide(contents, request)
     plan = make_plan(
@@ -117,6 +118,20 @@ def prepare_convert(checkpoint: Path, request: Request, options: WriteOptions) -
     announcement = _Announcement(method.config(plan), method.files(plan))
     suffix = f"{recipe.suffix}-{recipe.quant_method}" if request.quant_method else recipe.suffix
     return _place(source, plan, announcement, _Job("convert", suffix), options)
+
+
+def _resolve(request: Request, storage: Storage, calibration: Calibration | None) -> Recipe:
+    """The recipe of a conversion; the source's quant method stays if it can store what is asked for."""
+    recipe = resolve_conversion(request, storage, calibration)
+    named = request.quant_method is not None or parse_scheme(request.scheme) is not None
+    if named or request.targets or storage.quant_method not in WRITABLE:
+        return recipe
+    same = resolve_conversion(replace(request, quant_method=storage.quant_method), storage, calibration)
+    try:
+        find_method(same, request.rules)
+    except RecipeError:
+        return recipe
+    return same
 
 
 def prepare_unpack(checkpoint: Path, dtype: str | None, options: WriteOptions) -> Prepared:

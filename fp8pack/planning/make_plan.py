@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from fp8pack.engines.judge import check_targets, judge_engines
+from fp8pack.engines.judge import check_targets, judge_engines, tied_heads
 from fp8pack.engines.module_names import spellings
 from fp8pack.errors import InputError, RecipeError
 from fp8pack.modelfacts.contents import Contents, Quantized
@@ -296,9 +296,8 @@ def _ignored_modules(tensors: Sequence[TensorPlan], facts: ModelFacts) -> tuple[
         and (tensor.role == "experts" or (tensor.spec.name.endswith(".weight") and len(tensor.spec.shape) == 2))
     ]
     ignored += [name.rpartition(".")[0] for name in ignored if name.rpartition(".")[0].endswith("experts")]
-    if facts.tied:
-        masked = any(tensor.spec.name.startswith("cls.predictions.") for tensor in tensors)
-        ignored += ["lm_head", *(["cls.predictions.decoder"] if masked else [])]  # tied, so the file does not have them
+    stored = {tensor.spec.name for tensor in tensors}
+    ignored += [head for head in tied_heads(facts) if f"{head}.weight" not in stored]
     aliased = facts.wrapper or any(tensor.role in ("tower", "projector", "logits") for tensor in tensors)
     names = [spelling for name in ignored for spelling in (spellings(name) if aliased else [name])]
     return tuple(dict.fromkeys(names))

@@ -96,6 +96,63 @@ def test_transformers_loads_what_we_pack_of_every_family(family: str, scheme: st
     assert (found - expected).norm() / expected.norm() < 0.15
 
 
+def make_tied(family: str) -> Any:
+    """A model whose head is tied to its embedding, under the name that its class gives it."""
+    t = transformers
+    torch.manual_seed(0)
+    sizes = SIZES | {"pad_token_id": 0}
+    match family:
+        case "whisper":
+            heads = {f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in HEADS.items()}
+            config = t.WhisperConfig(d_model=256, vocab_size=512, num_mel_bins=80, **heads, pad_token_id=0)
+            return t.WhisperForConditionalGeneration(config)
+        case "roberta":
+            return t.RobertaForMaskedLM(t.RobertaConfig(**sizes))
+        case "modernbert":
+            return t.ModernBertForMaskedLM(t.ModernBertConfig(**sizes, reference_compile=False))
+        case "distilbert":
+            return t.DistilBertForMaskedLM(
+                t.DistilBertConfig(dim=256, hidden_dim=512, n_layers=2, n_heads=4, vocab_size=512, pad_token_id=0)
+            )
+        case "albert":
+            return t.AlbertForMaskedLM(t.AlbertConfig(**sizes, embedding_size=256))
+        case _:
+            return t.ElectraForMaskedLM(t.ElectraConfig(**sizes, embedding_size=256))
+
+
+HEADS = {"layers": 2, "attention_heads": 4, "ffn_dim": 512}
+TIED = {
+    "whisper": "proj_out",
+    "roberta": "lm_head.decoder",
+    "modernbert": "decoder",
+    "distilbert": "vocab_projector",
+    "albert": "predictions.decoder",
+    "electra": "generator_lm_head",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["FP8_BLOCK", "FP8_DYNAMIC"])
+@pytest.mark.parametrize("family", TIED)
+def test_a_tied_head_is_ignored_under_the_name_of_its_class(family: str, scheme: str, tmp_path: Path) -> None:
+    """Else it is built for FP8, gets no scale, and its logits are noise or NaN, without a word."""
+    model = make_tied(family).to(torch.bfloat16).eval()
+    model.save_pretrained(tmp_path / "source")
+    facts = fp8pack.pack(tmp_path / "source", tmp_path / "out", scheme=scheme)
+    assert facts.num_packed >= 6
+    verdict = next(engine for engine in facts.engines if engine.engine == "transformers")
+    assert verdict.loads
+    loaded = type(model).from_pretrained(tmp_path / "out", dtype=torch.bfloat16).eval()
+    head = loaded.get_submodule(TIED[family])
+    assert head.weight.dtype == torch.bfloat16
+    assert torch.equal(head.weight, model.get_submodule(TIED[family]).weight)
+    if family != "whisper":  # which wants sound
+        tokens = torch.arange(5, 25)[None]
+        with torch.no_grad():
+            expected, found = (m(input_ids=tokens).logits.float() for m in (model, loaded))
+        assert (found - expected).norm() / expected.norm() < 0.15
+
+
 FUSED = [
     ("llama4", {"scheme": "FP8_DYNAMIC"}, True),
     ("llama4", {"scheme": "FP8_BLOCK"}, False),

@@ -12,7 +12,7 @@ import oracle
 import pytest
 import torch
 import verbs
-from checkpoints import random_weight, read_tensors, write_model, write_shard
+from checkpoints import MakeCheckpoint, random_weight, read_tensors, write_model, write_shard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -540,3 +540,38 @@ def test_of_a_foreign_checkpoint_it_is_what_its_configuration_declares(
     contents = read_contents(open_checkpoint(tmp_path / "p"))
     assert {entry.source_dtype for entry in contents.quantized.values()} == {dtype}
     assert contents.source_dtype == dtype
+
+
+# One part of the recipe alone.
+
+
+CT = "compressed-tensors"
+
+
+@pytest.mark.parametrize(
+    ("made", "asked_for", "method"),
+    [
+        (
+            {"quant_method": CT, "granularity": "channel"},
+            {"granularity": "tensor"},
+            "compressed-tensors",
+        ),
+        ({"quant_method": CT, "granularity": "channel"}, {"granularity": "mx"}, CT),
+        ({"quant_method": "modelopt", "granularity": "block:128x128"}, {"granularity": "mx"}, "modelopt"),
+        ({"quant_method": "modelopt", "granularity": "block:128x128"}, {"granularity": "channel"}, "modelopt"),
+        ({"quant_method": "quark", "granularity": "tensor"}, {"granularity": "channel"}, "quark"),
+        ({"quant_method": "torchao", "granularity": "channel"}, {"granularity": "tensor"}, "torchao"),
+        ({"quant_method": "comfyui", "granularity": "tensor"}, {"format": "e5m2"}, "comfyui"),
+        ({"quant_method": "fp8pack", "granularity": "channel"}, {"format": "e5m2"}, "fp8pack"),
+        ({"quant_method": "fp8", "granularity": "block:128x128"}, {"granularity": "tensor"}, "fp8"),
+        # what the source's method cannot store goes to one that can
+        ({"quant_method": "fp8", "granularity": "block:128x128"}, {"granularity": "channel"}, CT),
+        ({"quant_method": CT, "granularity": "channel"}, {"format": "e5m2"}, "fp8pack"),
+    ],
+    ids=str,
+)
+def test_the_quant_method_of_the_source_stays_where_it_can(
+    made: dict[str, str], asked_for: dict[str, str], method: str, make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    fp8pack.pack(make_checkpoint(), tmp_path / "a", **made)
+    assert fp8pack.convert(tmp_path / "a", dry_run=True, **asked_for).recipe["quant_method"] == method
