@@ -1,13 +1,17 @@
 """All other files of a model directory: which are copied, which are excluded, and why."""
 
+import json
 import os
 import re
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from glob import escape
 from pathlib import Path
 
+from fp8pack.checkpoint.regular_files import read_regular
 from fp8pack.checkpoint.source import ShardReader
 from fp8pack.errors import InputError
 
@@ -73,11 +77,24 @@ def list_side_files(directory: Path, weights: Sequence[str], copy: Sequence[str]
         InputError: a link leads out of the model, a file is no regular file, or a glob matches nothing.
     """
     own = {"config.json", *weights}
-    found = [_classify(directory, name, copy) for name in _walk(directory) if name not in own]
+    copied = (*copy, *(f"{escape(path)}/*" for path in _module_paths(directory)))
+    found = [_classify(directory, name, copied) for name in _walk(directory) if name not in own]
     for pattern in copy:
         if not any(fnmatchcase(side.name, pattern) for side in found):
             raise InputError(f"copy pattern {pattern!r} matches no file in {directory}", "check the name")
     return tuple(sorted(found, key=lambda side: side.name))
+
+
+def _module_paths(directory: Path) -> Iterator[str]:
+    """Directories of the modules of a sentence-transformers model, which have weights of their own."""
+    if not os.path.lexists(directory / "modules.json"):
+        return
+    with suppress(InputError, ValueError, RecursionError):
+        modules = json.loads(read_regular(directory / "modules.json"))
+        for module in modules if isinstance(modules, list) else ():
+            path = module.get("path") if isinstance(module, dict) else None
+            if isinstance(path, str) and re.fullmatch(r"\w[\w.-]*", path):
+                yield path
 
 
 def _walk(directory: Path) -> list[str]:

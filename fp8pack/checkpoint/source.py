@@ -6,7 +6,7 @@ import re
 import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path, PureWindowsPath
 from typing import Any
@@ -31,6 +31,7 @@ _SINGLE_NAMES = (SINGLE_NAME, "diffusion_pytorch_model.safetensors")
 _SAMPLE_NBYTES = 4096
 _MAX_JSON_NBYTES = 100_000_000
 _MAX_NAME_NBYTES = 255
+_NUMBERED = re.compile(r"(.+)-(\d{5,})-of-(\d{5,})\.safetensors")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +56,7 @@ class Source:
     is_single_file: bool
     index_name: str | None
     headers: Mapping[str, Header] = field(repr=False)
+    notes: tuple[str, ...] = ()
 
     @cached_property
     def fingerprint(self) -> str:
@@ -137,9 +139,14 @@ def open_source(path: Path) -> Source:
             "`fp8pack convert` makes another FP8 checkpoint of it, `fp8pack unpack` BF16; or pack the BF16, FP16 or "
             "FP32 original",
         )
-    _refuse_quantized(source.config or {}, source.directory)
-    if narrow := next((spec for spec in source.specs if spec.dtype.startswith(("F6", "F4"))), None):
+    declared = _declared(source.config or {}, source.directory)
+    if declared and not all(map(_is_plain, source.specs)):
+        raise InputError(f"{source.path} is quantized already ({declared})", _PACK_ORIGINAL)
+    if narrow := next((spec for spec in source.specs if spec.dtype.startswith(("F6_", "F4"))), None):
         raise InputError(f"{narrow.file}: tensor {narrow.name!r} is {narrow.dtype} already", _PACK_ORIGINAL)
+    if declared:
+        note = f"config.json declares {declared!r}, but no tensor is quantized: the declaration is dropped"
+        return replace(source, notes=(*source.notes, note))
     return source
 
 
@@ -156,7 +163,7 @@ def open_checkpoint(path: Path) -> Source:
         config = read_json(path / "config.json") if os.path.lexists(path / "config.json") else None
         index_name = _find_index(path)
         weight_map = _read_index(path, index_name) if index_name else {}
-        files = sorted(set(weight_map.values())) if weight_map else [_only_file(path)]
+        files = sorted(set(weight_map.values())) if weight_map else _files_without_index(path)
     elif path.suffix == ".safetensors":
         directory, files = path.parent, [path.name]
     else:
@@ -167,11 +174,13 @@ def open_checkpoint(path: Path) -> Source:
             headers[file] = (reader.header(), reader.size)
     specs = tuple(spec for header, _ in headers.values() for spec in header.tensors)
     _check_tensors(specs, directory)
+    notes: tuple[str, ...] = ()
     if index_name:
-        _check_index(specs, weight_map, index_name)
+        specs, notes = _of_index(specs, weight_map, index_name)
     sources = tuple(SourceFile(file, size, header.metadata) for file, (header, size) in headers.items())
     parsed = {file: header for file, (header, _) in headers.items()}
-    return Source(path, _display_name(path), directory, sources, specs, config, not path.is_dir(), index_name, parsed)
+    name, is_file = _display_name(path), not path.is_dir()
+    return Source(path, name, directory, sources, specs, config, is_file, index_name, parsed, notes)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -278,12 +287,20 @@ def _find_index(directory: Path) -> str | None:
     return INDEX_NAME if INDEX_NAME in indexes else indexes[0] if len(indexes) == 1 else None
 
 
-def _only_file(directory: Path) -> str:
+def _files_without_index(directory: Path) -> list[str]:
+    """The one file, or all of a numbered set: model-00001-of-00002.safetensors and so on."""
     files = sorted(path.name for path in directory.glob("*.safetensors"))
     files = [name for name in _SINGLE_NAMES if name in files][:1] or files
-    if len(files) > 1:
-        raise InputError(f"{directory} has {len(files)} .safetensors files and no index", "name the one file to pack")
-    return files[0]
+    if len(files) == 1 and not _NUMBERED.fullmatch(files[0]):
+        return files
+    sets = {(match[1], match[3]) for match in map(_NUMBERED.fullmatch, files) if match}
+    if len(sets) == 1 and all(map(_NUMBERED.fullmatch, files)):
+        [(stem, count)] = sets
+        wanted = [f"{stem}-{i:0{len(count)}}-of-{count}.safetensors" for i in range(1, min(int(count), 10**5) + 1)]
+        if missing := next((name for name in wanted if name not in files), None):
+            raise InputError(f"{missing} is missing in {directory}, which has no index", "download it again")
+        return wanted
+    raise InputError(f"{directory} has {len(files)} .safetensors files and no index", "name the one file to pack")
 
 
 def _read_index(directory: Path, name: str) -> dict[str, str]:
@@ -311,27 +328,39 @@ def _check_tensors(specs: tuple[TensorSpec, ...], directory: Path) -> None:
         seen[spec.name] = spec.file
 
 
-def _check_index(specs: tuple[TensorSpec, ...], weight_map: dict[str, str], name: str) -> None:
+def _of_index(
+    specs: tuple[TensorSpec, ...], weight_map: dict[str, str], name: str
+) -> tuple[tuple[TensorSpec, ...], tuple[str, ...]]:
+    """The tensors that an index names, checked against the files, and a note on others that the files have."""
     found = {spec.name: spec.file for spec in specs}
     if missing := weight_map.keys() - found.keys():
         raise InputError(f"tensor {min(missing)!r} appears in {name} but in no file", "download the checkpoint again")
     for tensor, file in found.items():
-        if weight_map.get(tensor) != file:
+        if weight_map.get(tensor, file) != file:
             raise InputError(
-                f"tensor {tensor!r} is in {file}, but {name} has it in {weight_map.get(tensor, 'no file')}",
+                f"tensor {tensor!r} is in {file}, but {name} has it in {weight_map[tensor]}",
                 "download the checkpoint again",
             )
+    others = [tensor for tensor in found if tensor not in weight_map]
+    if not others:
+        return specs, ()
+    note = f"{len(others)} tensors that {name} does not name are skipped, such as {min(others)}"
+    return tuple(spec for spec in specs if spec.name in weight_map), (note,)
 
 
-def _refuse_quantized(config: dict[str, Any], directory: Path) -> None:
-    sections = [config, *(value for value in config.values() if isinstance(value, dict))]
-    for section in sections:
-        quantized = section.get("quantization_config") or section.get("compression_config")
-        if quantized:
-            method = str(quantized.get("quant_method") if isinstance(quantized, dict) else quantized)[:40]
-            raise InputError(f"{directory} is quantized already ({method})", _PACK_ORIGINAL)
-    if (directory / "hf_quant_config.json").exists():
-        raise InputError(f"{directory} is quantized already (modelopt)", _PACK_ORIGINAL)
+def _declared(config: dict[str, Any], directory: Path) -> str:
+    """The quant method that a configuration declares, empty if none."""
+    for section in [config, *(value for value in config.values() if isinstance(value, dict))]:
+        if quantized := section.get("quantization_config") or section.get("compression_config"):
+            return str(quantized.get("quant_method") if isinstance(quantized, dict) else quantized)[:40]
+    return "modelopt" if (directory / "hf_quant_config.json").exists() else ""
+
+
+def _is_plain(spec: TensorSpec) -> bool:
+    """Whether a tensor is no payload and no scale of a quantized weight: floats, and integers of buffers."""
+    leaf = spec.name.rpartition(".")[2]
+    quantized = re.fullmatch(r"qweight|qzeros|g_idx|absmax|quant_map|weight_packed|\w*_?scales?(_inv)?|SCB", leaf)
+    return not quantized and (spec.dtype in ("BF16", "F16", "F32", "F64") or leaf not in ("weight", "data"))
 
 
 def _fingerprint(directory: Path, headers: Mapping[str, Header]) -> str:

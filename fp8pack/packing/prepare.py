@@ -94,6 +94,7 @@ def prepare_pack(model: Path, request: Request, options: WriteOptions) -> Prepar
         decisions, contents, request, recipe=recipe, method=method, max_shard_nbytes=limit, sizes=options.sizes
     )
     announcement = _Announcement(method.config(plan), method.files(plan))
+    plan = replace(plan, warnings=(*plan.warnings, *source.notes))
     return _place(source, plan, announcement, _Job("pack", recipe.suffix), options)
 
 

@@ -4,11 +4,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors
 import yaml
+from checkpoints import read_tensors, write_shard
 from hostile.hostile_models import NAME, Cli, Refused, pack_into
 
+import fp8pack
 from fp8pack.checkpoint.source import read_json
 from fp8pack.errors import InputError
 
@@ -54,16 +57,33 @@ QUANTIZED: dict[str, dict[str, Any]] = {
 }
 
 
+PAYLOAD = {"model.layers.0.mlp.up_proj.qweight": np.ones((32, 64), np.int32)}
+
+
 @pytest.mark.parametrize("changes", QUANTIZED.values(), ids=QUANTIZED.keys())
 def test_a_quantized_checkpoint_is_refused(
     changes: dict[str, Any], built: Any, refused: Refused, tmp_path: Path
 ) -> None:
-    refused(set_config(built.single(tmp_path / "model"), **changes))
+    model = set_config(built.single(tmp_path / "model"), **changes)
+    write_shard(model / "model.safetensors", read_tensors(model / "model.safetensors") | PAYLOAD)
+    assert "quantized already" in refused(model)
+
+
+@pytest.mark.parametrize("changes", QUANTIZED.values(), ids=QUANTIZED.keys())
+def test_a_declaration_that_no_tensor_bears_out_is_dropped(changes: dict[str, Any], built: Any, tmp_path: Path) -> None:
+    model = set_config(built.single(tmp_path / "model"), **changes)
+    result = fp8pack.pack(model, tmp_path / "out", scheme="FP8_BLOCK")
+    assert sum("the declaration is dropped" in warning for warning in result.warnings) == 1
+    assert all(warning.isprintable() for warning in result.warnings)
+    text = (tmp_path / "out" / "config.json").read_text()
+    assert text.count("quantization_config") == 1
+    assert json.loads(text)["quantization_config"]["quant_method"] == "fp8"
 
 
 def test_a_modelopt_checkpoint_is_refused(built: Any, refused: Refused, tmp_path: Path) -> None:
     model = built.single(tmp_path / "model")
     (model / "hf_quant_config.json").write_text('{"quantization":{"quant_algo":"FP8"}}')
+    write_shard(model / "model.safetensors", read_tensors(model / "model.safetensors") | PAYLOAD)
     assert "modelopt" in refused(model)
 
 

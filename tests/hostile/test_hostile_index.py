@@ -9,6 +9,7 @@ import pytest
 import safetensors
 from hostile.hostile_models import FIRST, INDEX, NAME, SECOND, Change, Refused, pack_into, points_to
 
+import fp8pack
 from fp8pack.packing.options import WriteOptions
 from fp8pack.packing.prepare import prepare_pack
 from fp8pack.planning.recipe import Request
@@ -79,9 +80,12 @@ def test_73_a_tensor_that_is_only_in_the_index_is_refused(built: Any, refused: R
     assert "'ghost'" in refused(model)
 
 
-def test_74_a_tensor_that_is_not_in_the_index_is_refused(built: Any, refused: Refused, tmp_path: Path) -> None:
+def test_74_a_tensor_that_is_not_in_the_index_is_skipped_with_a_line(built: Any, tmp_path: Path) -> None:
+    """As transformers and vLLM do, which read what the index names."""
     model = built.mend_index(built.sharded(tmp_path / "model"), lambda index: index["weight_map"].pop(NAME))
-    assert NAME in refused(model)
+    result = fp8pack.pack(model, tmp_path / "out", dry_run=True)
+    assert sum(NAME in warning for warning in result.warnings) == 1
+    assert NAME not in {tensor.name for tensor in result.tensors}
 
 
 def test_74_a_tensor_that_the_index_puts_into_the_other_shard_is_refused(
@@ -148,7 +152,18 @@ def test_82_a_whole_model_wins_over_an_index_beside_it(built: Any, tmp_path: Pat
     assert {side.name for side in prepared.side_files if side.rule} == {FIRST, SECOND, INDEX}
 
 
-def test_several_shards_without_an_index_are_refused(built: Any, refused: Refused, tmp_path: Path) -> None:
+def test_several_files_without_an_index_or_numbers_are_refused(built: Any, refused: Refused, tmp_path: Path) -> None:
     model = built.sharded(tmp_path / "model")
     (model / INDEX).unlink()
+    (model / SECOND).rename(model / "second.safetensors")
     assert "no index" in refused(model)
+
+
+def test_a_numbered_set_that_would_be_huge_is_refused_at_its_first_gap(
+    built: Any, refused: Refused, tmp_path: Path
+) -> None:
+    model = built.sharded(tmp_path / "model")
+    (model / INDEX).unlink()
+    for path in model.glob("*.safetensors"):
+        path.rename(model / f"model-{path.name.split('-')[1]}-of-{'9' * 30}.safetensors")
+    assert "is missing" in refused(model)
