@@ -6,7 +6,6 @@ tests/modelrun/test_transformers_internals.py has a test for each name, so that 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from inspect import signature
 from typing import Any, Literal
 
 import torch
@@ -83,9 +82,7 @@ def load_tensors(model: PreTrainedModel, tensors: Mapping[str, Any], device: tor
         weight_mapping=get_model_conversion_mapping(model),  # type: ignore[arg-type]
         device_map={"": str(device)},
     )
-    takes_plan = "tp_plan" in signature(convert_and_load_state_dict_in_model).parameters  # until 5.15
-    plan = {"tp_plan": None} if takes_plan else {}
-    info, _ = convert_and_load_state_dict_in_model(model, dict(tensors), config, **plan)
+    info, _ = convert_and_load_state_dict_in_model(model, dict(tensors), config)
     return info
 
 
@@ -153,7 +150,7 @@ def _register(registry: GeneralInterface, name: str, function: Callable[..., Any
 
 # Caches.
 
-CACHE_NAMES = ("cache", "past_key_values", "past_key_value")  # since 5.24, before, and in classes of their own
+CACHE_NAMES = ("cache", "past_key_values", "past_key_value")  # the last two in classes of their own
 
 
 def num_cached_tokens(kwargs: Mapping[str, Any]) -> int | None:

@@ -132,7 +132,7 @@ def _resolve(request: Request, storage: Storage, calibration: Calibration | None
         find_method(same, request.rules)
     except RecipeError:
         return recipe
-    return same
+    return replace(same, reason=recipe.reason)
 
 
 def prepare_unpack(checkpoint: Path, dtype: str | None, options: WriteOptions) -> Prepared:
