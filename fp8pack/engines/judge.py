@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
-from fp8pack.engines.class_facts import read_class_facts
+from fp8pack.engines.class_facts import ClassFacts, read_class_facts
 from fp8pack.engines.engine import Edges, Engine, EngineRule, kind_of, matches_kind, rules_for
 from fp8pack.engines.gpus import Gpu, parse_gpu
 from fp8pack.engines.ignore_list import find_listed, is_understood
@@ -66,15 +66,50 @@ class _Unknown(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Weights:
+    """FP8 weights [N, K] with their roles, and what their names tell: one value for all trials of a checkpoint."""
+
+    packed: Packed
+
+    @cached_property
+    def wrapped(self) -> tuple[str, str]:
+        """A prefix that a training wrapper left, and a name with it; empty if there is none."""
+        found = ((prefix, spec.name) for spec, _ in self.packed if (prefix := wrapper_of(spec.name)))
+        return next(found, ("", ""))
+
+    @cached_property
+    def modules(self) -> dict[str, str]:
+        """Each FP8 module of an engine -> one of the checkpoint; one expert represents its layer."""
+        one_expert = {_EXPERT.sub(".experts.*.", spec.name): spec.name for spec, _ in reversed(self.packed)}
+        parts = {name.removesuffix(".weight"): fused_module(name) for name in one_expert.values()}
+        return {module: module for module in parts} | {fused: module for module, fused in parts.items() if fused}
+
+    @cached_property
+    def leaves(self) -> dict[str, str]:
+        """The last part of each module's name -> the first module with it."""
+        return {module.rpartition(".")[2]: module for module in reversed(self.modules.values())}
+
+    @cached_property
+    def groups(self) -> dict[str | None, str]:
+        """Each fused module of an engine -> an FP8 part of it."""
+        return {together(spec.name): spec.name.removesuffix(".weight") for spec, _ in reversed(self.packed)}
+
+
+@dataclass(frozen=True)
 class Case:
     """What is judged: FP8 weights and how they are stored, the model, the GPU, and the ignored modules."""
 
     storage: Storage
-    packed: Packed
+    weights: Weights
     facts: ModelFacts
     sizes: tuple[int, ...]
     gpu: Gpu | None = None
     ignored: tuple[str, ...] = ()
+
+    @property
+    def packed(self) -> Packed:
+        """The FP8 weights and their roles."""
+        return self.weights.packed
 
     @cached_property
     def kind(self) -> str:
@@ -86,17 +121,10 @@ class Case:
         """Why the weights cannot be sharded at each tensor-parallel size, None if they can."""
         return {tp: tp_problem(self.packed, self.storage.granularity, tp, self.facts) for tp in self.sizes}
 
-    @cached_property
-    def modules(self) -> dict[str, str]:
-        """Each FP8 module of an engine -> one of the checkpoint; one expert represents its layer."""
-        one_expert = {_EXPERT.sub(".experts.*.", spec.name): spec.name for spec, _ in reversed(self.packed)}
-        parts = {name.removesuffix(".weight"): fused_module(name) for name in one_expert.values()}
-        return {module: module for module in parts} | {fused: module for module, fused in parts.items() if fused}
-
-    @cached_property
-    def groups(self) -> dict[str | None, str]:
-        """Each fused module of an engine -> an FP8 part of it."""
-        return {together(spec.name): spec.name.removesuffix(".weight") for spec, _ in reversed(self.packed)}
+    def built_by(self, engine: Engine) -> ClassFacts | None:
+        """What the code of an engine says of this model's class, None if it has none or was not read."""
+        known = read_class_facts(engine.facts)
+        return known.classes.get(self.facts.architecture) if known else None
 
 
 def judge_engines(
@@ -113,7 +141,7 @@ def judge_engines(
     packed: the FP8 weights [N, K] and their roles. tp, gpu: default to the usual sizes and any GPU.
     ignored: the ignored modules, as the checkpoint lists them; empty if the list is unknown.
     """
-    case = Case(storage, packed, facts, (tp,) if tp else TP_SIZES, parse_gpu(gpu), tuple(ignored))
+    case = Case(storage, Weights(packed), facts, (tp,) if tp else TP_SIZES, parse_gpu(gpu), tuple(ignored))
     verdicts = (judge_engine(engine, case) for engine in ENGINES)
     return tuple(
         replace(verdict, remedy=_remedy(engine, case)) if verdict.loads is False and not verdict.remedy else verdict
@@ -197,13 +225,11 @@ def _architecture(engine: Engine, case: Case) -> _Findings:
 
 def _built(engine: Engine, case: Case) -> _Findings:
     """The class of the engine builds each FP8 weight with the quantization config."""
-    known = read_class_facts(engine.facts)
-    built = known.classes.get(case.facts.architecture) if known else None
+    built, of_leaf = case.built_by(engine), case.weights.leaves
     if built is None:
         return
     if "*" in built.unknown:
         yield _Unknown(f"its class of {case.facts.architecture} was not found in its code")
-    of_leaf = {module.rpartition(".")[2]: module for module in reversed(case.modules.values())}
     leaves = [
         leaf
         for leaf in of_leaf
@@ -220,10 +246,9 @@ def _built(engine: Engine, case: Case) -> _Findings:
 
 def _names(engine: Engine, case: Case) -> _Findings:
     """Engines look for the names of the model itself; load_packed() takes any."""
-    if engine.is_for_language_models and engine.facts:
-        for spec, _ in case.packed:
-            if prefix := wrapper_of(spec.name):
-                yield _Refusal(f"tensor names have {prefix}, as {spec.name}", f"--strip-prefix {prefix}")
+    prefix, name = case.weights.wrapped
+    if prefix and engine.is_for_language_models and engine.facts:
+        yield _Refusal(f"tensor names have {prefix}, as {name}", f"--strip-prefix {prefix}")
 
 
 def _reader(engine: Engine, case: Case) -> _Findings:
@@ -301,7 +326,7 @@ def _groups(engine: Engine, case: Case) -> _Findings:
         return
     for ignored in case.ignored:
         group = together(f"{ignored}.weight")
-        if group and (module := case.groups.get(group)):
+        if group and (module := case.weights.groups.get(group)):
             reason = f"{module} is FP8 and {ignored} is not, but it fuses both into {group}"
             yield _Refusal(reason, f"--ignore {module}")
     if engine.id == "vllm":
@@ -326,10 +351,10 @@ def _list(engine: Engine, case: Case) -> _Findings:
     syntax = engine.list_syntax(case.kind)
     if syntax is None or not case.ignored:
         return
-    if listed := find_listed(case.ignored, tuple(case.modules), syntax.matches):
+    if listed := find_listed(case.ignored, tuple(case.weights.modules), syntax.matches):
         entry, module = listed
         reason = f"ignore entry `{entry}` also matches {module}, which is FP8"
-        yield _Refusal(reason, f"--ignore {case.modules[module]}")
+        yield _Refusal(reason, f"--ignore {case.weights.modules[module]}")
     if alien := next((entry for entry in case.ignored if not is_understood(entry, syntax.matches)), None):
         yield f"ignore entry `{alien}` is no valid pattern for it"
     for head in tied_heads(case.facts) if case.facts.tied and syntax.lists_tied_head else ():
@@ -359,8 +384,7 @@ def _gpu(engine: Engine, case: Case) -> _Findings:
 def _kv_cache(engine: Engine, case: Case) -> list[str]:
     if not case.storage.kv_cache:
         return []
-    known = read_class_facts(engine.facts)
-    built = known.classes.get(case.facts.architecture) if known else None
+    built = case.built_by(engine)
     if built is not None and built.kv_scales is False:
         return ["its class drops the scales of K and V, which become 1.0"]
     return [rule.text for rule in rules_for(engine.kv_cache, case.kind, case.facts.architecture)]

@@ -9,13 +9,13 @@ from fp8pack.modelfacts.spec import TensorSpec
 
 # Of torch.compile and FSDP, which wrap any module; of DataParallel and DistributedDataParallel, which wrap a model.
 _ANYWHERE = ("_orig_mod.", "_fsdp_wrapped_module.")
-_AT_START = ("module.",)
+_WRAPPED = re.compile(rf"(?:^|\.)({'|'.join(map(re.escape, _ANYWHERE))})|^(module\.)")
 
 
 def wrapper_of(name: str) -> str:
     """Return the prefix that a training wrapper left in a name, empty if there is none."""
-    found = (prefix for prefix in _ANYWHERE if re.search(rf"(^|\.){re.escape(prefix)}", name))
-    return next(found, next((prefix for prefix in _AT_START if name.startswith(prefix)), ""))
+    match = _WRAPPED.search(name)
+    return (match[1] or match[2]) if match else ""
 
 
 def strip_prefixes(specs: Sequence[TensorSpec], prefixes: Iterable[str]) -> tuple[TensorSpec, ...]:

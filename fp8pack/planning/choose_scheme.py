@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 
 from fp8pack.engines.gpus import parse_gpu
-from fp8pack.engines.judge import TP_SIZES, Case, judge_engine
+from fp8pack.engines.judge import TP_SIZES, Case, Weights, judge_engine
 from fp8pack.engines.known import BY_ID, ENGINES, NAMES
 from fp8pack.errors import RecipeError
 from fp8pack.modelfacts.fused import together
@@ -170,7 +170,7 @@ def _try(choice: Scheme, request: Request, packed: Packed, facts: ModelFacts, si
         powers_of_two=choice.scale_rounding != ScaleRounding.NONE,
         spelling=spelling_of(request, choice.quant_method, choice.granularity),
     )
-    case = Case(storage, held, facts, sizes, parse_gpu(request.gpu))
+    case = Case(storage, Weights(held), facts, sizes, parse_gpu(request.gpu))
     verdicts = [judge_engine(BY_ID[target], case) for target in request.targets]
     refusals = {
         verdict.engine: verdict.reason

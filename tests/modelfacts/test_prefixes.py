@@ -114,3 +114,14 @@ def test_norms_of_another_size_and_empty_buffers_are_no_parts(make_checkpoint: M
     tensors = cut("model.layers.0.self_attn.q_norm.weight", (64,)) | {"model.empty": np.zeros((0,), ml_dtypes.bfloat16)}
     config = llama_config() | {"hidden_size": 256}
     assert fp8pack.pack(make_checkpoint(tensors, config=config), dry_run=True).num_packed
+
+
+def test_names_are_looked_at_once_for_all_engines_and_remedies(
+    make_checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 99,000 weights it took 11 s when each engine and each trial of a remedy looked anew."""
+    seen: list[str] = []
+    monkeypatch.setattr("fp8pack.engines.judge.wrapper_of", lambda name: seen.append(name) or "")
+    result = fp8pack.pack(make_checkpoint(), dry_run=True, scheme="FP8_DYNAMIC")
+    assert any(verdict.remedy for verdict in result.engines)
+    assert len(seen) == len(set(seen)) == result.num_packed
