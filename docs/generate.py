@@ -17,6 +17,7 @@ from fp8pack.checkpoint.calibration_file import CalibrationEntry
 from fp8pack.checkpoint.manifest_schema import Manifest
 from fp8pack.cli.app import app
 from fp8pack.documents import SCHEMA
+from fp8pack.engines.case import make_case
 from fp8pack.engines.class_facts import read_class_facts
 from fp8pack.engines.engine import Engine, EngineRule
 from fp8pack.engines.gpus import GPUS
@@ -209,6 +210,11 @@ the linears that each builds without a quantization config, its fused linears, a
 A class that an engine does not have is "not known" if the engine can run it through transformers, else "no". To add a
 version: run the program, read the diff, name the file in the engine's `facts`. "Left open" counts classes with a
 linear of which parsing does not tell. All other rules on this page were written by hand.
+
+`tools/read_modules.py` builds every class of the installed transformers without weights, and writes where its modules
+differ from its files: names, tensors that are split or joined at load, experts that it puts together, linears of a
+class of their own, modules kept in float32. [families.md](families.md) compares what fp8pack makes of that with what
+transformers does.
 """
 
 
@@ -266,7 +272,7 @@ def _glance() -> Iterable[Sequence[str]]:
         spelled, granularity, activations = kind.split()
         method, _, spelling = spelled.partition("/")
         storage = Storage(method, E4M3, parse_granularity(granularity), activations, spelling=spelling)
-        verdicts = judge_engines(storage, (), ModelFacts("Qwen2ForCausalLM", "qwen2"), tp=1)
+        verdicts = judge_engines(make_case(storage, (), ModelFacts("Qwen2ForCausalLM", "qwen2"), tp=1))
         yield (f"`{kind}`", *("yes" if verdict.tp else "no" for verdict in verdicts))
 
 

@@ -1,7 +1,7 @@
 """The rules of an inference engine, as one value; every rule names its source."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from fnmatch import fnmatchcase
 
@@ -76,7 +76,9 @@ class Engine:
     of K and V. lists: how it matches ignore entries. renaming: classes that rename `weight_scale_inv` -> their names.
     rounds_on_sm100: where it was read to round block scales to powers of two on SM100, which DeepGEMM needs there.
     fuses: it builds qkv_proj and gate_up_proj. loads_whole: it has no tensor parallelism to judge.
-    is_for_language_models: it needs an architecture in config.json. facts: the file of its classes in data/.
+    is_for_language_models: it needs an architecture in config.json. facts, modules: the files in data/ of its classes,
+    and of their modules.
+    earlier: versions before this one whose classes were read.
     dequantizes: linears that it makes BF16 at load -> the kinds of storage from which it can.
     """
 
@@ -97,7 +99,13 @@ class Engine:
     loads_whole: bool = False
     is_for_language_models: bool = True
     facts: str = ""
+    modules: str = ""
+    earlier: tuple[str, ...] = ()
     dequantizes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def at(self, version: str) -> "Engine":
+        """Return the engine with the classes of a version; the rules by hand are those of the newest."""
+        return replace(self, version=f"{self.name} {version}", facts=f"{self.id}-{version}") if version else self
 
     def list_syntax(self, kind: str) -> ListSyntax | None:
         """Return how the engine matches ignore entries, None if that was not read."""

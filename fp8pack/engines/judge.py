@@ -3,28 +3,25 @@
 The rules were read in the engines' code; no engine was run. docs/engines.md says which libraries were run.
 """
 
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import NamedTuple
 
-from fp8pack.engines.class_facts import ClassFacts, read_class_facts
-from fp8pack.engines.engine import Edges, Engine, EngineRule, kind_of, matches_kind, rules_for
-from fp8pack.engines.gpus import Gpu, parse_gpu
+from fp8pack.engines.case import EXPERT, Case
+from fp8pack.engines.class_facts import read_class_facts
+from fp8pack.engines.engine import KEEP_EXPERTS, Edges, Engine, EngineRule, matches_kind, rules_for
 from fp8pack.engines.ignore_list import find_listed, is_understood
-from fp8pack.engines.known import BY_ID, ENGINES, NAMES
+from fp8pack.engines.known import BY_ID, ENGINES, NAMES, find_engine, id_of
+from fp8pack.engines.module_facts import ModuleFacts, find_modules, is_kept, read_module_facts
 from fp8pack.errors import RecipeError
 from fp8pack.modelfacts.fused import LAST_PARTS, REPLICATED, fused_module, together
 from fp8pack.modelfacts.model import ModelFacts
-from fp8pack.modelfacts.prefixes import wrapper_of
 from fp8pack.modelfacts.spec import TensorSpec
 from fp8pack.modelfacts.storage import Storage
-from fp8pack.modelfacts.tensor_parallel import GEMM_MULTIPLE, Packed, tp_problem
+from fp8pack.modelfacts.tensor_parallel import GEMM_MULTIPLE, tp_problem
 from fp8pack.numerics.formats import E4M3, E5M2
 from fp8pack.numerics.granularity import BLOCK_128, CHANNEL, MX, TENSOR
 
-TP_SIZES = (1, 2, 4, 8)
 _NOT_STRICT = "leave out --strict-target"
 NO_ARCHITECTURE = "no config.json names an architecture"
 
@@ -37,15 +34,14 @@ PRESETS = {
     "W8A16": Storage("compressed-tensors", E4M3, CHANNEL, "none"),
     "FP8_SCALED": Storage("comfyui", E4M3, TENSOR, "dynamic"),
 }
-_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
 @dataclass(frozen=True, slots=True)
 class EngineVerdict:
     """Whether an engine loads the output: the tensor-parallel sizes at which it does, or the reason and the remedy.
 
-    loads: None if that is not known; the reason says why. If it loads at some sizes only, the reason is of the first
-    size at which it does not.
+    loads: None if that is not known; the reason says why. version: of the engine, as its code was read. If it loads at
+    some sizes only, the reason is of the first size at which it does not.
     """
 
     engine: str
@@ -54,6 +50,7 @@ class EngineVerdict:
     note: str = ""
     reason: str = ""
     remedy: str = ""
+    version: str = ""
 
 
 class _Refusal(NamedTuple):
@@ -65,88 +62,20 @@ class _Unknown(NamedTuple):
     reason: str
 
 
-@dataclass(frozen=True)
-class Weights:
-    """FP8 weights [N, K] with their roles, and what their names tell: one value for all trials of a checkpoint."""
-
-    packed: Packed
-
-    @cached_property
-    def wrapped(self) -> tuple[str, str]:
-        """A prefix that a training wrapper left, and a name with it; empty if there is none."""
-        found = ((prefix, spec.name) for spec, _ in self.packed if (prefix := wrapper_of(spec.name)))
-        return next(found, ("", ""))
-
-    @cached_property
-    def modules(self) -> dict[str, str]:
-        """Each FP8 module of an engine -> one of the checkpoint; one expert represents its layer."""
-        one_expert = {_EXPERT.sub(".experts.*.", spec.name): spec.name for spec, _ in reversed(self.packed)}
-        parts = {name.removesuffix(".weight"): fused_module(name) for name in one_expert.values()}
-        return {module: module for module in parts} | {fused: module for module, fused in parts.items() if fused}
-
-    @cached_property
-    def leaves(self) -> dict[str, str]:
-        """The last part of each module's name -> the first module with it."""
-        return {module.rpartition(".")[2]: module for module in reversed(self.modules.values())}
-
-    @cached_property
-    def groups(self) -> dict[str | None, str]:
-        """Each fused module of an engine -> an FP8 part of it."""
-        return {together(spec.name): spec.name.removesuffix(".weight") for spec, _ in reversed(self.packed)}
-
-
-@dataclass(frozen=True)
-class Case:
-    """What is judged: FP8 weights and how they are stored, the model, the GPU, and the ignored modules."""
-
-    storage: Storage
-    weights: Weights
-    facts: ModelFacts
-    sizes: tuple[int, ...]
-    gpu: Gpu | None = None
-    ignored: tuple[str, ...] = ()
-
-    @property
-    def packed(self) -> Packed:
-        """The FP8 weights and their roles."""
-        return self.weights.packed
-
-    @cached_property
-    def kind(self) -> str:
-        """The storage as the rules name it."""
-        return kind_of(self.storage)
-
-    @cached_property
-    def cuts(self) -> dict[int, str | None]:
-        """Why the weights cannot be sharded at each tensor-parallel size, None if they can."""
-        return {tp: tp_problem(self.packed, self.storage.granularity, tp, self.facts) for tp in self.sizes}
-
-    def built_by(self, engine: Engine) -> ClassFacts | None:
-        """What the code of an engine says of this model's class, None if it has none or was not read."""
-        known = read_class_facts(engine.facts)
-        return known.classes.get(self.facts.architecture) if known else None
-
-
-def judge_engines(
-    storage: Storage,
-    packed: Packed,
-    facts: ModelFacts,
-    *,
-    tp: int | None = None,
-    gpu: str | None = None,
-    ignored: Sequence[str] = (),
-) -> tuple[EngineVerdict, ...]:
-    """Return a verdict for every engine.
-
-    packed: the FP8 weights [N, K] and their roles. tp, gpu: default to the usual sizes and any GPU.
-    ignored: the ignored modules, as the checkpoint lists them; empty if the list is unknown.
-    """
-    case = Case(storage, Weights(packed), facts, (tp,) if tp else TP_SIZES, parse_gpu(gpu), tuple(ignored))
-    verdicts = (judge_engine(engine, case) for engine in ENGINES)
+def judge_engines(case: Case, targets: Sequence[str] = ()) -> tuple[EngineVerdict, ...]:
+    """Return a verdict for every engine; targets may name versions of some, the newest that was read is the default."""
+    named = {id_of(target): find_engine(target) for target in targets}
+    engines = [named.get(engine.id, engine) for engine in ENGINES]
+    verdicts = [replace(judge_engine(engine, case), version=engine.version) for engine in engines]
     return tuple(
         replace(verdict, remedy=_remedy(engine, case)) if verdict.loads is False and not verdict.remedy else verdict
-        for engine, verdict in zip(ENGINES, verdicts, strict=True)
+        for engine, verdict in zip(engines, verdicts, strict=True)
     )
+
+
+def module_facts(facts: ModelFacts) -> ModuleFacts:
+    """Return how transformers builds the modules of a model; of a class that was not read, as they are in the files."""
+    return read_module_facts(BY_ID["transformers"].modules).get(facts.architecture) or ModuleFacts()
 
 
 def tied_heads(facts: ModelFacts) -> tuple[str, ...]:
@@ -160,18 +89,21 @@ def check_targets(
     verdicts: Sequence[EngineVerdict], storage: Storage, targets: Sequence[str], *, strict: bool = False
 ) -> None:
     """Raise RecipeError if an engine that is a target cannot load the output; strict: or if that is not known."""
+    ids = {id_of(target) for target in targets}
     for verdict in verdicts:
-        if verdict.engine in targets and (verdict.loads is False or (strict and verdict.loads is None)):
+        if verdict.engine in ids and (verdict.loads is False or (strict and verdict.loads is None)):
             stored = f"{storage.granularity} scales in {storage.quant_method}"
             loads, remedy = ("cannot", verdict.remedy) if verdict.loads is False else ("may not", _NOT_STRICT)
-            raise RecipeError(f"{NAMES[verdict.engine]} {loads} load {stored}: {verdict.reason}", remedy)
+            raise RecipeError(
+                f"{verdict.version or NAMES[verdict.engine]} {loads} load {stored}: {verdict.reason}", remedy
+            )
 
 
 def judge_engine(engine: Engine, case: Case) -> EngineVerdict:
     """Return the verdict of one engine; without a remedy that changes the recipe, which costs more trials."""
     notes: list[str] = []
     unknown: _Unknown | None = None
-    for look in (_architecture, _names, _reader, _weights, _built, _shapes, _groups, _list, _head, _gpu):
+    for look in (_architecture, _names, _reader, _weights, _built, _modules, _shapes, _groups, _list, _head, _gpu):
         for found in look(engine, case):
             if isinstance(found, _Refusal):
                 return EngineVerdict(engine.id, False, (), "", found.reason, found.remedy)
@@ -244,6 +176,42 @@ def _built(engine: Engine, case: Case) -> _Findings:
             yield _Unknown(f"parsing does not tell whether its class builds {of_leaf[leaf]} in BF16")
 
 
+def _modules(engine: Engine, case: Case) -> _Findings:
+    """Each FP8 weight becomes one FP8 linear, or a part of the experts that the class puts together."""
+    built = read_module_facts(engine.modules).get(case.facts.architecture)
+    if built is None:
+        return
+    if case.storage.quant_method.replace("mxfp8", "fp8") in built.refused:
+        yield _Refusal(f"it does not build this class with {case.storage.quant_method} scales")
+    paths = {stem: find_modules(stem, built.names)[0] for stem in case.weights.stems}
+    if found := [stem for stem in paths if stem in built.converted]:
+        remedy = " ".join(f"--ignore '*.{leaf}'" for leaf in dict.fromkeys(stem.rpartition(".")[2] for stem in found))
+        name = case.weights.stems[found[0]]
+        yield _Refusal(f"{name} is FP8, and it splits or joins that at load, but not the scales", remedy)
+    merges = any(rule.loads for rule in rules_for(engine.experts, case.kind, case.facts.architecture))
+    if not merges and any(path in built.experts and stem not in built.merged for stem, path in paths.items()):
+        yield _Refusal("it has no conversion from experts one by one for this class", KEEP_EXPERTS)
+    if found := [stem for stem, path in paths.items() if path in built.others]:
+        leaf, name = found[0].rpartition(".")[2], case.weights.stems[found[0]]
+        yield _Refusal(f"{name} is FP8, and its class has no linear there", f"--ignore '*.{leaf}'")
+    if case.storage.quant_method in ("fp8", "mxfp8"):
+        yield from _replaced(built, paths, case)
+
+
+def _replaced(built: ModuleFacts, paths: Mapping[str, str], case: Case) -> _Findings:
+    """Of FP8 files with blocks, transformers replaces plain linears, and experts, by classes of its own."""
+    if built.has_scale:
+        yield _Refusal("it takes parameters of this class that are called scale for scales of weights")
+    for stem, path in paths.items():
+        name = case.weights.stems[stem]
+        if path in built.unfit:
+            yield _Refusal("its class of FP8 experts does not fit the experts of this class")
+        elif path in built.subclasses:
+            yield _Refusal(f"{name} is FP8, and its class has a linear of its own there, which it does not replace")
+        elif is_kept(path, built.wide):
+            yield _Refusal(f"{name} is FP8, and its class keeps it in float32")
+
+
 def _names(engine: Engine, case: Case) -> _Findings:
     """Engines look for the names of the model itself; load_packed() takes any."""
     prefix, name = case.weights.wrapped
@@ -310,7 +278,7 @@ def _takes_edge(engine: Engine, case: Case, spec: TensorSpec) -> bool:
         return True  # compressed-tensors cuts its blocks itself
     if edges == Edges.NONE:
         return False
-    is_expert, leaf = _EXPERT.search(spec.name) is not None, _leaf(spec)
+    is_expert, leaf = EXPERT.search(spec.name) is not None, _leaf(spec)
     if spec.shape[0] % 128 == 0 or not (is_expert or fused_module(spec.name)):
         return True
     return not is_expert and leaf in LAST_PARTS and (edges == Edges.LAST or leaf in REPLICATED)

@@ -22,12 +22,30 @@ _ALIASES = {"trtllm": "tensorrt-llm", "tensorrtllm": "tensorrt-llm", "trt-llm": 
 
 
 def parse_targets(texts: Sequence[str]) -> tuple[str, ...]:
-    """Return engine ids, named in any case and with `_` for `-`; RecipeError if one is not known."""
+    """Return engine ids, each with `==` and a version if the text has one; RecipeError if one is not known.
+
+    Engines are named in any case and with `_` for `-`.
+    """
     targets = []
     for text in texts:
-        target = text.strip().lower().replace("_", "-")
+        name, _, version = (part.strip() for part in text.lower().partition("=="))
+        target = name.replace("_", "-")
         target = _ALIASES.get(target, target)
         if target not in NAMES:
             raise unknown("target", text, tuple(NAMES))
-        targets.append(target)
+        newest = BY_ID[target].version.rpartition(" ")[2]
+        if version and version not in (newest, *BY_ID[target].earlier):
+            raise unknown(f"version of {NAMES[target]}", version, (newest, *BY_ID[target].earlier))
+        targets.append(f"{target}=={version}" if version not in ("", newest) else target)
     return tuple(dict.fromkeys(targets))
+
+
+def id_of(target: str) -> str:
+    """Return the id of the engine that a target names."""
+    return target.partition("==")[0]
+
+
+def find_engine(target: str) -> Engine:
+    """Return the engine that a target names, at the version that it names."""
+    name, _, version = target.partition("==")
+    return BY_ID[name].at(version)

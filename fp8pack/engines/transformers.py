@@ -2,7 +2,6 @@
 
 from fp8pack.engines.engine import (
     INFERRED,
-    KEEP_EXPERTS,
     RUN,
     Edges,
     Engine,
@@ -15,8 +14,9 @@ from fp8pack.engines.ignore_list import ListSyntax, Match
 TRANSFORMERS = Engine(
     "transformers",
     "transformers",
-    "transformers 5.23.0",
+    "transformers 5.24.0",
     facts="transformers-5.24.0",
+    modules="transformers-5.24.0-modules",
     readers=(
         EngineRule(
             "fp8 block:128x128 dynamic, fp8/transformers tensor dynamic, mxfp8 mx dynamic",
@@ -57,14 +57,6 @@ TRANSFORMERS = Engine(
             "conversion_mapping.py",
             "has no conversion from experts one by one for Llama 4",
             only=("Llama4*",),
-        ),
-        EngineRule(
-            "*",
-            False,
-            "conversion_mapping.py",
-            "has no conversion from experts one by one for this class",
-            KEEP_EXPERTS,
-            only=("GptOss*", "Qwen3VLMoe*"),
         ),
         EngineRule("compressed-tensors *", True, "conversion_mapping.py", only=("Llama4*",)),
         EngineRule(

@@ -22,6 +22,7 @@ VLLM = Engine(
     "vLLM",
     "vLLM 0.33.0",
     facts="vllm-0.33.0",
+    earlier=("0.32.0",),
     dequantizes={"wk": ("fp8 block:128x128 dynamic",)},  # models/deepseek_v2.py, of the indexer: weight_scale_inv only
     readers=(
         *renaming_rules(_RENAMING, "models/mistral3.py"),

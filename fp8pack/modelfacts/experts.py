@@ -6,14 +6,15 @@ gpt-oss interleaves gate and up, and has biases. A part is a view: nothing is re
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
 from fp8pack.errors import InputError
 from fp8pack.modelfacts.contents import Contents, Quantized
 from fp8pack.modelfacts.model import ModelFacts
-from fp8pack.modelfacts.spec import DTYPE_BITS, TensorSpec
+from fp8pack.modelfacts.patterns import star
+from fp8pack.modelfacts.spec import DTYPE_BITS, TensorSpec, nbytes_of
 from fp8pack.numerics.granularity import CHANNEL, TENSOR
 
 _FUSED = re.compile(r"(?P<experts>(.+\.)?experts)\.(?P<leaf>\w+?)(\.weight|(?P<bias>_bias))?$")
@@ -31,15 +32,17 @@ _TAKES_HIDDEN = ("gate_up_proj", "gate_proj", "up_proj", "w13", "w1", "w3")  # K
 TRANSPOSED = ("llama4", "llama4_text", "qwen3_vl_moe", "qwen3_vl_moe_text", "qwen3_omni_moe", "gpt_oss")
 _INTERLEAVED = ("gpt_oss",)
 
+_ONE = re.compile(r"(?P<experts>(.+\.)?experts)\.(?P<index>\d{1,5})\.(?P<leaf>\w+)\.(?P<kind>weight|bias)$")
+
 Split = tuple[TensorSpec, Quantized | None]
 
 
 @dataclass(frozen=True, slots=True)
-class _Layout:
+class FusedLayout:
     """The layout of fused experts: whether N is the last dimension, and whether gate and up are interleaved."""
 
-    transposed: bool
-    interleaved: bool
+    transposed: bool = False
+    interleaved: bool = False
 
 
 def split_experts(contents: Contents) -> Contents:
@@ -63,7 +66,65 @@ def split_experts(contents: Contents) -> Contents:
     return replace(contents, tensors=tuple(tensors), quantized=quantized)
 
 
-def _layouts(contents: Contents) -> dict[str, _Layout]:
+@dataclass(frozen=True, slots=True)
+class JoinedExperts:
+    """A fused tensor, and the weight of each expert with its view into that tensor."""
+
+    whole: TensorSpec
+    parts: tuple[tuple[TensorSpec, TensorSpec], ...]
+
+
+def join_experts(
+    tensors: Sequence[TensorSpec], model_type: str, layouts: Mapping[str, FusedLayout]
+) -> list[JoinedExperts]:
+    """Return the fused tensors that the experts of each layer were taken apart from, the reverse of split_experts().
+
+    layouts: the names of fused tensors, `*` for numbers -> how they lie. A layer is left as it is if one of its experts
+    is missing or has another shape. The dtype of a fused tensor is that of its first part.
+    """
+    layers: dict[str, dict[str, TensorSpec]] = {}
+    for spec in tensors:
+        if match := _ONE.match(spec.name):
+            layers.setdefault(match["experts"], {})[spec.name] = spec
+    joined = []
+    for experts, members in layers.items():
+        found: list[JoinedExperts] = []
+        for stem, layout in layouts.items():
+            if stem.rpartition(".")[0] == star(experts):
+                transposed = layout.transposed or model_type in TRANSPOSED
+                whole = FusedLayout(transposed, interleaved=model_type in _INTERLEAVED)
+                found += _join(f"{experts}.{stem.rpartition('.')[2]}", members, whole)
+        if {part.name for each in found for part, _ in each.parts} == members.keys():
+            joined += found
+    return joined
+
+
+def _join(name: str, members: Mapping[str, TensorSpec], layout: FusedLayout) -> list[JoinedExperts]:
+    experts, _, leaf = name.rpartition(".")
+    is_bias = leaf.endswith("_bias")
+    leaf, kind = leaf.removesuffix("_bias"), "bias" if is_bias else "weight"
+    names, count = _PARTS.get(leaf, ()), 0
+    while names and f"{experts}.{count}.{names[0]}.{kind}" in members:
+        count += 1
+    if count == 0 or (layout.interleaved and not layout.transposed):
+        return []
+    first = members[f"{experts}.0.{names[0]}.{kind}"]
+    n, wide = first.shape[0], first.shape[0] * len(names)
+    k = first.shape[-1]
+    shape = (count, wide) if is_bias else (count, k, wide) if layout.transposed else (count, wide, k)
+    whole = TensorSpec(name, first.dtype, shape, first.file, 0, nbytes_of(first.dtype, shape))
+    if is_bias:
+        views = [view for i in range(count) for view in _bias(whole, experts, i, leaf, layout.interleaved)]
+    else:
+        views = [view for i in range(count) for view, _ in _matrices(whole, f"{experts}.{i}", leaf, layout, None)]
+    found = [members.get(view.name) for view in views]
+    parts = [
+        (part, view) for part, view in zip(found, views, strict=True) if part is not None and part.shape == view.shape
+    ]
+    return [JoinedExperts(whole, tuple(parts))] if len(parts) == len(views) and n else []
+
+
+def _layouts(contents: Contents) -> dict[str, FusedLayout]:
     """The layout of the experts of each layer.
 
     The hidden size is K of gate and up, and N of down. A square tensor does not show its layout; another of the layer
@@ -71,7 +132,7 @@ def _layouts(contents: Contents) -> dict[str, _Layout]:
     """
     facts, known = contents.facts, contents.facts.model_type in TRANSPOSED
     interleaved = facts.model_type in _INTERLEAVED
-    found: dict[str, _Layout] = {}
+    found: dict[str, FusedLayout] = {}
     for spec in contents.tensors:
         match = _FUSED.match(spec.name)
         if match is None or match["bias"] or match["leaf"] not in _PARTS or len(spec.shape) != 3:
@@ -80,14 +141,14 @@ def _layouts(contents: Contents) -> dict[str, _Layout]:
         hidden_first = rows == facts.hidden_size
         if rows != cols and facts.hidden_size in (rows, cols):
             takes_hidden = match["leaf"] in _TAKES_HIDDEN
-            found[match["experts"]] = _Layout(hidden_first == takes_hidden, interleaved)
+            found[match["experts"]] = FusedLayout(hidden_first == takes_hidden, interleaved)
         elif known:
-            found.setdefault(match["experts"], _Layout(True, interleaved))
+            found.setdefault(match["experts"], FusedLayout(True, interleaved))
     return found
 
 
 def _split(
-    spec: TensorSpec, facts: ModelFacts, layouts: Mapping[str, _Layout], quantized: Quantized | None
+    spec: TensorSpec, facts: ModelFacts, layouts: Mapping[str, FusedLayout], quantized: Quantized | None
 ) -> list[Split]:
     match = _FUSED.match(spec.name)
     if match is None or match["leaf"] not in _PARTS or len(spec.shape) != (2 if match["bias"] else 3):
@@ -103,7 +164,9 @@ def _split(
     return [] if quantized and any(stored is None for _, stored in parts) else parts
 
 
-def _matrices(spec: TensorSpec, expert: str, leaf: str, layout: _Layout, quantized: Quantized | None) -> list[Split]:
+def _matrices(
+    spec: TensorSpec, expert: str, leaf: str, layout: FusedLayout, quantized: Quantized | None
+) -> list[Split]:
     """The weights [N, K] of one expert."""
     _, rows, cols = spec.shape
     index, names = int(expert.rpartition(".")[2]), _PARTS[leaf]
@@ -139,7 +202,7 @@ def _view(spec: TensorSpec, name: str, shape: tuple[int, ...], offset: int, stri
 
 
 def _scales(
-    spec: TensorSpec, part: TensorSpec, quantized: Quantized, index: int, first: int, layout: _Layout
+    spec: TensorSpec, part: TensorSpec, quantized: Quantized, index: int, first: int, layout: FusedLayout
 ) -> Quantized | None:
     """How a part is dequantized: its piece of the fused scales, None if another part shares a scale.
 

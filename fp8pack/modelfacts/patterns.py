@@ -143,3 +143,8 @@ def _nearest(text: str, asked: Sequence[tuple[str, ...]]) -> Iterator[str]:
         yield f"{parent}{dot}{near}"
         if not parent:
             yield f"*.{near}"
+
+
+def star(name: str) -> str:
+    """Return a name with `*` for each number between its dots."""
+    return ".".join("*" if part.isdecimal() else part for part in name.split("."))

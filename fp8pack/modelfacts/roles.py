@@ -30,7 +30,7 @@ _IGNORED = tuple(
     for pattern, role, reason in (
         (
             r"(^|\.)(vision\w*|visual\w*|image_\w+|vit|audio\w*|speech\w*|sam_model|siglip\w*|vqmodel|vae|first_stage_model|"
-            r"cond_stage_model|text_encoders?|conditioner)\.(?=.*\.|\w)",
+            r"cond_stage_model|text_encoders?|conditioner)\.",
             "tower",
             "of another modality, a small share of the compute",
         ),
@@ -85,6 +85,7 @@ _IGNORED = tuple(
             "state",
             "its error accumulates over the sequence",
         ),
+        (r"(^|\.)lora_\w+(\.\w+)?$", "lora", "a factor of an adapter, which is small"),
         (r"(^|\.)_extra_state\w*$", "extra_state", "Transformer Engine's pickled state, not read"),
     )
 )
@@ -102,16 +103,31 @@ _LINEARS = {
     "mlp.gate_up": "gate_up_proj w13",
     "ssm": "in_proj in_proj_z",
 }
+LINEAR_ROLES = (*_LINEARS, "expert.gate", "expert.up", "expert.down", "expert.gate_up")
 _ROLE_OF_LEAF = {leaf: role for role, leaves in _LINEARS.items() for leaf in leaves.split()}
 _CONV1D_TYPES = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 _CONV1D_LEAVES = ("c_attn", "c_proj", "c_fc", "q_attn")
+_NARROW = 32  # a kernel of a convolution is narrower
+_OF_TEXT = re.compile(r"((model|language_model|transformer|text_model|thinker)\.)*layers\.\d+\.")
+_NUMBER = re.compile(r"(^|(?<=\.))\d+(?=\.)")
 _IN_BLOCK = re.compile(r"(^|\.)(\d+)\.[A-Za-z_]\w*\.")  # a number, a name, and a leaf
 
 
-def judge(spec: TensorSpec, facts: ModelFacts) -> Verdict:
-    """Return the role of a tensor, whether the policy quantizes it, and the reason as text."""
+def judge(spec: TensorSpec, facts: ModelFacts, *, keeps_towers: bool = True) -> Verdict:
+    """Return the role of a tensor, whether the policy quantizes it, and the reason as text.
+
+    keeps_towers: false for a model of images or sound alone, whose tower is all of it.
+    """
     module = spec.name.removesuffix(".weight")
-    ignored = next(((role, reason) for pattern, role, reason in _IGNORED if pattern.search(module)), None)
+    outside = _NUMBER.split(module, maxsplit=1)[0]  # a block of text may have a part for sound or images
+    ignored = next(
+        (
+            (role, reason)
+            for pattern, role, reason in _IGNORED
+            if (role != "tower" or keeps_towers) and pattern.search(outside if role == "tower" else module)
+        ),
+        None,
+    )
     if ignored is not None and not (ignored[0] == "final" and layer_of(spec.name) is not None):
         return Verdict(ignored[0], False, ignored[1])
     if spec.dtype not in FLOAT_DTYPES:
@@ -135,6 +151,8 @@ def _judge_other(spec: TensorSpec) -> Verdict:
     leaf = spec.name.rsplit(".", 1)[-1]
     if leaf == "bias" or leaf.endswith("_bias"):
         return Verdict("bias", False, "policy: 1-D, no GEMM")
+    if len(spec.shape) == 3 and layer_of(spec.name) is not None and min(spec.shape[1:]) >= _NARROW:
+        return Verdict("experts", False, "policy: a stack of matrices of unknown layout")
     if len(spec.shape) >= 3:
         return Verdict("conv", False, "policy: convolution kernel, no GEMM of [N, K]")
     if spec.name.endswith(".weight") and len(spec.shape) == 1:
@@ -146,11 +164,11 @@ def _judge_linear(module: str, facts: ModelFacts) -> Verdict:
     layer = layer_of(module + ".weight")
     if layer is None:
         return Verdict("other", False, "policy: linear outside the numbered blocks")
-    if facts.num_layers and layer >= facts.num_layers and re.search(r"(^|\.)layers\.\d+\.", module):
+    if facts.num_layers and layer >= facts.num_layers and _OF_TEXT.match(module):
         return Verdict(
             "mtp", False, f"policy: layer {layer} is beyond the {facts.num_layers} layers (multi-token prediction)"
         )
-    leaf = module.rsplit(".", 1)[-1]
+    leaf = module.removesuffix(".base_layer").rsplit(".", 1)[-1]
     role = _ROLE_OF_LEAF.get(leaf)
     if leaf in ("dense", "c_proj"):
         role = "mlp.down" if re.search(r"(mlp\.|(?<!attention\.)output\.)\w+$", module) else "attn.o"

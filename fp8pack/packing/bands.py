@@ -22,11 +22,11 @@ from fp8pack.modelfacts.contents import Quantized
 from fp8pack.modelfacts.spec import DTYPE_BITS, TensorSpec
 from fp8pack.numerics import native
 from fp8pack.numerics.granularity import TENSOR
-from fp8pack.numerics.metrics import error_energy
+from fp8pack.numerics.metrics import error_energy, widen
 from fp8pack.numerics.value_table import value_table
 from fp8pack.packing.codecs import BITS_DTYPE, Codec
 from fp8pack.packing.scales import encode_scales, refine
-from fp8pack.planning.plan import Packing, TensorPlan
+from fp8pack.planning.plan import ExpertPart, Packing, TensorPlan
 from fp8pack.units import ceil_div
 
 SAMPLE_ROWS = 8  # rows of each band whose error is measured
@@ -155,15 +155,18 @@ class BandWorker:
 
     def unpack(self, band: Band, place: OutputPlace) -> BandResult:
         """Dequantize a band: the product in float32, rounded once."""
-        spec, dtype, quantized = band.tensor.spec, band.tensor.data.dtype, _quantized(band)
+        spec, dtype = band.tensor.spec, band.tensor.data.dtype
         itemsize = DTYPE_BITS[dtype] // 8
         hasher, amax, writer = blake3(), 0.0, self._open_writer(place.file)
-        for lo, hi in self._strips(band):
-            payload = self._read(band, lo, hi)
-            bits = np.dtype(np.uint16 if dtype == "BF16" else np.uint32)
-            data = self._buffer("values", payload.size * bits.itemsize)
-            weight = np.frombuffer(data, bits).reshape(payload.shape)
-            found = dequantize(self._read_bytes, spec, quantized, payload, weight, (lo, band.cols[0]))
+        bits, width = np.dtype(np.uint16 if dtype == "BF16" else np.uint32), band.cols[1] - band.cols[0]
+        for lo, hi in [band.rows] if band.tensor.parts else self._strips(band):
+            data = self._buffer("values", (hi - lo) * width * bits.itemsize)
+            weight = np.frombuffer(data, bits).reshape(hi - lo, width)
+            if band.tensor.parts:
+                found = self._join(band, weight)
+            else:
+                payload = self._read(band, lo, hi)
+                found = dequantize(self._read_bytes, spec, _quantized(band), payload, weight, (lo, band.cols[0]))
             amax = found if math.isnan(found) else max(amax, found)
             if not amax < OVERFLOW[dtype]:
                 return BandResult(spec.name, band.index, "", amax=math.nan)
@@ -172,6 +175,50 @@ class BandWorker:
             hasher.update(data)
             _move(writer.write, data, band, itemsize=itemsize, begin=place.payload_begin, lo=lo)
         return BandResult(spec.name, band.index, hasher.hexdigest(), amax=amax)
+
+    def _join(self, band: Band, rows: NDArray[Any]) -> float:
+        """Fill a band of a fused tensor of experts, as bits, from the weights of each; return their amax.
+
+        A weight lies in it with its rows as rows, or transposed; gate and up may take turns along its last dimension.
+        """
+        (begin, end), (height, width), amax = band.rows, band.tensor.matrix, 0.0
+        count, parts = band.tensor.spec.shape[0], band.tensor.parts
+        each, of_expert = len(parts) // count, height // count
+        for part in parts[begin // of_expert * each : ceil_div(end, of_expert) * each]:
+            n, k = part.spec.matrix if len(part.spec.shape) > 1 else (1, part.spec.shape[0])
+            strides = part.view.strides or (k, 1)
+            first, left = divmod(part.view.begin // (DTYPE_BITS[part.view.dtype] // 8), width)
+            transposed = len(part.spec.shape) > 1 and strides[0] < strides[1]
+            top, bottom = max(begin, first), min(end, first + (k if transposed else n))
+            if top >= bottom:
+                continue
+            span = (top - first, bottom - first)
+            block, found = self._block(part, ((0, n), span) if transposed else (span, (0, k)), rows.dtype)
+            amax = found if math.isnan(found) else max(amax, found)
+            step = strides[0] if transposed else strides[1]
+            target = rows[
+                top - begin : bottom - begin, left : left + (block.shape[0] if transposed else k) * step : step
+            ]
+            target[:] = block.T if transposed else block
+        return amax
+
+    def _block(
+        self, part: ExpertPart, where: tuple[tuple[int, int], tuple[int, int]], bits: np.dtype[Any]
+    ) -> tuple[NDArray[Any], float]:
+        """Rows and columns of a weight as raw bits of BF16 or float32, and their amax."""
+        spec, ((top, bottom), (left, right)) = part.spec, where
+        itemsize, k = DTYPE_BITS[spec.dtype] // 8, spec.shape[-1]
+        data = np.empty((bottom - top, right - left), BITS_DTYPE.get(spec.dtype, np.dtype(np.uint8)))
+        reader = self._open_reader(spec.file)
+        if right - left == k:
+            reader.readinto(data.data.cast("B"), spec.begin + top * k * itemsize)
+        else:
+            for i, row in enumerate(data):
+                reader.readinto(row.data.cast("B"), spec.begin + ((top + i) * k + left) * itemsize)
+        if part.quantized is None:
+            return data if bits.itemsize == data.itemsize else widen(data, spec.dtype).view(np.uint32), 0.0
+        values = np.empty(data.shape, bits)
+        return values, dequantize(self._read_bytes, spec, part.quantized, data, values, (top, left))
 
     def close(self) -> None:
         """Close the files."""

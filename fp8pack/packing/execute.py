@@ -382,4 +382,7 @@ def _how(tensor: TensorPlan, groups: dict[str, list[str]]) -> list[object]:
     if quantized:
         scale = quantized.scale
         how += [quantized.granularity.name, quantized.tiled, [scale.file, scale.begin, scale.dtype] if scale else []]
+    how += [
+        [part.spec.name, part.spec.file, part.spec.begin, part.view.begin, part.view.strides] for part in tensor.parts
+    ]
     return how

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 
+from fp8pack.engines.case import TP_SIZES, Case, Weights
 from fp8pack.engines.gpus import parse_gpu
-from fp8pack.engines.judge import TP_SIZES, Case, Weights, judge_engine
-from fp8pack.engines.known import BY_ID, ENGINES, NAMES
+from fp8pack.engines.judge import judge_engine
+from fp8pack.engines.known import ENGINES, NAMES, find_engine, id_of
 from fp8pack.errors import RecipeError
 from fp8pack.modelfacts.fused import together
 from fp8pack.modelfacts.model import ModelFacts
@@ -102,7 +103,7 @@ def _choose(request: Request, packed: Packed, facts: ModelFacts, is_diffusion: b
         return FP8_DYNAMIC, f"auto: {problem}"
     for engine in ENGINES:
         loader = engine.renaming.get(facts.architecture)
-        if loader and (not request.targets or engine.id in request.targets):
+        if loader and (not request.targets or engine.id in map(id_of, request.targets)):
             return FP8_DYNAMIC, f"auto: {engine.name}'s {loader} loader loses block scales"
     return FP8_BLOCK, "auto: every packed dimension is a multiple of 128"
 
@@ -149,7 +150,7 @@ def _choose_for_targets(
 
 
 def _reason(best: _Trial, first: _Trial, packed: Packed, targets: Sequence[str]) -> str:
-    names = ", ".join(NAMES[target] for target in targets)
+    names = ", ".join(NAMES[id_of(target)] for target in targets)
     if best is not first:
         refused = next((f"{NAMES[target]}: {reason}" for target, reason in first.refusals.items()), None)
         return refused or _ragged(packed) or f"what {names} can load"
@@ -171,7 +172,7 @@ def _try(choice: Scheme, request: Request, packed: Packed, facts: ModelFacts, si
         spelling=spelling_of(request, choice.quant_method, choice.granularity),
     )
     case = Case(storage, Weights(held), facts, sizes, parse_gpu(request.gpu))
-    verdicts = [judge_engine(BY_ID[target], case) for target in request.targets]
+    verdicts = [judge_engine(find_engine(target), case) for target in request.targets]
     refusals = {
         verdict.engine: verdict.reason
         for verdict in verdicts
@@ -179,7 +180,7 @@ def _try(choice: Scheme, request: Request, packed: Packed, facts: ModelFacts, si
     }
     remedies = {verdict.engine: verdict.remedy for verdict in verdicts}
     if packed and not held:
-        refusals = dict.fromkeys(request.targets, f"no weight fits {choice.granularity} scales")
+        refusals = dict.fromkeys(map(id_of, request.targets), f"no weight fits {choice.granularity} scales")
     return _Trial(choice, len(packed) - len(held), refusals, remedies)
 
 

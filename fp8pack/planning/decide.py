@@ -40,11 +40,12 @@ def decide(contents: Contents, request: Request) -> list[Decision]:
     by_pattern = {rule.pattern: rule for rule in reversed(request.rules)}
     last = contents.facts.num_layers or 1 + max((layer_of(spec.name) or 0 for spec in contents.tensors), default=0)
     idle = {pattern for pattern in request.pack if not pattern.optional}
+    keeps_towers = any(judge(spec, contents.facts).packed for spec in contents.tensors)
     decisions = []
     for spec in contents.tensors:
         names = (spec.name, *([spec.part_of.name] if spec.part_of else []))
         hits = [matcher.find(*names) for matcher in (ignore, pack, rules, only)]
-        verdict = _judge(spec, contents)
+        verdict = _judge(spec, contents, keeps_towers=keeps_towers)
         decision = Decision(spec, verdict.role, verdict.packed, verdict.reason)
         layer = layer_of(spec.name)
         if hits[0]:
@@ -90,9 +91,9 @@ def settle(
     return _rejoin(settled)
 
 
-def _judge(spec: TensorSpec, contents: Contents) -> Verdict:
+def _judge(spec: TensorSpec, contents: Contents, *, keeps_towers: bool) -> Verdict:
     if not contents.quantized:
-        return judge(spec, contents.facts)
+        return judge(spec, contents.facts, keeps_towers=keeps_towers)
     if spec.name not in contents.quantized:
         verdict = judge(spec, contents.facts)
         return replace(verdict, packed=False, reason="not FP8 in the source") if verdict.packed else verdict

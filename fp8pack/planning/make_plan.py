@@ -5,14 +5,16 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from fp8pack.engines.judge import check_targets, judge_engines, tied_heads
+from fp8pack.engines.case import make_case
+from fp8pack.engines.judge import check_targets, judge_engines, module_facts, tied_heads
 from fp8pack.engines.module_names import spellings
 from fp8pack.errors import InputError, RecipeError
 from fp8pack.modelfacts.contents import Contents, Quantized
+from fp8pack.modelfacts.experts import JoinedExperts, join_experts
 from fp8pack.modelfacts.fused import fused_module
 from fp8pack.modelfacts.model import ModelFacts
-from fp8pack.modelfacts.patterns import ignoring
-from fp8pack.modelfacts.roles import UNKNOWN_LINEAR, judge
+from fp8pack.modelfacts.patterns import ignoring, star
+from fp8pack.modelfacts.roles import LINEAR_ROLES, UNKNOWN_LINEAR, judge, layer_of
 from fp8pack.modelfacts.spec import DTYPE_BITS, Stored, TensorSpec
 from fp8pack.modelfacts.storage import Storage
 from fp8pack.numerics.granularity import MX
@@ -24,7 +26,7 @@ from fp8pack.planning.carry import activation_scales, agree, can_carry
 from fp8pack.planning.choose_scheme import choose_scheme
 from fp8pack.planning.decide import Decision, granularity_of, settle
 from fp8pack.planning.layout import Output, arrange
-from fp8pack.planning.plan import Action, Packing, PackPlan, Plan, QuantMethod, TensorPlan
+from fp8pack.planning.plan import Action, ExpertPart, Packing, PackPlan, Plan, QuantMethod, TensorPlan
 from fp8pack.planning.recipe import USUAL_GRANULARITY, Recipe, Request, parse_scheme, resolve, selection_of
 from fp8pack.planning.sizes import SIZES, Sizes
 from fp8pack.units import ceil_div
@@ -77,7 +79,8 @@ def make_plan(  # noqa: PLR0913
     _check_names(tensors)
     packed = [(tensor.spec, tensor.role) for tensor in tensors if tensor.packing]
     ignored = _ignored_modules(tensors, contents.facts)
-    engines = judge_engines(recipe.storage, packed, contents.facts, tp=request.tp, gpu=request.gpu, ignored=ignored)
+    case = make_case(recipe.storage, packed, contents.facts, tp=request.tp, gpu=request.gpu, ignored=ignored)
+    engines = judge_engines(case, request.targets)
     check_targets(engines, recipe.storage, request.targets, strict=request.strict_target)
     metadata = method.metadata(tensors, recipe.storage)
     shards = arrange(_outputs(tensors), max_shard_nbytes)
@@ -100,9 +103,16 @@ def make_unpack_plan(
     contents: Contents, dtype: str, *, max_shard_nbytes: int | None = None, sizes: Sizes = SIZES
 ) -> Plan:
     """Return the plan of turning every FP8 tensor of a checkpoint into floats of a dtype (BF16, F16, F32)."""
-    tensors = []
+    tensors = [
+        _join(joined, contents, dtype, sizes)
+        for joined in join_experts(
+            contents.tensors, contents.facts.model_type, module_facts(contents.facts).fused_layouts
+        )
+        if len({_stored_dtype(spec, contents, dtype) for spec, _ in joined.parts}) == 1
+    ]
+    done = {part.spec.name for tensor in tensors for part in tensor.parts}
     for spec in contents.tensors:
-        if spec.name in contents.other_scales:
+        if spec.name in contents.other_scales or spec.name in done:
             continue
         quantized = contents.quantized.get(spec.name)
         role = judge(replace(spec, dtype="BF16"), contents.facts).role
@@ -164,6 +174,22 @@ def _unpack(spec: TensorSpec, role: str, reason: str, quantized: Quantized, dtyp
     rows, cols = _band_shape(spec, 1, 1, sizes)
     data = Stored(spec.name, dtype, spec.shape)
     return TensorPlan(spec, Action.UNPACKED, role, reason, data, rows, cols, quantized=quantized)
+
+
+def _join(joined: JoinedExperts, contents: Contents, dtype: str, sizes: Sizes) -> TensorPlan:
+    """Put the experts of a layer together, as the class of the model stores them."""
+    spec, quantized = joined.whole, contents.quantized
+    parts = tuple(ExpertPart(part, view, quantized.get(part.name)) for part, view in joined.parts)
+    rows, cols = spec.matrix
+    row_nbytes = 4 * cols
+    data = Stored(spec.name, _stored_dtype(joined.parts[0][0], contents, dtype), spec.shape)
+    reason = "experts put together, as the class stores them"
+    step = min(rows, max(1, sizes.band // row_nbytes))
+    return TensorPlan(spec, Action.UNPACKED, "experts", reason, data, step, cols, parts=parts)
+
+
+def _stored_dtype(spec: TensorSpec, contents: Contents, dtype: str) -> str:
+    return dtype if spec.name in contents.quantized else spec.dtype
 
 
 def _nothing_to_pack(tensors: Sequence[TensorPlan]) -> RecipeError:
@@ -288,13 +314,20 @@ def _outputs(tensors: Sequence[TensorPlan]) -> list[Output]:
 
 def _ignored_modules(tensors: Sequence[TensorPlan], facts: ModelFacts) -> tuple[str, ...]:
     """The modules that engines would load as FP8 linears unless they are ignored: all but norms and embeddings."""
+    built = module_facts(facts)
+    kept = [tensor for tensor in tensors if tensor.packing is None]
     ignored = [
         tensor.spec.name.removesuffix(".weight")
-        for tensor in tensors
-        if tensor.packing is None
-        and tensor.role not in ("norm", "embedding", "bias", "rotary")
-        and (tensor.role == "experts" or (tensor.spec.name.endswith(".weight") and len(tensor.spec.shape) == 2))
+        for tensor in kept
+        if star(tensor.spec.name.removesuffix(".weight")) in built.converted | built.fused | built.linears
+        or tensor.role == "experts"
+        or (
+            tensor.role not in ("norm", "embedding", "bias", "rotary")
+            and tensor.spec.name.endswith(".weight")
+            and len(tensor.spec.shape) == 2
+        )
     ]
+    ignored += [module for name in ignored for module in built.modules(name)]
     ignored += [name.rpartition(".")[0] for name in ignored if name.rpartition(".")[0].endswith("experts")]
     stored = {tensor.spec.name for tensor in tensors}
     ignored += [head for head in tied_heads(facts) if f"{head}.weight" not in stored]
@@ -305,8 +338,26 @@ def _ignored_modules(tensors: Sequence[TensorPlan], facts: ModelFacts) -> tuple[
 
 def _warnings(tensors: Sequence[TensorPlan]) -> tuple[str, ...]:
     unknown = [tensor.spec for tensor in tensors if tensor.role == UNKNOWN_LINEAR and tensor.packing]
-    total = sum(tensor.spec.nbytes for tensor in tensors)
-    if sum(spec.nbytes for spec in unknown) <= UNKNOWN_SHARE * total:
-        return ()
-    names = ", ".join(spec.name for spec in unknown[:5])
-    return (f"{len(unknown)} quantized weights have an unknown role, such as {names}: --ignore keeps them in BF16",)
+    staying = [tensor for tensor in tensors if _multiplies_unquantized(tensor)]
+    warnings = []
+    if sum(spec.nbytes for spec in unknown) > UNKNOWN_SHARE * sum(tensor.spec.nbytes for tensor in tensors):
+        names = ", ".join(spec.name for spec in unknown[:5])
+        warnings.append(
+            f"{len(unknown)} quantized weights have an unknown role, such as {names}: --ignore keeps them in BF16"
+        )
+    stay = sum(tensor.spec.nbytes for tensor in staying)
+    share = stay / max(1, stay + sum(tensor.spec.nbytes for tensor in tensors if tensor.packing))
+    if share > UNKNOWN_SHARE:
+        first = staying[0]
+        warnings.append(
+            f"{share:.0%} of the bytes of linears and experts stay as they are: {len(staying)} weights, such as"
+            f" {first.spec.name} {list(first.spec.shape)} ({first.reason.removeprefix('policy: ')})"
+        )
+    return tuple(warnings)
+
+
+def _multiplies_unquantized(tensor: TensorPlan) -> bool:
+    """Say whether a weight of a block multiplies and is not quantized, though neither policy nor request means that."""
+    is_matrix = tensor.role in (*LINEAR_ROLES, UNKNOWN_LINEAR, "experts", "conv1d")
+    is_meant = tensor.reason.startswith(("--", "rule:", "keep_", "not ", "ignored with"))
+    return tensor.packing is None and is_matrix and not is_meant and layer_of(tensor.spec.name) is not None

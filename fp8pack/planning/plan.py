@@ -50,12 +50,22 @@ class Packing:
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertPart:
+    """A weight of one expert, and where it lies in the fused tensor of the layer; `quantized` is None for a float."""
+
+    spec: TensorSpec
+    view: TensorSpec
+    quantized: Quantized | None
+
+
+@dataclass(frozen=True, slots=True)
 class TensorPlan:
     """The decision about one tensor, and its bands: the units of work, digest and resume.
 
     A band has `band_rows` rows and `band_cols` columns of a weight, all columns unless its rows are very long; of
     anything copied, `band_rows` bytes. `data` is the payload or copy as it is stored; `quantized` says how FP8 bytes of
     the source are dequantized, None if they are floats or are copied. `beside` names a weight whose shard it shares.
+    `parts` are the weights that a fused tensor of experts is put together from.
     """
 
     spec: TensorSpec
@@ -70,6 +80,7 @@ class TensorPlan:
     activations: tuple[ActivationScale, ...] = ()
     markers: tuple[Constant, ...] = ()
     beside: str = ""
+    parts: tuple[ExpertPart, ...] = ()
 
     @property
     def matrix(self) -> tuple[int, int]:

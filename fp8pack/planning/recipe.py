@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fp8pack.engines.gpus import parse_gpu
-from fp8pack.engines.known import parse_targets
+from fp8pack.engines.known import id_of, parse_targets
 from fp8pack.errors import RecipeError
 from fp8pack.inputs import (
     Texts,
@@ -387,7 +387,7 @@ def _suffix(format: Float8Format, granularity: Granularity, activations: str, me
 
 def spelling_of(request: Request, method: str, granularity: Granularity) -> str:
     """Return which tensor names a storage uses: transformers has its own for tensor scales under `fp8`."""
-    is_for_transformers = method == "fp8" and granularity == TENSOR and "transformers" in request.targets
+    is_for_transformers = method == "fp8" and granularity == TENSOR and "transformers" in map(id_of, request.targets)
     return "transformers" if is_for_transformers else ""
 
 

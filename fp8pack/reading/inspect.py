@@ -12,8 +12,9 @@ from fp8pack.checkpoint.manifest_schema import Manifest, PackedEntry, check_head
 from fp8pack.checkpoint.quantized import read_contents
 from fp8pack.checkpoint.source import Source, open_checkpoint
 from fp8pack.checkpoint.values import ValueReader, strips
+from fp8pack.engines.case import make_case
 from fp8pack.engines.judge import EngineVerdict, judge_engines
-from fp8pack.engines.known import parse_targets
+from fp8pack.engines.known import id_of, parse_targets
 from fp8pack.engines.scale_layouts import scale_problem
 from fp8pack.errors import InputError
 from fp8pack.inputs import Texts, parse_count, parse_path, parse_texts
@@ -195,8 +196,9 @@ def _verdicts(
         for spec in split.tensors
         if spec.name in split.quantized and len(spec.shape) == 2
     ]
-    verdicts = judge_engines(storage, packed, contents.facts, tp=tp, gpu=gpu, ignored=contents.ignored)
-    return tuple(verdict for verdict in verdicts if not targets or verdict.engine in targets)
+    case = make_case(storage, packed, contents.facts, tp=tp, gpu=gpu, ignored=contents.ignored)
+    verdicts = judge_engines(case, targets)
+    return tuple(verdict for verdict in verdicts if not targets or verdict.engine in map(id_of, targets))
 
 
 def _warnings(contents: Contents) -> list[str]:

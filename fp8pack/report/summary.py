@@ -4,7 +4,7 @@ import shlex
 from collections import Counter
 from collections.abc import Sequence
 
-from fp8pack.engines.known import BY_ID
+from fp8pack.engines.known import BY_ID, id_of
 from fp8pack.engines.serve import serve_command
 from fp8pack.packing.result import PackResult, PlannedTensor, SchemeChoice, SkippedFile
 from fp8pack.report.engines import engine_lines
@@ -86,7 +86,7 @@ def _next(result: PackResult) -> str:
     """The command that serves the output in the first engine that was asked for, or else in the first that loads it."""
     path = str(result.output)
     loading = {verdict.engine: verdict for verdict in result.engines if verdict.tp}
-    for engine in result.targets or tuple(loading):
+    for engine in tuple(map(id_of, result.targets)) or tuple(loading):
         if engine in loading and BY_ID[engine].is_for_language_models:
             kv_cache = result.scheme is not None and result.scheme.kv_cache
             if command := serve_command(engine, path, tp=result.tp or min(loading[engine].tp), kv_cache=kv_cache):

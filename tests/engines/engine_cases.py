@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
+from fp8pack.engines.case import make_case
 from fp8pack.engines.judge import EngineVerdict, judge_engines
 from fp8pack.engines.known import ENGINES, NAMES
 from fp8pack.modelfacts.model import ModelFacts
@@ -65,7 +66,7 @@ def judge(
     kind: str | Storage, engine: str, packed: Packed | None = None, facts: ModelFacts = QWEN, **where: Any
 ) -> EngineVerdict:
     stored = storage(kind) if isinstance(kind, str) else kind
-    verdicts = judge_engines(stored, dense() if packed is None else packed, facts, **where)
+    verdicts = judge_engines(make_case(stored, dense() if packed is None else packed, facts, **where))
     assert [verdict.engine for verdict in verdicts] == list(NAMES)
     return next(verdict for verdict in verdicts if verdict.engine == engine)
 

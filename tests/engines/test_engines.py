@@ -20,8 +20,9 @@ from engines.engine_cases import (
     weight,
 )
 
+from fp8pack.engines.case import TP_SIZES, make_case
 from fp8pack.engines.ignore_list import Match, find_listed
-from fp8pack.engines.judge import TP_SIZES, judge_engines
+from fp8pack.engines.judge import judge_engines
 from fp8pack.engines.known import BY_ID, ENGINES
 from fp8pack.engines.module_names import spellings
 from fp8pack.modelfacts.model import ModelFacts
@@ -35,7 +36,7 @@ from fp8pack.numerics.granularity import BLOCK_128
 
 @pytest.mark.parametrize("kind", READ_BY)
 def test_who_reads_what(kind: str) -> None:
-    verdicts = judge_engines(storage(kind), dense(), QWEN)
+    verdicts = judge_engines(make_case(storage(kind), dense(), QWEN))
     assert {verdict.engine for verdict in verdicts if verdict.tp} == set(READ_BY[kind].split())
     for verdict in verdicts:
         assert bool(verdict.reason) == (not verdict.tp)
@@ -293,7 +294,7 @@ def test_fp8_gemms_need_multiples_of_16(shape: tuple[int, int]) -> None:
     ],
 )
 def test_partial_blocks_by_engine(name: str, shape: tuple[int, int], engines: str) -> None:
-    verdicts = judge_engines(BLOCK, [weight(f"{LAYER}.{name}", *shape)], QWEN, tp=1)
+    verdicts = judge_engines(make_case(BLOCK, [weight(f"{LAYER}.{name}", *shape)], QWEN, tp=1))
     assert {verdict.engine for verdict in verdicts if verdict.tp} == {*engines.split(), "cublaslt"}
     refused = {verdict.engine: verdict for verdict in verdicts if "not a multiple of 128" in verdict.reason}
     assert set(refused) == {*LLM_ENGINES} - set(engines.split())
@@ -386,7 +387,8 @@ def test_full_names_satisfy_every_engine(kind: str, prefix: str) -> None:
     packed = [(replace(spec, name=spec.name.replace("model.", prefix, 1)), role) for spec, role in experts()]
     packed += [weight(f"{prefix}layers.{n}.mlp.shared_expert.gate_proj", 512, 2048) for n in (0, 1, 10)]
     tied = replace(QWEN, tied=True)
-    assert judge_engines(storage(kind), packed, tied, ignored=ignored) == judge_engines(storage(kind), packed, tied)
+    listed, unlisted = (make_case(storage(kind), packed, tied, ignored=names) for names in (ignored, ()))
+    assert judge_engines(listed) == judge_engines(unlisted)
 
 
 def test_a_broken_expression_in_a_list_means_nothing() -> None:

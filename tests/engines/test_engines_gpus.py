@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 from engines.engine_cases import BLOCK, DYNAMIC, QWEN, dense, judge, storage
 
+from fp8pack.engines.case import make_case
 from fp8pack.engines.gpus import parse_gpu
 from fp8pack.engines.judge import judge_engines
 from fp8pack.errors import RecipeError
@@ -48,7 +49,7 @@ def test_an_unknown_gpu_is_an_error_that_lists_the_known() -> None:
             parse_gpu(text)
         assert caught.value.hint.startswith("choose v100, t4, a100")
     with pytest.raises(RecipeError, match="gpu 'rtx9999' is not known"):
-        judge_engines(BLOCK, dense(), QWEN, gpu="rtx9999")
+        judge_engines(make_case(BLOCK, dense(), QWEN, gpu="rtx9999"))
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from engines.engine_cases import DYNAMIC, LAYER, LLAMA, LLM_ENGINES, QWEN, Packed, dense, experts, weight
 
+from fp8pack.engines.case import make_case
 from fp8pack.engines.judge import check_targets, judge_engines
 from fp8pack.engines.known import parse_targets
 from fp8pack.errors import RecipeError
@@ -31,11 +32,11 @@ def test_targets_are_named_in_any_case() -> None:
 
 
 def test_a_target_that_cannot_load_it_is_an_error_with_the_remedy() -> None:
-    verdicts = judge_engines(DYNAMIC, dense(), QWEN)
+    verdicts = judge_engines(make_case(DYNAMIC, dense(), QWEN))
     check_targets(verdicts, DYNAMIC, ("vllm", "sglang"))
     with pytest.raises(RecipeError) as caught:
         check_targets(verdicts, DYNAMIC, ("vllm", "lmdeploy"))
-    assert str(caught.value) == "LMDeploy cannot load channel scales in compressed-tensors: block scales only"
+    assert str(caught.value) == "LMDeploy 02f556b3 cannot load channel scales in compressed-tensors: block scales only"
     assert caught.value.command_hint == "--scheme FP8_BLOCK"
 
 

@@ -460,3 +460,44 @@ def test_fused_fp8_experts_are_compared_with_single_ones(tmp_path: Path) -> None
     assert facts.totals.num_equal == facts.totals.num_tensors == 3 * COUNT + len(rest())
     assert {tensor.scale_ratio for tensor in facts.tensors if "experts" in tensor.name} == {(1.0, 1.0)}
     assert fp8pack.inspect(source).totals.num_packed == 2
+
+
+ARCHITECTURES = {"rows": "HYV4ForCausalLM", "columns": "Llama4ForCausalLM", "interleaved": "GptOssForCausalLM"}
+
+
+def named_as(layout: str, tensors: Tensors) -> Tensors:
+    return {name.replace(".mlp.", ".feed_forward.") if layout == "columns" else name: t for name, t in tensors.items()}
+
+
+@pytest.mark.parametrize("band", [None, 4 << 10, 20 << 10])
+@pytest.mark.parametrize("granularity", ["channel", "block:128x128", "tensor"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_unpack_puts_experts_together_as_the_class_stores_them(
+    layout: str, granularity: str, band: int | None, tmp_path: Path
+) -> None:
+    """Every value is that of the expert unpacked alone, wherever a band ends."""
+    single = single_experts(biases=layout == "interleaved")
+    config = config_of(layout) | {"architectures": [ARCHITECTURES[layout]]}
+    source = write_model(tmp_path / "source", named_as(layout, fuse(single, layout) | rest()), config)
+    verbs.pack(source, asked(granularity), WriteOptions(tmp_path / "packed"))
+    sizes = Sizes(band=band) if band else Sizes()
+    verbs.unpack(tmp_path / "packed", options=WriteOptions(tmp_path / "out", sizes=sizes))
+    plain = write_model(tmp_path / "plain", single | rest(), config_of("qwen3_moe"))
+    verbs.pack(plain, asked(granularity), WriteOptions(tmp_path / "plain_packed"))
+    verbs.unpack(tmp_path / "plain_packed", options=WriteOptions(tmp_path / "plain_out"))
+    alone = read_tensors(tmp_path / "plain_out")
+    expected = named_as(layout, fuse({name: t for name, t in alone.items() if ".experts." in name}, layout))
+    found = read_tensors(tmp_path / "out")
+    assert found.keys() == named_as(layout, fuse(single, layout) | rest()).keys()
+    for name, tensor in expected.items():
+        assert found[name].tobytes() == tensor.tobytes(), name
+
+
+def test_unpack_leaves_a_layer_alone_that_lacks_an_expert(tmp_path: Path) -> None:
+    single = single_experts()
+    config = config_of("rows") | {"architectures": [ARCHITECTURES["rows"]]}
+    del single[f"{EXPERTS}.1.up_proj.weight"]
+    source = write_model(tmp_path / "part", single | rest(), config)
+    verbs.pack(source, asked("channel"), WriteOptions(tmp_path / "packed"))
+    verbs.unpack(tmp_path / "packed", options=WriteOptions(tmp_path / "out"))
+    assert read_tensors(tmp_path / "out").keys() == (single | rest()).keys()

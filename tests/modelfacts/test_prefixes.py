@@ -121,7 +121,7 @@ def test_names_are_looked_at_once_for_all_engines_and_remedies(
 ) -> None:
     """Of 99,000 weights it took 11 s when each engine and each trial of a remedy looked anew."""
     seen: list[str] = []
-    monkeypatch.setattr("fp8pack.engines.judge.wrapper_of", lambda name: seen.append(name) or "")
+    monkeypatch.setattr("fp8pack.engines.case.wrapper_of", lambda name: seen.append(name) or "")
     result = fp8pack.pack(make_checkpoint(), dry_run=True, scheme="FP8_DYNAMIC")
     assert any(verdict.remedy for verdict in result.engines)
     assert len(seen) == len(set(seen)) == result.num_packed

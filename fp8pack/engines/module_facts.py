@@ -1,0 +1,127 @@
+"""How transformers builds the modules of its classes: the file in data/ that tools/read_modules.py writes."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from fp8pack.modelfacts.experts import FusedLayout
+from fp8pack.modelfacts.patterns import star
+
+_EXPERTS = re.compile(r"((?:.+\.)?experts)\.(?:\*\.)?\w+$")
+_DATA = Path(__file__).parent / "data"
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleFacts:
+    """Where the modules of a class differ from its files; numbers in names are `*`, and `.weight` is left out.
+
+    names: prefixes of names in files -> those of the modules. converted: tensors that are split, joined or transposed
+    at load. merged: experts, one by one in the files, that are put together. fused: experts that the files have in one
+    tensor. subclasses: linears of a class of their own. others: modules that multiply and are no linears. wide: modules
+    that are kept in float32, as transformers matches them. unfit: experts that its FP8 class is not made for.
+    has_scale: a parameter of the class is called `scale`. linears: linears that are named as embeddings or norms.
+    refused: quant methods with which transformers does not build the class. transposed: experts that are [E, K, N].
+    """
+
+    names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    converted: frozenset[str] = frozenset()
+    merged: frozenset[str] = frozenset()
+    fused: frozenset[str] = frozenset()
+    subclasses: frozenset[str] = frozenset()
+    others: frozenset[str] = frozenset()
+    wide: tuple[str, ...] = ()
+    unfit: frozenset[str] = frozenset()
+    has_scale: bool = False
+    linears: frozenset[str] = frozenset()
+    refused: frozenset[str] = frozenset()
+    transposed: frozenset[str] = frozenset()
+
+    def modules(self, name: str) -> tuple[str, ...]:
+        """Return the modules that a tensor, named without `.weight`, is loaded into."""
+        stem = one_number(name)
+        stem = stem if stem in self.names else star(name)
+        numbers = [part for part in name.split(".") if part.isdecimal()]
+        return tuple(_numbered(path, numbers) for path in find_modules(stem, self.names))
+
+    @property
+    def fused_layouts(self) -> Mapping[str, FusedLayout]:
+        """The tensors that hold all experts of a layer in the files -> how they lie."""
+        stems = self.fused | {stem for stem in self.converted if experts_of(stem)}
+        return {stem: FusedLayout(transposed=experts_of(stem) in self.transposed) for stem in sorted(stems)}
+
+    @property
+    def experts(self) -> frozenset[str]:
+        """The modules that hold all experts of a layer in one tensor, as they are named in files and in the model."""
+        stems = self.merged | self.fused | {stem for stem in self.converted if experts_of(stem)}
+        paths = (path for stem in stems for path in (experts_of(stem), *find_modules(stem, self.names)))
+        return frozenset(filter(None, paths))
+
+
+@cache
+def read_module_facts(name: str) -> Mapping[str, ModuleFacts]:
+    """Return the classes of a data file, such as `transformers-5.24.0-modules`, by name; of an empty name, none.
+
+    A class of whose modules there is nothing to say is not among them.
+    """
+    if not name:
+        return {}
+    document: dict[str, Any] = json.loads((_DATA / f"{name}.json").read_bytes())
+    return {cls: _module_facts(entry) for cls, entry in document["classes"].items()}
+
+
+def experts_of(stem: str) -> str:
+    """Return the module of a tensor of experts by its name, empty for other tensors."""
+    match = _EXPERTS.match(stem)
+    return match[1] if match else ""
+
+
+def one_number(name: str) -> str:
+    """Return a name with `*` for each number but the last, which may tell two modules apart."""
+    parts = name.split(".")
+    last = max((i for i, part in enumerate(parts) if part.isdecimal()), default=-1)
+    return ".".join("*" if part.isdecimal() and i != last else part for i, part in enumerate(parts))
+
+
+def find_modules(stem: str, names: Mapping[str, Sequence[str]]) -> list[str]:
+    """Return the modules of a tensor: by the longest prefix that is known, and one for all experts of a layer."""
+    parts = stem.split(".")
+    for count in range(len(parts), 0, -1):
+        if heads := names.get(".".join(parts[:count])):
+            found = [".".join([head, *parts[count:]]) for head in heads]
+            break
+    else:
+        found = [stem]
+    return list(dict.fromkeys(experts_of(path) or path for path in found))
+
+
+def is_kept(path: str, entries: Sequence[str]) -> bool:
+    """Say whether transformers keeps a module, by its prefix, an expression over it, or its end."""
+    boundary = r"(?:(?<=\.)|(?=\.|$))"
+    return any(re.match(rf"(?:{entry}){boundary}", path) or path.endswith(entry) for entry in entries)
+
+
+def _numbered(path: str, numbers: Sequence[str]) -> str:
+    rest = iter(numbers)
+    return ".".join(next(rest, "*") if part == "*" else part for part in path.split("."))
+
+
+def _module_facts(entry: Mapping[str, Any]) -> ModuleFacts:
+    unlike: Mapping[str, str] = entry.get("unlike", {})
+    return ModuleFacts(
+        names={prefix: tuple(paths) for prefix, paths in entry.get("names", {}).items()},
+        converted=frozenset(entry.get("converted", ())),
+        merged=frozenset(entry.get("merged", ())),
+        fused=frozenset(entry.get("fused", ())),
+        subclasses=frozenset(path for path, kind in unlike.items() if kind == "linear"),
+        others=frozenset(path for path, kind in unlike.items() if kind == "other"),
+        wide=tuple(entry.get("wide", ())),
+        unfit=frozenset(entry.get("unfit", ())),
+        has_scale=entry.get("scale", False),
+        linears=frozenset(entry.get("linears", ())),
+        refused=frozenset(entry.get("refused", ())),
+        transposed=frozenset(entry.get("transposed", ())),
+    )
