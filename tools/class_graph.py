@@ -18,12 +18,13 @@ class Origin(NamedTuple):
 class Linear:
     """A linear layer that a class builds: its name, its class, and whether it is given the quantization config.
 
-    quantized: None where parsing does not tell.
+    quantized: None where parsing does not tell. parts: how many outputs it is merged of, as its code lists them.
     """
 
     leaf: str
     kind: str
     quantized: bool | None
+    parts: int = 1
 
 
 class Module:
@@ -156,7 +157,7 @@ class Graph:
                 leaf = next((t.attr for t in targets if isinstance(t, ast.Attribute)), "")
                 for call in ast.walk(statement.value):
                     if isinstance(call, ast.Call) and (kind := self._kind(origin, call)) in kinds:
-                        yield Linear(_prefix_leaf(call) or leaf, kind, _is_quantized(call))
+                        yield Linear(_prefix_leaf(call) or leaf, kind, _is_quantized(call), _count_parts(call))
 
     def fused(self, origin: Origin) -> dict[str, list[str]]:
         """Return the fused linears of a class and their parts: of `packed_modules_mapping`, and of its loading code."""
@@ -240,6 +241,17 @@ def _prefix_leaf(call: ast.Call) -> str:
                     leaf = part.value.rpartition(".")[2]
                     return leaf if leaf.isidentifier() else ""
     return ""
+
+
+def _count_parts(call: ast.Call) -> int:
+    """The length of the list of output sizes; 1 where it is not written in the call."""
+    sizes = [keyword.value for keyword in call.keywords if keyword.arg == "output_sizes"] or call.args[1:2]
+    match sizes:
+        case [ast.List(elts=elements)]:
+            return len(elements)
+        case [ast.BinOp(left=ast.List(elts=elements), op=ast.Mult(), right=ast.Constant(value=int(times)))]:
+            return len(elements) * times
+    return 1
 
 
 def _is_quantized(call: ast.Call) -> bool | None:

@@ -136,16 +136,21 @@ def _class_facts(graph: Graph, origin: Origin, loads_scales: tuple[str, ...]) ->
         return {"unknown": ["*"]}  # another package's, or made by a function
     states: dict[str, set[bool | None]] = defaultdict(set)
     fused: dict[str, list[str]] = {}
+    merged: dict[str, int] = {}
     names: set[str] = set()
     for each in graph.reachable(origin):
         for linear in graph.linears(each, LINEARS):
             states[linear.leaf].add(linear.quantized)
+            merged[linear.leaf] = max(merged.get(linear.leaf, 1), linear.parts)
         for key, parts in graph.fused(each).items():
             fused.setdefault(key, parts)
         names |= graph.names(each)
     unquantized = sorted(leaf for leaf, found in states.items() if leaf and found == {False})
     unknown = sorted(leaf for leaf, found in states.items() if leaf and None in found and True not in found)
     found = {"unquantized": unquantized, "unknown": unknown, "fused": {key: fused[key] for key in sorted(fused)}}
+    found["merged"] = {
+        leaf: count for leaf, count in sorted(merged.items()) if count > 1 and leaf not in fused and leaf
+    }
     facts: Facts = {key: value for key, value in found.items() if value}
     return {**facts, "kv_scales": any(name in names for name in loads_scales)}
 

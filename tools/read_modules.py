@@ -67,7 +67,13 @@ def classes() -> dict[str, str]:
 def read_class(model: Any) -> Facts:
     """Return the facts of a class, of a model on the meta device; the model is changed."""
     names: dict[str, list[str]] = {}
-    lists: dict[str, set[str]] = {"converted": set(), "merged": set(), "fused": set(), "linears": set()}
+    lists: dict[str, set[str]] = {
+        "converted": set(),
+        "merged": set(),
+        "fused": set(),
+        "joined": set(),
+        "linears": set(),
+    }
     shapes: dict[str, tuple[int, ...]] = {}
     for file, targets, operations, shape in _pairs(model):
         paths = [path for target in targets if _multiplies(model, path := target.rpartition(".")[0])]
@@ -82,6 +88,8 @@ def read_class(model: Any) -> Facts:
             names[one_number(name)] = modules
         if "MergeModulelist" in operations and set(operations) <= _MERGES:
             lists["merged"].add(stem)
+        elif operations == ["Concatenate"]:
+            lists["joined"].add(stem)
         elif operations or (len(shape) != 2 and not is_experts):
             lists["converted"].add(stem)
         elif is_experts:

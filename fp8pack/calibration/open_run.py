@@ -18,6 +18,7 @@ from fp8pack.checkpoint.staging import Staging, check_output_file
 from fp8pack.errors import InputError, RecipeError
 from fp8pack.gemm.device import find_device
 from fp8pack.machine import usable_memory
+from fp8pack.modelfacts.patterns import ignoring_all
 from fp8pack.modelfacts.roles import judge
 from fp8pack.modelrun.loader import ModelLoader, read_tokenizer
 from fp8pack.modelrun.prompts import load_prompts, tokenize
@@ -155,7 +156,8 @@ def _unseen_notes(source: Source, loader: ModelLoader) -> list[str]:
     ]
     if not unseen:
         return []
-    return [f"input activations of {len(unseen)} weights cannot be recorded, such as {unseen[0]}: no static scales"]
+    what = f"input activations of {len(unseen)} weights cannot be recorded, such as {unseen[0]}"
+    return [f"{what}: `pack --scheme FP8` needs {ignoring_all(unseen)}; FP8_DYNAMIC packs them"]
 
 
 def _was_streamed(source: Source, output: Path, options: CalibrateOptions) -> bool | None:

@@ -15,14 +15,16 @@ class ClassFacts:
     """A model class of an engine.
 
     unquantized: linears that it builds without a quantization config, by the last part of their names. unknown: those
-    of which parsing does not tell. fused: its fused linears and their parts. kv_scales: whether it loads scales of K
-    and V, None if that was not read. tied: linears whose weight is that of an embedding.
+    of which parsing does not tell. fused: its fused linears and their parts. merged: linears that are one in the files
+    and several in the class -> how many. kv_scales: whether it loads scales of K and V, None if that was not read.
+    tied: linears whose weight is that of an embedding.
     """
 
     unquantized: frozenset[str] = frozenset()
     unknown: frozenset[str] = frozenset()
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     kv_scales: bool | None = None
+    merged: Mapping[str, int] = field(default_factory=dict)
     tied: tuple[str, ...] = ()
 
     def find(self, leaf: str, among: frozenset[str]) -> str:
@@ -69,5 +71,6 @@ def _class_facts(entry: Mapping[str, Any]) -> ClassFacts:
         unknown=frozenset(entry.get("unknown", ())),
         fused={whole: tuple(parts) for whole, parts in entry.get("fused", {}).items()},
         kv_scales=entry.get("kv_scales"),
+        merged=entry.get("merged", {}),
         tied=tuple(entry.get("tied", ())),
     )

@@ -116,11 +116,14 @@ def judge_engine(engine: Engine, case: Case) -> EngineVerdict:
     note = "; ".join(dict.fromkeys([*notes, *_kv_cache(engine, case)]))
     if engine.loads_whole:
         return EngineVerdict(engine.id, True, (1,), note)
+    if parts := _parts(engine, case):
+        whole = case.storage.granularity.rows == 1 and 1 in case.sizes
+        note = "; ".join(filter(None, [note, f"TP 1 only: {parts}"]))
+        return EngineVerdict(engine.id, True, (1,), note) if whole else EngineVerdict(engine.id, None, (), "", parts)
     fitting = tuple(tp for tp, cut in case.cuts.items() if cut is None)
-    for tp, cut in case.cuts.items():
-        if cut:
-            return EngineVerdict(engine.id, bool(fitting), fitting, note, cut, _remedy_of_cut(engine, case, tp))
-    return EngineVerdict(engine.id, True, fitting, note)
+    tp, cut = next(((tp, cut) for tp, cut in case.cuts.items() if cut), (1, ""))
+    remedy = _remedy_of_cut(engine, case, tp) if cut else ""
+    return EngineVerdict(engine.id, bool(fitting), fitting, note, cut, remedy)
 
 
 def _remedy(engine: Engine, case: Case) -> str:
@@ -184,7 +187,8 @@ def _modules(engine: Engine, case: Case) -> _Findings:
     if case.storage.quant_method.replace("mxfp8", "fp8") in built.refused:
         yield _Refusal(f"it does not build this class with {case.storage.quant_method} scales")
     paths = {stem: find_modules(stem, built.names)[0] for stem in case.weights.stems}
-    if found := [stem for stem in paths if stem in built.converted]:
+    replaces = case.storage.quant_method in ("fp8", "mxfp8")
+    if found := [stem for stem in paths if stem in built.converted or (stem in built.joined and not replaces)]:
         remedy = " ".join(f"--ignore '*.{leaf}'" for leaf in dict.fromkeys(stem.rpartition(".")[2] for stem in found))
         name = case.weights.stems[found[0]]
         yield _Refusal(f"{name} is FP8, and it splits or joins that at load, but not the scales", remedy)
@@ -194,7 +198,7 @@ def _modules(engine: Engine, case: Case) -> _Findings:
     if found := [stem for stem, path in paths.items() if path in built.others]:
         leaf, name = found[0].rpartition(".")[2], case.weights.stems[found[0]]
         yield _Refusal(f"{name} is FP8, and its class has no linear there", f"--ignore '*.{leaf}'")
-    if case.storage.quant_method in ("fp8", "mxfp8"):
+    if replaces:
         yield from _replaced(built, paths, case)
 
 
@@ -347,6 +351,15 @@ def _gpu(engine: Engine, case: Case) -> _Findings:
     rounds = gpu is not None and gpu.wants_powers_of_two and bool(engine.rounds_on_sm100)
     if rounds and case.storage.granularity == BLOCK_128 and not case.storage.powers_of_two:
         yield "block scales are rounded up to powers of two at load; --scale-rounding up makes that exact"
+
+
+def _parts(engine: Engine, case: Case) -> str:
+    """Say which weight the class cuts into more parts than gate and up: shards and blocks end where those do."""
+    built = case.built_by(engine)
+    for leaf, module in case.weights.leaves.items():
+        if built is not None and (count := built.merged.get(leaf, 1)) > len(("gate", "up")):
+            return f"its class has {module} in {count} parts, whose sizes were not read"
+    return ""
 
 
 def _kv_cache(engine: Engine, case: Case) -> list[str]:

@@ -19,16 +19,18 @@ _DATA = Path(__file__).parent / "data"
 class ModuleFacts:
     """Where the modules of a class differ from its files; numbers in names are `*`, and `.weight` is left out.
 
-    names: prefixes of names in files -> those of the modules. converted: tensors that are split, joined or transposed
-    at load. merged: experts, one by one in the files, that are put together. fused: experts that the files have in one
-    tensor. subclasses: linears of a class of their own. others: modules that multiply and are no linears. wide: modules
-    that are kept in float32, as transformers matches them. unfit: experts that its FP8 class is not made for.
-    has_scale: a parameter of the class is called `scale`. linears: linears that are named as embeddings or norms.
-    refused: quant methods with which transformers does not build the class. transposed: experts that are [E, K, N].
+    names: prefixes of names in files -> those of the modules. converted: tensors that are split, permuted or transposed
+    at load. joined: linears that are put one after the other. merged: experts, one by one in the files, that are put
+    together. fused: experts that the files have in one tensor. transposed: of these, [E, K, N]. subclasses: linears of
+    a class of their own. others: modules that multiply and are no linears. linears: linears that are named as
+    embeddings or norms. wide: modules that are kept in float32, as transformers matches them. unfit: experts that its
+    FP8 class is not made for. has_scale: a parameter of the class is called `scale`. refused: quant methods with which
+    transformers does not build the class.
     """
 
     names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     converted: frozenset[str] = frozenset()
+    joined: frozenset[str] = frozenset()
     merged: frozenset[str] = frozenset()
     fused: frozenset[str] = frozenset()
     subclasses: frozenset[str] = frozenset()
@@ -114,6 +116,7 @@ def _module_facts(entry: Mapping[str, Any]) -> ModuleFacts:
     return ModuleFacts(
         names={prefix: tuple(paths) for prefix, paths in entry.get("names", {}).items()},
         converted=frozenset(entry.get("converted", ())),
+        joined=frozenset(entry.get("joined", ())),
         merged=frozenset(entry.get("merged", ())),
         fused=frozenset(entry.get("fused", ())),
         subclasses=frozenset(path for path, kind in unlike.items() if kind == "linear"),

@@ -50,6 +50,12 @@ def ignoring(*names: str) -> str:
     return " ".join(f"--ignore {shlex.quote(escape(name))}" for name in names)
 
 
+def ignoring_all(names: Iterable[str]) -> str:
+    """Return the options that leave many tensors unquantized, by globs with `*` for their numbers."""
+    globs = dict.fromkeys(star(name.removesuffix(".weight")) for name in names)
+    return " ".join(f"--ignore {shlex.quote(glob)}" for glob in globs)
+
+
 def parse_patterns(name: str, value: Patterns) -> tuple[Pattern, ...]:
     """Return patterns from one or several, as text or as patterns; RecipeError if one is not a valid expression."""
     values = [value] if isinstance(value, str | Pattern) else value

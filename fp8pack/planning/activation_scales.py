@@ -9,7 +9,7 @@ import numpy as np
 
 from fp8pack.errors import InputError
 from fp8pack.modelfacts.fused import fused_module
-from fp8pack.modelfacts.patterns import ignoring
+from fp8pack.modelfacts.patterns import ignoring, ignoring_all
 from fp8pack.modelfacts.spec import Stored
 from fp8pack.numerics.formats import E4M3, Float8Format
 from fp8pack.numerics.rounding import ScaleRounding
@@ -83,6 +83,10 @@ class ActivationScales:
         Raises:
             InputError: the calibration has no input activations of a weight.
         """
+        unseen = [name for name, _ in weights if self._is_unseen(f"{name.removesuffix('.weight')}.input")]
+        if len(unseen) > 1:
+            sentence = f"the calibration has no input activations of {len(unseen)} weights, such as {unseen[0]}"
+            raise InputError(sentence, ignoring_all(unseen))
         found = {name: self.observed(f"{name.removesuffix('.weight')}.input", name) for name, _ in weights}
         groups: dict[str, list[Observed]] = {}
         for name, observed in found.items():
@@ -143,6 +147,11 @@ class ActivationScales:
             f"{weight} has input activations in the first {self._options.warmup} prompts only, which warmup skips",
             "choose a smaller --warmup",
         )
+
+    def _is_unseen(self, point: str) -> bool:
+        expert = expert_of(point)
+        at_all = point in self._calibration.by_point or point in self._calibration.all_experts_by_point
+        return not at_all and (expert is None or expert not in self._peers)
 
     def _is_enough(self, site: Site, *, is_expert: bool) -> bool:
         """Whether a site has enough statistics for a scale, also without the warmup."""

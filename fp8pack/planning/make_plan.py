@@ -315,11 +315,12 @@ def _outputs(tensors: Sequence[TensorPlan]) -> list[Output]:
 def _ignored_modules(tensors: Sequence[TensorPlan], facts: ModelFacts) -> tuple[str, ...]:
     """The modules that engines would load as FP8 linears unless they are ignored: all but norms and embeddings."""
     built = module_facts(facts)
+    changed = built.converted | built.joined | built.fused | built.linears
     kept = [tensor for tensor in tensors if tensor.packing is None]
     ignored = [
         tensor.spec.name.removesuffix(".weight")
         for tensor in kept
-        if star(tensor.spec.name.removesuffix(".weight")) in built.converted | built.fused | built.linears
+        if star(tensor.spec.name.removesuffix(".weight")) in changed
         or tensor.role == "experts"
         or (
             tensor.role not in ("norm", "embedding", "bias", "rotary")

@@ -11,9 +11,12 @@ import pytest
 from engines.engine_cases import BLOCK, DYNAMIC, LAYER, QWEN, dense, judge, weight
 
 import fp8pack
-from fp8pack.engines.class_facts import read_class_facts
-from fp8pack.engines.known import BY_ID, ENGINES
-from fp8pack.errors import BoundError
+from fp8pack.engines.case import make_case
+from fp8pack.engines.class_facts import EngineFacts, read_class_facts
+from fp8pack.engines.judge import judge_engines
+from fp8pack.engines.known import BY_ID, ENGINES, parse_targets
+from fp8pack.errors import BoundError, RecipeError
+from fp8pack.modelfacts.storage import Storage
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / "fp8pack" / "engines" / "data"
@@ -230,3 +233,37 @@ def test_an_engine_is_read_from_its_wheel_and_from_its_source_with_the_same_byte
     }
     assert classes["BForCausalLM"] == {"unquantized": ["gate"], "unknown": ["maybe", "open"], "kv_scales": False}
     assert classes["M"] == {"unknown": ["*"]}
+
+
+@pytest.mark.parametrize(
+    ("stored", "where", "loads", "tp"),
+    [(DYNAMIC, {}, True, (1,)), (DYNAMIC, {"tp": 2}, None, ()), (BLOCK, {}, None, ())],
+    ids=["channel", "channel TP 2", "block"],
+)
+def test_a_projection_of_five_parts_is_known_at_tp_1_only(
+    stored: Storage, where: dict[str, int], loads: bool | None, tp: tuple[int, ...]
+) -> None:
+    facts = replace(QWEN, architecture="Mamba2ForCausalLM", model_type="mamba2")
+    verdict = judge(stored, "vllm", [weight("backbone.layers.0.mixer.in_proj", 4352, 2048, "ssm")], facts, **where)
+    assert (verdict.loads, verdict.tp) == (loads, tp)
+    assert "in_proj in 5 parts" in verdict.reason + verdict.note
+
+
+def test_a_target_may_name_the_version_whose_classes_are_meant() -> None:
+    newer = next(iter(set(known("vllm-0.33.0").classes) - set(known("vllm-0.32.0").classes)))
+    facts = replace(QWEN, architecture=newer)
+    case = make_case(DYNAMIC, dense(), facts)
+    by_version = {
+        target: next(each for each in judge_engines(case, parse_targets([target])) if each.engine == "vllm")
+        for target in ("vllm", "vllm==0.33.0", "VLLM==0.32.0")
+    }
+    assert [each.loads for each in by_version.values()] == [True, True, None]
+    assert [each.version for each in by_version.values()] == ["vLLM 0.33.0", "vLLM 0.33.0", "vLLM 0.32.0"]
+    with pytest.raises(RecipeError, match=r"0\.31"):
+        parse_targets(["vllm==0.31"])
+
+
+def known(name: str) -> EngineFacts:
+    found = read_class_facts(name)
+    assert found is not None
+    return found

@@ -3,7 +3,6 @@
 import gc
 import json
 import re
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -72,49 +71,53 @@ class Outcome:
         return self.verdict is None or self.verdict == self.loads
 
 
-def check(model: Any, model_type: str, scheme: str, place: Path) -> Outcome:
-    """Pack a model, load it, and say what happened; everything is written below `place`.
+class Family:
+    """A tiny model in BF16 files, which transformers loads again."""
 
-    Raises:
-        NotSaved: transformers does not load its own BF16 files of this class.
-        NotRun: static scales need a run over text, which the class does not take.
-    """
-    cls = type(model)
-    model.save_pretrained(place / "source")
-    truth = values_of(model)
-    problem, _ = _load(cls, place / "source", truth, truth, 0.0)
-    if problem:
-        raise NotSaved(problem)
-    asked: dict[str, Any] = {"scheme": scheme}
-    if scheme == "static":
-        observe_text(model, place / "calibration.safetensors")
-        asked = {
-            "scheme": "FP8",
-            "quant_method": "compressed-tensors",
-            "calibration": place / "calibration.safetensors",
-        }
-    plan = fp8pack.pack(place / "source", place / "out", dry_run=True, **asked)
-    report = fp8pack.pack(place / "source", place / "out", **asked)
-    share, wide = _share(multiplying(model), plan.tensors)
-    verdict = next(each for each in report.engines if each.engine == "transformers")
-    fp8pack.unpack(place / "out", place / "unpacked")
-    unpacked, reference = _load(cls, place / "unpacked", truth, truth, FP8_NOISE)
-    reference, near = (truth, FP8_NOISE) if unpacked else (reference, BF16_STEP)
-    with kept_in_fp8():
-        kept, _ = _load(cls, place / "out", truth, reference, near)
-    config = json.loads((place / "out" / "config.json").read_bytes())["quantization_config"]
-    dequantizing: Any = (
-        transformers.CompressedTensorsConfig
-        if config["quant_method"] == "compressed-tensors"
-        else transformers.FineGrainedFP8Config
-    )
-    wide_config = dequantizing(dequantize=True)
-    dequantized, _ = _load(cls, place / "out", truth, reference, near, quantization_config=wide_config)
-    warned = any("stay as they are" in warning for warning in plan.warnings)
-    return Outcome(
-        *(model_type, cls.__name__, scheme, share, wide, warned, verdict.loads, verdict.reason),
-        *(kept, dequantized, unpacked),
-    )
+    def __init__(self, model: Any, model_type: str, place: Path) -> None:
+        """Save the model below a directory.
+
+        Raises:
+            NotSaved: transformers does not load its own BF16 files of this class.
+        """
+        self._model, self._type, self._place = model, model_type, place
+        model.save_pretrained(place / "source")
+        self._truth = values_of(model)
+        problem, _ = _load(type(model), place / "source", self._truth, self._truth, 0.0)
+        if problem:
+            raise NotSaved(problem)
+
+    def check(self, scheme: str) -> Outcome:
+        """Pack the model, load it, and say what happened.
+
+        Raises:
+            NotRun: static scales need a run over text, which the class does not take.
+        """
+        cls, source, out = type(self._model), self._place / "source", self._place / scheme
+        asked: dict[str, Any] = {"scheme": scheme}
+        if scheme == "static":
+            observe_text(self._model, self._place / "calibration.safetensors")
+            asked = {"scheme": "FP8", "quant_method": "compressed-tensors"}
+            asked["calibration"] = self._place / "calibration.safetensors"
+        plan = fp8pack.pack(source, out, dry_run=True, **asked)
+        report = fp8pack.pack(source, out, **asked)
+        share, wide = _share(multiplying(self._model), plan.tensors)
+        verdict = next(each for each in report.engines if each.engine == "transformers")
+        fp8pack.unpack(out, self._place / f"{scheme}-unpacked")
+        unpacked, reference = _load(cls, self._place / f"{scheme}-unpacked", self._truth, self._truth, FP8_NOISE)
+        reference, near = (self._truth, FP8_NOISE) if unpacked else (reference, BF16_STEP)
+        with kept_in_fp8():
+            kept, _ = _load(cls, out, self._truth, reference, near)
+        method = json.loads((out / "config.json").read_bytes())["quantization_config"]["quant_method"]
+        is_compressed = method == "compressed-tensors"
+        config = transformers.CompressedTensorsConfig if is_compressed else transformers.FineGrainedFP8Config
+        wide_config = config(dequantize=True)
+        dequantized, _ = _load(cls, out, self._truth, reference, near, quantization_config=wide_config)
+        warned = any("stay as they are" in warning for warning in plan.warnings)
+        return Outcome(
+            *(self._type, cls.__name__, scheme, share, wide, warned, verdict.loads, verdict.reason),
+            *(kept, dequantized, unpacked),
+        )
 
 
 def observe_text(model: Any, path: Path) -> None:
@@ -254,8 +257,3 @@ def _share(weights: dict[str, int], tensors: Sequence[PlannedTensor]) -> tuple[f
     total = packed + sum(prod(tensor.shape) for tensor in staying)
     named = tuple(f"{tensor.name} {list(tensor.shape)}: {tensor.reason}" for tensor in staying)
     return (packed / total if total else 1.0), named
-
-
-def clean(place: Path) -> None:
-    """Remove what a check wrote."""
-    shutil.rmtree(place, ignore_errors=True)

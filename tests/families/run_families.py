@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 import transformers
-from families.check_family import SCHEMES, NotRun, NotSaved, Outcome, check
+from families.check_family import SCHEMES, Family, NotRun, NotSaved, Outcome
 from families.tiny_models import make_tiny, model_types
 from transformers.models.llama import modeling_llama
 
@@ -49,19 +49,21 @@ def check_type(model_type: str) -> Row:
         model = make_tiny(model_type)
     except Exception as error:  # whatever a class raises that wants a package, or values of its own
         return Row(model_type, "", dict.fromkeys(SCHEMES, f"not built: {type(error).__name__}"))
-    return Row(model_type, type(model).__name__, {scheme: _check(model, model_type, scheme) for scheme in SCHEMES})
-
-
-def _check(model: torch.nn.Module, model_type: str, scheme: str) -> Outcome | str:
     with tempfile.TemporaryDirectory() as place:
         try:
-            return check(model, model_type, scheme, Path(place))
+            family = Family(model, model_type, Path(place))
         except NotSaved:
-            return "not saved: transformers does not load its own files"
-        except NotRun:
-            return "not run: it takes more than text"
-        except Fp8PackError as error:
-            return f"refused: {str(error).partition(';')[0]}"
+            return Row(model_type, "", dict.fromkeys(SCHEMES, "not saved: transformers does not load its own files"))
+        return Row(model_type, type(model).__name__, {scheme: _check(family, scheme) for scheme in SCHEMES})
+
+
+def _check(family: Family, scheme: str) -> Outcome | str:
+    try:
+        return family.check(scheme)
+    except NotRun:
+        return "not run: it takes more than text"
+    except Fp8PackError as error:
+        return f"refused: {str(error).partition(';')[0]}"
 
 
 def results(types: list[str]) -> Iterator[Row]:
