@@ -2,7 +2,8 @@
 
 [E, 2I, H]  gate above up: transformers 5, Qwen3.5-MoE, GLM, DeepSeek; down is [E, H, I]
 [E, H, 2I]  the transpose: Llama 4, Qwen3-VL-MoE, gpt-oss; down is [E, I, H]
-gpt-oss interleaves gate and up, and has biases. A part is a view: nothing is read or copied here.
+gpt-oss interleaves gate and up, and has biases; its MXFP4 lies as [E, 2I, H], and is a view with strides. A part is a
+view: nothing is read or copied here.
 """
 
 import re
@@ -13,8 +14,9 @@ from math import prod
 from fp8pack.errors import InputError
 from fp8pack.modelfacts.contents import Contents, Quantized
 from fp8pack.modelfacts.model import ModelFacts
-from fp8pack.modelfacts.spec import DTYPE_BITS, TensorSpec
-from fp8pack.numerics.granularity import CHANNEL, TENSOR
+from fp8pack.modelfacts.spec import DTYPE_BITS, ELEMENT_BITS, TensorSpec
+from fp8pack.numerics.granularity import CHANNEL, MX, TENSOR, Granularity
+from fp8pack.units import ceil_div
 
 _FUSED = re.compile(r"(?P<experts>(.+\.)?experts)\.(?P<leaf>\w+?)(\.weight|(?P<bias>_bias))?$")
 _PARTS = {
@@ -43,7 +45,7 @@ class _Layout:
 
 
 def split_experts(contents: Contents) -> Contents:
-    """Return the contents with fused experts split into one weight per expert, with its scale if it is FP8.
+    """Return the contents with fused experts split into one weight per expert, with its scale if it is quantized.
 
     Experts are not split if their layout is unknown, by the hidden size and by the model's type, or if two of them
     share a scale.
@@ -108,15 +110,23 @@ def _matrices(spec: TensorSpec, expert: str, leaf: str, layout: _Layout, quantiz
     _, rows, cols = spec.shape
     index, names = int(expert.rpartition(".")[2]), _PARTS[leaf]
     wide, k = (cols, rows) if layout.transposed else (rows, cols)
-    n, step = wide // len(names), len(names) if layout.interleaved else 1
-    strides = (step, wide) if layout.transposed else (step * k, 1)
+    n = wide // len(names)
     parts: list[Split] = []
     for rank, name in enumerate(names):
         first = rank if layout.interleaved else rank * n
-        offset = index * wide * k + (first if layout.transposed else first * k)
-        part = _view(spec, f"{expert}.{name}.weight", (n, k), offset, strides)
+        part = _matrix(spec, f"{expert}.{name}.weight", (n, k), (index, first), layout, step=len(names))
         parts.append((part, _scales(spec, part, quantized, index, first, layout) if quantized else None))
     return parts
+
+
+def _matrix(
+    spec: TensorSpec, name: str, shape: tuple[int, int], at: tuple[int, int], layout: _Layout, *, step: int
+) -> TensorSpec:
+    """A part [N, K] of a fused tensor: of which expert, from which of its N; every `step`-th if interleaved."""
+    (index, first), (down, across) = at, spec.strides or (spec.shape[2], 1)
+    along_n, along_k = (across, down) if layout.transposed else (down, across)
+    strides = (along_n * (step if layout.interleaved else 1), along_k)
+    return _view(spec, name, shape, index * prod(spec.shape[1:]) + first * along_n, strides)
 
 
 def _bias(spec: TensorSpec, experts: str, index: int, leaf: str, interleaved: bool) -> list[TensorSpec]:
@@ -130,10 +140,9 @@ def _bias(spec: TensorSpec, experts: str, index: int, leaf: str, interleaved: bo
 
 def _view(spec: TensorSpec, name: str, shape: tuple[int, ...], offset: int, strides: tuple[int, int]) -> TensorSpec:
     """A part of a fused tensor; `offset` and `strides` are in elements."""
-    itemsize = DTYPE_BITS[spec.dtype] // 8
-    rows, cols = prod(shape[:-1]), shape[-1]
-    begin = spec.begin + offset * itemsize
-    end = begin + ((rows - 1) * strides[0] + (cols - 1) * strides[1] + 1) * itemsize
+    bits, rows, cols = ELEMENT_BITS[spec.dtype], prod(shape[:-1]), shape[-1]
+    begin = spec.begin + offset * bits // 8
+    end = begin + ceil_div(((rows - 1) * strides[0] + (cols - 1) * strides[1] + 1) * bits, 8)
     is_range = strides[1] == 1 and (rows == 1 or strides[0] == cols)
     return TensorSpec(name, spec.dtype, shape, spec.file, begin, end, spec, None if is_range else strides)
 
@@ -152,6 +161,11 @@ def _scales(
     if (region.rows, region.cols) == (rows, cols):
         return replace(entry, granularity=TENSOR, scale=_of_expert(scale, index, spec.shape[0]))
     n, _ = part.shape
+    if scale.strides and region.rows:  # groups of K, a row of them for each of N
+        groups = Granularity(f"group:{region.rows}", 1, region.rows) if region.rows != MX.cols else MX
+        step = cols // n if layout.interleaved else 1
+        piece = _matrix(scale, scale.name, groups.scale_shape(part.shape), (index, first), layout, step=step)
+        return replace(entry, granularity=groups, scale=replace(piece, part_of=None))
     if layout.transposed:
         of_outputs = (region.rows, region.cols) == (rows, 1) or (region == CHANNEL and rows == cols)
         if of_outputs and not layout.interleaved:

@@ -70,14 +70,14 @@ def test_a_scale_without_its_fp8_weight_is_refused(name: str, tmp_path: Path) ->
     for replacement in ({}, {weight: random_weight((64, 64))}):
         tensors = {n: t for n, t in case.tensors.items() if n != payload} | replacement | whole
         write_shard(folder / "model.safetensors", tensors, case.metadata)
-        assert "without an FP8 weight" in refusal(folder)
+        assert "without a quantized weight" in refusal(folder)
 
 
 def test_a_fused_scale_without_its_fp8_weight_is_refused(tmp_path: Path) -> None:
     case, folder = build("fused experts, block", tmp_path / "model")
     tensors = {n: t for n, t in case.tensors.items() if n != f"{EXPERTS}.down_proj"}
     write_shard(folder / "model.safetensors", tensors)
-    assert "without an FP8 weight" in refusal(folder)
+    assert "without a quantized weight" in refusal(folder)
 
 
 @pytest.mark.parametrize(
