@@ -46,7 +46,8 @@ def dequantize_codes(  # noqa: PLR0913
     found = value_table(format)[codes]
     if zero_points is not None:
         found -= _spread(zero_points, codes.shape, region, offset)
-    found *= _spread(scales, codes.shape, region, offset)
+    with np.errstate(over="ignore"):  # the caller refuses an infinite amax
+        found *= _spread(scales, codes.shape, region, offset)
     amax = max(float(found.max(initial=0)), -float(found.min(initial=0)))
     bits = found.view(np.uint32)
     if values.dtype == np.uint16:
