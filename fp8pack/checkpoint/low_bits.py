@@ -19,6 +19,7 @@ import re
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import prod
 
 import numpy as np
@@ -34,6 +35,7 @@ from fp8pack.units import ceil_div
 NVFP4 = Granularity("group:16", 1, 16)
 _BLOCKS = re.compile(r"(?P<fused>(.+\.)?experts\.\w+)_blocks$")
 _EXPONENTS, _FLOATS = ("U8", "F8_E8M0"), ("F32", "BF16", "F16")
+_SHAPES = {"I64": np.int64, "I32": np.int32}
 _BLOCK = 16  # bytes of 32 values
 _AGAIN = "download the checkpoint again"
 _DECOMPRESS = "load it with transformers, decompressed (`CompressedTensorsConfig(run_compressed=False)`), and save it"
@@ -179,18 +181,30 @@ class LowBitsReader:
         found = (quantized.global_scale, quantized.zero_point, *others)
         return LowBits(spec, quantized, tuple(tensor for tensor in found if tensor))
 
+    @cached_property
+    def _shapes(self) -> dict[str, tuple[int, int]]:
+        """The two numbers in every `weight_shape`: each file is opened once."""
+        files: dict[str, list[TensorSpec]] = {}
+        for spec in self._specs.values():
+            if spec.name.endswith(".weight_shape") and spec.dtype in _SHAPES and prod(spec.shape) == 2:
+                files.setdefault(spec.file, []).append(spec)
+        found: dict[str, tuple[int, int]] = {}
+        for file, specs in files.items():
+            with closing(ShardReader(self._directory / file)) as opened:
+                for spec in specs:
+                    stored = np.empty(2, _SHAPES[spec.dtype])
+                    opened.readinto(stored.data.cast("B"), spec.begin)
+                    found[spec.name] = (int(stored[0]), int(stored[1]))
+        return found
+
     def _shape(self, payload: TensorSpec, module: str) -> tuple[int, int]:
         """The shape of a packed weight, which `weight_shape` holds."""
         stored = self._find(module, "weight_shape")
         if stored is None:
             raise _missing(payload, "`weight_shape`")
-        if stored.dtype not in ("I64", "I32") or prod(stored.shape) != 2:
+        if stored.dtype not in _SHAPES or prod(stored.shape) != 2:
             raise _unfitting(payload, payload, stored)
-        data = bytearray(stored.nbytes)
-        with closing(ShardReader(self._directory / stored.file)) as opened:
-            opened.readinto(memoryview(data), stored.begin)
-        n, k = np.frombuffer(data, np.dtype(np.int64 if stored.dtype == "I64" else np.int32)).tolist()
-        return n, k
+        return self._shapes[stored.name]
 
     def _scale(self, payload: TensorSpec, module: str) -> TensorSpec:
         found = self._find(module, "weight_scale")

@@ -154,12 +154,13 @@ def _gather_lines(
     if not rows.size:
         return
     if ELEMENT_BITS[spec.dtype] == NIBBLE:
-        packed = np.empty(extent // 2 + 1, np.uint8)
-        for i in range(count):
+        together = 1 if far % 2 else count  # lines that begin with the same half of a byte
+        for i in range(0, count, together):
             at = origin + i * far
-            used = packed[: (at % 2 + extent + 1) // 2]
-            reader.readinto(used.data, spec.begin + at // 2)
-            lines[i] = split_nibbles(used)[at % 2 :][:extent:near]
+            packed = np.empty((together, (at % 2 + extent + 1) // 2), np.uint8)
+            for j, line in enumerate(packed):
+                reader.readinto(line.data, spec.begin + (at + j * far) // 2)
+            lines[i : i + together] = split_nibbles(packed)[:, at % 2 :][:, :extent:near]
         return
     segment = np.empty(extent, rows.dtype)
     for i in range(count):

@@ -11,11 +11,11 @@ from fp8pack.checkpoint.scales import Read, Span, offset_in_region, read_scales,
 from fp8pack.checkpoint.source import ShardReader, Source, read_rows
 from fp8pack.errors import InputError
 from fp8pack.modelfacts.contents import Contents, Quantized
-from fp8pack.modelfacts.spec import TensorSpec
+from fp8pack.modelfacts.spec import NIBBLE, TensorSpec
 from fp8pack.numerics import native
-from fp8pack.numerics.formats import TableFormat
+from fp8pack.numerics.formats import E4M3, TableFormat
 from fp8pack.numerics.metrics import widen
-from fp8pack.numerics.table_codec import dequantize_codes
+from fp8pack.numerics.table_codec import as_e4m3, dequantize_codes
 
 _STRIP_NBYTES = 4 << 20
 _BITS = {"BF16": np.uint16, "F16": np.uint16, "F32": np.uint32}
@@ -39,6 +39,8 @@ def dequantize(
     rows, cols = ((begin, begin + length) for begin, length in zip(at, payload.shape, strict=True))
     scales, format = read_scales(read, spec, quantized, rows, cols), quantized.format
     region, offset = quantized.granularity.region(spec.matrix), offset_in_region(spec, quantized, *at)
+    if isinstance(format, TableFormat) and format.bits == NIBBLE and quantized.zero_point is None:
+        payload, format = as_e4m3(payload, format), E4M3
     if not isinstance(format, TableFormat):
         return native.dequantize_rows(payload, scales, values, region=region, format=format, offset=offset)
     zero_points = read_zero_points(read, spec, quantized, rows, cols)

@@ -1,11 +1,12 @@
 """Codes of 4 and 8 bits that stand for values in a table: FP4 (E2M1), INT4, INT8; unpacked and dequantized."""
 
+from functools import cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fp8pack.numerics.formats import TableFormat
+from fp8pack.numerics.formats import E4M3, TableFormat
 from fp8pack.numerics.value_table import value_table
 
 _BYTES = np.arange(256, dtype=np.uint16)
@@ -13,7 +14,7 @@ _PAIRS = (_BYTES & 0xF | _BYTES >> 4 << 8).astype("<u2")  # the two nibbles of a
 
 
 def split_nibbles(packed: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Return two codes for each byte [C] -> [2C], the low nibble first, as every checkpoint that was read has it."""
+    """Return two codes for each byte [R, C] -> [R, 2 C], the low nibble first, as in all checkpoints that are read."""
     return _PAIRS[packed].view(np.uint8)
 
 
@@ -25,6 +26,19 @@ def split_words(words: NDArray[np.uint32], bits: int) -> NDArray[np.uint8]:
     shifts = np.arange(0, 32, bits, dtype=np.uint32)[:, None]
     codes = words[:, None, :] >> shifts & np.uint32((1 << bits) - 1)
     return codes.astype(np.uint8).reshape(-1, words.shape[1])
+
+
+def as_e4m3(codes: NDArray[np.uint8], format: TableFormat) -> NDArray[np.uint8]:
+    """Return codes of 4 bits as E4M3 bytes of the same values, for the kernels: E4M3 has all of FP4 and INT4."""
+    return np.frombuffer(codes.tobytes().translate(_e4m3_bytes(format)), np.uint8).reshape(codes.shape)
+
+
+@cache
+def _e4m3_bytes(format: TableFormat) -> bytes:
+    """The E4M3 byte of each code, filled up to 256 for `bytes.translate`."""
+    values, positive = value_table(format), value_table(E4M3)[: E4M3.nan_codes[0]]
+    magnitudes = np.searchsorted(positive, np.abs(values)) | np.signbit(values) << 7
+    return magnitudes.astype(np.uint8).tobytes().ljust(256, b"\0")
 
 
 def dequantize_codes(  # noqa: PLR0913

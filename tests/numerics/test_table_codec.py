@@ -10,7 +10,7 @@ import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
 from fp8pack.numerics.formats import E2M1, INT4, INT8, SIGNED_INT8, TABLE_FORMATS, TableFormat
-from fp8pack.numerics.table_codec import dequantize_codes, split_nibbles, split_words
+from fp8pack.numerics.table_codec import as_e4m3, dequantize_codes, split_nibbles, split_words
 from fp8pack.numerics.value_table import value_table
 
 BF16 = ml_dtypes.bfloat16
@@ -24,6 +24,12 @@ def test_every_code_has_its_value() -> None:
     np.testing.assert_array_equal(value_table(INT4), nibbles.astype(np.float32) - 8)
     np.testing.assert_array_equal(value_table(INT8), octets.astype(np.float32) - 128)
     np.testing.assert_array_equal(value_table(SIGNED_INT8), octets.view(np.int8).astype(np.float32))
+
+
+@pytest.mark.parametrize("format", [E2M1, INT4], ids=lambda format: format.name)
+def test_e4m3_has_every_value_of_four_bits(format: TableFormat) -> None:
+    found = as_e4m3(np.arange(16, dtype=np.uint8).reshape(4, 4), format)
+    assert found.view(ml_dtypes.float8_e4m3fn).astype(np.float32).tobytes() == value_table(format).tobytes()
 
 
 def test_the_lower_nibble_comes_first() -> None:

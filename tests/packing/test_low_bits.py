@@ -94,7 +94,7 @@ def test_pack_also_quantizes_what_was_left_in_floats(name: str, tmp_path: Path) 
 @pytest.mark.parametrize("name", ["NVFP4 of ModelOpt", "INT4, group"])
 def test_without_a_scheme_one_is_chosen(name: str, tmp_path: Path) -> None:
     source = CASES[name]().write(tmp_path / "model")
-    chosen = {verb(source, dry_run=True).recipe.scheme for verb in (fp8pack.pack, fp8pack.convert)}
+    chosen = {verb(source, dry_run=True).recipe["scheme"] for verb in (fp8pack.pack, fp8pack.convert)}
     assert len(chosen) == 1
 
 
