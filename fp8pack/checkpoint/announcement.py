@@ -28,6 +28,7 @@ class Announcement:
     declare something, and are no weights. regions: scale regions of weights in the configuration, in its order. tiled:
     modules whose exponents are in the order of numerics/swizzle.py. weight_only: activations are not quantized.
     ignored: the ignore entries, in any syntax. bits: those of elements. asymmetric: every integer has a zero point.
+    rotated: the inputs of weights are transformed while the model runs, as by Hadamard matrices.
     """
 
     method: str
@@ -39,6 +40,7 @@ class Announcement:
     ignored: tuple[str, ...]
     bits: tuple[int, ...] = ()
     asymmetric: bool = False
+    rotated: bool = False
 
 
 def read_announcement(source: Source) -> Announcement:
@@ -55,6 +57,7 @@ def read_announcement(source: Source) -> Announcement:
         _ignored(config),
         tuple(value for key, value in _walk(config, 0) if key == "num_bits" and isinstance(value, int)),
         {value for key, value in _walk(config, 0) if key == "symmetric"} == {False},
+        bool(config.get("transform_config")),
     )
 
 

@@ -55,6 +55,12 @@ def read_contents(source: Source) -> Contents:
     weights = list(_Reader(source, announced).weights())
     if not weights and not announced.method:
         return Contents("", source.specs, source.facts)
+    if weights and announced.rotated:
+        raise InputError(
+            f"{weights[0].payload.file}: {weights[0].payload.name!r} is rotated, as `transform_config` declares, and "
+            "means nothing without the rotations of its inputs",
+            "use a checkpoint of this model without transforms, or its BF16 original",
+        )
     tensors, hidden = {found.payload.name: found.spec for found in weights}, set(announced.markers)
     for found in weights:
         hidden.update(spec.name for spec in (found.quantized.scale, found.quantized.input_scale, *found.others) if spec)

@@ -98,7 +98,9 @@ def prepare_pack(model: Path, request: Request, options: WriteOptions) -> Prepar
         decisions, contents, request, recipe=recipe, method=method, max_shard_nbytes=limit, sizes=options.sizes
     )
     announcement = _Announcement(method.config(plan), method.files(plan))
-    plan = replace(plan, warnings=(*plan.warnings, *source.notes))
+    dropped = f"{len(contents.kv_scales)} scales of K and V are dropped, which a conversion keeps"
+    notes = (*source.notes, dropped) if contents.kv_scales else source.notes
+    plan = replace(plan, warnings=(*plan.warnings, *notes))
     return _place(source, plan, announcement, _Job("pack", recipe.suffix), options)
 
 
@@ -116,6 +118,7 @@ def prepare_convert(checkpoint: Path, request: Request, options: WriteOptions) -
     decisions, storage = decide(contents, request), contents.storage
     if storage is None:  # FP4 and integers: nothing of the recipe is that of the source
         recipe = choose_recipe(decisions, source.facts, request, calibration)
+        recipe = replace(recipe, kv_cache=recipe.kv_cache or bool(contents.kv_scales))
     else:
         recipe = _resolve(request, storage, calibration)
     method, limit = find_method(recipe, request.rules), _shard_limit(source, options)

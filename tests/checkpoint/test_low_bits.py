@@ -202,6 +202,27 @@ def test_what_is_incomplete_is_refused_in_one_sentence(name: str, tmp_path: Path
     assert not {"unpacked", "converted", "packed"}.intersection(path.name for path in tmp_path.iterdir())
 
 
+def test_weights_whose_inputs_are_rotated_are_refused(tmp_path: Path) -> None:
+    """Their values are right, and the model without its rotations is not."""
+    expected = CASES["INT4, group"]()
+    expected.quantization["transform_config"] = {"config_groups": {"u": {"type": "hadamard", "apply": []}}}
+    source = expected.write(tmp_path / "model")
+    with pytest.raises(InputError, match="transform_config"):
+        fp8pack.unpack(source, tmp_path / "out")
+
+
+def test_scales_of_k_and_v_stay_with_a_conversion(tmp_path: Path) -> None:
+    expected = CASES["NVFP4 of ModelOpt"]()
+    for kind in "kv":
+        expected.tensors[f"model.layers.0.self_attn.{kind}_proj.{kind}_scale"] = np.float32(0.5).reshape(())
+    source = expected.write(tmp_path / "model")
+    fp8pack.convert(source, tmp_path / "converted", scheme="FP8_DYNAMIC")
+    assert "model.layers.0.self_attn.k_scale" in read_tensors(tmp_path / "converted")
+    facts = fp8pack.pack(source, tmp_path / "packed", scheme="FP8_DYNAMIC")
+    assert any("scales of K and V are dropped" in warning for warning in facts.warnings)
+    assert not any("k_scale" in name for name in read_tensors(tmp_path / "packed"))
+
+
 @pytest.mark.parametrize("leaf", ["weight.absmax", "weight.quant_state.bitsandbytes__nf4", "SCB"])
 def test_bitsandbytes_is_refused_with_the_way_out(leaf: str, tmp_path: Path) -> None:
     tensors: Tensors = {f"{MODULE}.weight": codes((4096, 1)), f"{MODULE}.{leaf}": np.ones(64, np.float32)}
