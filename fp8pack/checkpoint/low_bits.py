@@ -36,9 +36,10 @@ NVFP4 = Granularity("group:16", 1, 16)
 _BLOCKS = re.compile(r"(?P<fused>(.+\.)?experts\.\w+)_blocks$")
 _EXPONENTS, _FLOATS = ("U8", "F8_E8M0"), ("F32", "BF16", "F16")
 _SHAPES = {"I64": np.int64, "I32": np.int32}
-_BLOCK = 16  # bytes of 32 values
+_GROUP, _BLOCK = 32, 16  # values that share a scale, and their bytes
+_ORIGINAL = "use the BF16 original of this model"
 _AGAIN = "download the checkpoint again"
-_DECOMPRESS = "load it with transformers, decompressed (`CompressedTensorsConfig(run_compressed=False)`), and save it"
+_DECOMPRESS = "load it with transformers and `CompressedTensorsConfig(dequantize=True)`, save it, and use that"
 _INPUTS = ("input_scale", "input_global_scale")  # of FP4 activations: FP8 has no use for them
 _ALTERED = ("weight_g_idx", "pre_quant_scale")  # the order of the columns, or a factor of each
 Regions = Callable[[TensorSpec, TensorSpec], Granularity]  # of a weight and its scales; raises InputError
@@ -103,10 +104,10 @@ class LowBitsReader:
         if len(shape) != 4 or shape[3] != _BLOCK or scale.shape != shape[:3] or scale.dtype not in _EXPONENTS:
             raise _unfitting(payload, payload, scale)
         count, n, groups = shape[:3]
-        k = groups * MX.cols if MX.cols else 0
+        k = groups * _GROUP
         spec = replace(payload, name=name, dtype="F4", shape=(count, k, n), strides=(1, k))
         grid = replace(scale, shape=(count, groups, n), strides=(1, groups))
-        region = Granularity(f"block:{MX.cols}x1", MX.cols, 1)
+        region = Granularity(f"block:{_GROUP}x1", _GROUP, 1)
         return LowBits(spec, Quantized(E2M1, region, grid, source_dtype=self._dtype))
 
     def _fp4(self, payload: TensorSpec, module: str, scale: TensorSpec) -> LowBits:
@@ -176,7 +177,7 @@ class LowBitsReader:
     def _whole(self, spec: TensorSpec, quantized: Quantized, module: str) -> LowBits:
         """The weight, and what belongs to it: scales of FP4 activations, too, since nothing here has use for them."""
         if altered := self._find(module, *_ALTERED):
-            raise InputError(f"{altered.file}: {altered.name!r} changes {spec.name!r}, which is not read", _DECOMPRESS)
+            raise InputError(f"{altered.file}: {altered.name!r} changes {spec.name!r}, which is not read", _ORIGINAL)
         others = [self._find(module, leaf) for leaf in ("weight_shape", *_INPUTS)]
         found = (quantized.global_scale, quantized.zero_point, *others)
         return LowBits(spec, quantized, tuple(tensor for tensor in found if tensor))

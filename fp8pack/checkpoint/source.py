@@ -131,17 +131,16 @@ def gather(reader: ShardReader, spec: TensorSpec, rows: NDArray[Any], start: tup
     dimension whose elements lie closer together; what lies between them is read and left.
     """
     (num_rows, num_cols), strides = spec.matrix, spec.strides or (spec.matrix[1], 1)
-    height = spec.shape[1] if spec.strides and len(spec.shape) == 3 else max(1, num_rows)
+    height = max(1, spec.shape[1] if spec.strides and len(spec.shape) == 3 else num_rows)
     first, last = start[0], start[0] + rows.shape[0]
     for index in range(first // height, ceil_div(last, height)):
         top, bottom = max(first, index * height), min(last, (index + 1) * height)
         origin = index * height * num_cols + (top - index * height) * strides[0] + start[1] * strides[1]
         part = rows[top - first : bottom - first]
         if strides == (part.shape[1], 1):
-            part, strides_of_part = part.reshape(1, -1), (part.size, 1)
+            _gather_lines(reader, spec, part.reshape(1, -1), origin, (part.size, 1))
         else:
-            strides_of_part = strides
-        _gather_lines(reader, spec, part, origin, strides_of_part)
+            _gather_lines(reader, spec, part, origin, strides)
 
 
 def _gather_lines(

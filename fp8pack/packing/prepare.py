@@ -85,7 +85,7 @@ def prepare_pack(model: Path, request: Request, options: WriteOptions) -> Prepar
     if contents is None:
         source = check_floats(source)
         contents = Contents("", source.specs, source.facts)
-    if part := ungathered(source.specs, source.facts):
+    if part := ungathered(contents.tensors, source.facts):
         raise InputError(
             f"{source.path} is a part of a checkpoint: {part}",
             "save it with its parameters gathered (DeepSpeed: zero_to_fp32.py; FSDP: a full state dict)",

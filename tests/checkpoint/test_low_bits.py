@@ -202,6 +202,29 @@ def test_what_is_incomplete_is_refused_in_one_sentence(name: str, tmp_path: Path
     assert not {"unpacked", "converted", "packed"}.intersection(path.name for path in tmp_path.iterdir())
 
 
+EMPTY: dict[str, Tensors] = {
+    "no experts": {f"{EXPERTS}.w2_blocks": codes((0, 4, 2, 16)), f"{EXPERTS}.w2_scales": codes((0, 4, 2))},
+    "no groups": {f"{EXPERTS}.w2_blocks": codes((2, 4, 0, 16)), f"{EXPERTS}.w2_scales": codes((2, 4, 0))},
+    "INT4 without columns": {
+        f"{MODULE}.weight_packed": np.zeros((4, 0), np.int32),
+        f"{MODULE}.weight_scale": np.ones((4, 1), np.float32),
+        f"{MODULE}.weight_shape": np.array([4, 0]),
+    },
+    "INT8 without rows": {
+        f"{MODULE}.weight": codes((0, 8)).view(np.int8),
+        f"{MODULE}.weight_scale": np.ones((0, 1), "f4"),
+    },
+}
+
+
+@pytest.mark.parametrize("name", EMPTY)
+def test_weights_without_elements_are_no_error(name: str, tmp_path: Path) -> None:
+    source = LowBits(EMPTY[name], {"quant_method": "other"}, {}, "", "", {}).write(tmp_path / "model")
+    facts = fp8pack.unpack(source, tmp_path / "out")
+    assert facts.num_unpacked == 1
+    assert fp8pack.inspect(source).totals.num_packed == 1
+
+
 def test_weights_whose_inputs_are_rotated_are_refused(tmp_path: Path) -> None:
     """Their values are right, and the model without its rotations is not."""
     expected = CASES["INT4, group"]()

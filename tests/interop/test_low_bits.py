@@ -1,6 +1,7 @@
 """Checkpoints of FP4 and integers that other tools wrote: our values are theirs, bit for bit."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from checkpoints import read_tensors
 from interop.test_fixtures import FIXTURES, LOW_BITS, digest, expected_of
 
 import fp8pack
+from fp8pack.errors import InputError
 
 
 @pytest.mark.parametrize("name", LOW_BITS)
@@ -38,10 +40,15 @@ def test_inspect_shows_them(name: str) -> None:
     assert found == LOW_BITS[name]
 
 
+@pytest.mark.parametrize("verb", [fp8pack.convert, fp8pack.pack])
 @pytest.mark.parametrize("name", LOW_BITS)
-def test_they_become_fp8_that_loads(name: str, tmp_path: Path) -> None:
+def test_they_become_fp8_that_loads(name: str, verb: Callable[..., object], tmp_path: Path) -> None:
     """All that differs is the rounding to FP8: 31 dB of E4M3."""
-    fp8pack.convert(FIXTURES[name], tmp_path / "out", scheme="FP8_DYNAMIC")
+    if verb is fp8pack.pack and name == "modelopt-nvfp4_mixed":
+        with pytest.raises(InputError, match="already"):
+            verb(FIXTURES[name], tmp_path / "out")
+        return
+    verb(FIXTURES[name], tmp_path / "out", scheme="FP8_DYNAMIC")
     fp8pack.unpack(FIXTURES[name], tmp_path / "bf16")
     assert len(fp8pack.load_packed(tmp_path / "out", verify=True)) > 0
     facts = fp8pack.inspect(tmp_path / "out", tmp_path / "bf16")
