@@ -41,12 +41,13 @@ def decide(contents: Contents, request: Request, *, anew: bool = False) -> list[
     rules = Matcher(tuple(rule.pattern for rule in request.rules), "rule")
     by_pattern = {rule.pattern: rule for rule in reversed(request.rules)}
     last = contents.facts.num_layers or 1 + max((layer_of(spec.name) or 0 for spec in contents.tensors), default=0)
+    unquantized = "" if anew or not contents.quantized else not_quantized(contents)
     idle = {pattern for pattern in request.pack if not pattern.optional}
     decisions = []
     for spec in contents.tensors:
         names = (spec.name, *([spec.part_of.name] if spec.part_of else []))
         hits = [matcher.find(*names) for matcher in (ignore, pack, rules, only)]
-        verdict = _judge(spec, contents, anew=anew)
+        verdict = _judge(spec, contents, unquantized)
         decision = Decision(spec, verdict.role, verdict.packed, verdict.reason)
         layer = layer_of(spec.name)
         if hits[0]:
@@ -97,13 +98,14 @@ def not_quantized(contents: Contents) -> str:
     return "not FP8 in the source" if contents.storage else "not quantized in the source"
 
 
-def _judge(spec: TensorSpec, contents: Contents, *, anew: bool) -> Verdict:
+def _judge(spec: TensorSpec, contents: Contents, unquantized: str) -> Verdict:
+    """The policy's verdict or, if there is a reason to leave what is not quantized, that of the source."""
     quantized = contents.quantized.get(spec.name)
     verdict = judge(spec if quantized is None else replace(spec, dtype="BF16"), contents.facts)
-    if anew or not contents.quantized:
+    if not unquantized:
         return verdict
     if quantized is None:
-        return replace(verdict, packed=False, reason=not_quantized(contents)) if verdict.packed else verdict
+        return replace(verdict, packed=False, reason=unquantized) if verdict.packed else verdict
     is_linear = len(spec.shape) == 2 and spec.name.endswith(".weight")
     why = f"{quantized.kind} in the source" + ("" if is_linear else ", but not the weight of a linear")
     return Verdict(verdict.role, is_linear, why)

@@ -100,14 +100,14 @@ def make_unpack_plan(
     contents: Contents, dtype: str, *, max_shard_nbytes: int | None = None, sizes: Sizes = SIZES
 ) -> Plan:
     """Return the plan of turning every quantized tensor of a checkpoint into floats of a dtype (BF16, F16, F32)."""
-    tensors = []
+    tensors, unquantized = [], not_quantized(contents)
     for spec in contents.tensors:
         if spec.name in contents.other_scales:
             continue
         quantized = contents.quantized.get(spec.name)
         role = judge(replace(spec, dtype="BF16"), contents.facts).role
         if quantized is None:
-            tensors.append(_copy(spec, role, not_quantized(contents), sizes))
+            tensors.append(_copy(spec, role, unquantized, sizes))
         else:
             tensors.append(_unpack(spec, role, f"{quantized.kind} in the source", quantized, dtype, sizes))
     _check_names(tensors)

@@ -11,7 +11,9 @@ from checkpoints import read_tensors
 from interop.test_fixtures import FIXTURES, LOW_BITS, digest, expected_of
 
 import fp8pack
+from fp8pack.checkpoint.source import open_checkpoint
 from fp8pack.errors import InputError
+from fp8pack.modelrun.loader import ModelLoader
 
 
 @pytest.mark.parametrize("name", LOW_BITS)
@@ -38,6 +40,16 @@ def test_inspect_shows_them(name: str) -> None:
     assert facts.totals.num_packed == len(expected_of(name))
     found = {(t.format, t.granularity) for t in facts.tensors if t.format}
     assert found == LOW_BITS[name]
+
+
+@pytest.mark.parametrize("name", ["transformers-gpt_oss", "llmcompressor-w4a16_asym", "llmcompressor-nvfp4"])
+def test_the_model_that_a_calibration_runs_has_their_values(name: str) -> None:
+    loader = ModelLoader(open_checkpoint(FIXTURES[name]), trust_remote_code=False, device=torch.device("cpu"))
+    loader.load_all()
+    expected, parameters = expected_of(name), loader.model.state_dict()
+    assert expected.keys() <= parameters.keys()
+    for weight, entry in expected.items():
+        assert digest(parameters[weight]) == entry["sha256"], weight
 
 
 @pytest.mark.parametrize("verb", [fp8pack.convert, fp8pack.pack])
