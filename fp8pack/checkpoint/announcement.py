@@ -22,12 +22,13 @@ _REGION_KEYS = ("weight_block_size", "block_structure", "block_size", "group_siz
 
 @dataclass(frozen=True, slots=True)
 class Announcement:
-    """The declaration of FP8 weights, for what names, dtypes and shapes do not show.
+    """The declaration of quantized weights, for what names, dtypes and shapes do not show.
 
     method: `quant_method`, or the name of a method without one; empty if none is declared. markers: tensors that
     declare something, and are no weights. regions: scale regions of weights in the configuration, in its order. tiled:
     modules whose exponents are in the order of numerics/swizzle.py. weight_only: activations are not quantized.
-    ignored: the ignore entries, in any syntax.
+    ignored: the ignore entries, in any syntax. bits: those of elements. asymmetric: every integer has a zero point.
+    rotated: the inputs of weights are transformed while the model runs, as by Hadamard matrices.
     """
 
     method: str
@@ -37,6 +38,9 @@ class Announcement:
     weight_only: bool
     powers_of_two: bool
     ignored: tuple[str, ...]
+    bits: tuple[int, ...] = ()
+    asymmetric: bool = False
+    rotated: bool = False
 
 
 def read_announcement(source: Source) -> Announcement:
@@ -51,6 +55,9 @@ def read_announcement(source: Source) -> Announcement:
         _is_weight_only(source, config, markers),
         config.get("scale_fmt") == "ue8m0",
         _ignored(config),
+        tuple(value for key, value in _walk(config, 0) if key == "num_bits" and isinstance(value, int)),
+        {value for key, value in _walk(config, 0) if key == "symmetric"} == {False},
+        bool(config.get("transform_config")),
     )
 
 

@@ -47,9 +47,9 @@ class StoredEntry(_Entry):
 
 
 class OriginEntry(_Entry):
-    """How a weight that was FP8 already was quantized; without a scale its bytes were its values."""
+    """How a weight that was quantized already is stored in the source; without a scale its bytes were its values."""
 
-    format: Literal["e4m3", "e5m2"]
+    format: Literal["e4m3", "e5m2", "e2m1", "int4", "int8"]
     granularity: str
     scale: str | None
 
@@ -117,7 +117,7 @@ class CopiedEntry(_Entry):
 
 
 class UnpackedEntry(_Entry):
-    """A tensor that was FP8, and is stored as its values."""
+    """A tensor that was quantized, and is stored as its values."""
 
     action: Literal["unpacked"]
     role: str

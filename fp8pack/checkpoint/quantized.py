@@ -1,8 +1,9 @@
-"""Reading any FP8 checkpoint: which tensor is the scale of which weight, and what region shares one.
+"""Reading any quantized checkpoint: which tensor is the scale of which weight, and what region shares one.
 
 Names, dtypes and shapes decide, with what the configuration announces where they leave a choice: every convention that
-was read (docs/format.md) stores the multiplier that dequantizes, under one of a dozen names. Nothing is read but
-headers, config.json and its like; Transformer Engine's pickled `_extra_state` is a tensor as any other.
+was read (docs/format.md) stores the multiplier that dequantizes, under one of a dozen names; FP4 and integers are in
+low_bits.py. Nothing is read but headers, config.json and its like, and the shapes of packed integers; Transformer
+Engine's pickled `_extra_state` is a tensor as any other.
 """
 
 import re
@@ -12,6 +13,7 @@ from math import prod
 
 from fp8pack.checkpoint.announcement import Announcement, read_announcement
 from fp8pack.checkpoint.config import declared_dtype
+from fp8pack.checkpoint.low_bits import LowBitsReader
 from fp8pack.checkpoint.manifest_schema import PackedEntry
 from fp8pack.checkpoint.source import Source
 from fp8pack.errors import InputError
@@ -35,7 +37,8 @@ _OTHER_SCALE = re.compile(  # that nothing here serves, also where a weight is n
     r"\.(q_scale|prob_output_scale|output_scale|[qkv]_zero_point|input_scale|activation_scale|scale_input|qscale_act)$"
 )
 _LONE_SCALE = re.compile(
-    r"\.(_?weight_scale|weight_scale_inv|scale_weight|qscale_weight)$|\.experts\.\w+_scale(_inv)?$"
+    r"\.(_?weight_scale|weight_scale_inv|scale_weight|qscale_weight|weight_scale_2|weight_global_scale|weight_zero_point)$"
+    r"|\.experts\.\w+_scales?(_inv)?$"
 )
 _PACKED_OTHERWISE = re.compile(r"\.(weight|weight_packed|qweight)$|\.experts\.\w+_blocks$")
 
@@ -44,24 +47,31 @@ def read_contents(source: Source) -> Contents:
     """Return what a checkpoint means.
 
     Raises:
-        InputError: an FP8 weight has no scale although the checkpoint announces some, or one that fits no region; or
-            a scale has no FP8 weight.
+        InputError: a quantized weight has no scale although the checkpoint announces some, or one that fits no region;
+            or a scale has no quantized weight.
     """
     announced = read_announcement(source)
+    _refuse_bitsandbytes(source, announced.method)
     weights = list(_Reader(source, announced).weights())
     if not weights and not announced.method:
         return Contents("", source.specs, source.facts)
+    if weights and announced.rotated:
+        raise InputError(
+            f"{weights[0].payload.file}: {weights[0].payload.name!r} is rotated, as `transform_config` declares, and "
+            "means nothing without the rotations of its inputs",
+            "use a checkpoint of this model without transforms, or its BF16 original",
+        )
     tensors, hidden = {found.payload.name: found.spec for found in weights}, set(announced.markers)
     for found in weights:
-        hidden.update(spec.name for spec in (found.quantized.scale, found.quantized.input_scale) if spec)
+        hidden.update(spec.name for spec in (found.quantized.scale, found.quantized.input_scale, *found.others) if spec)
     kv_scales = dict(_kv_scales(source.specs, hidden)) if weights else {}
     hidden.update(spec.name for spec in kv_scales.values())
     plain = [tensors.get(spec.name, spec) for spec in source.specs if spec.name not in hidden]
     _refuse_one_name_twice(plain)
     suspects = [spec for spec in plain if "scale" in spec.name or "zero_point" in spec.name]
     others = tuple(spec.name for spec in suspects if weights and _OTHER_SCALE.search(spec.name))
-    unread = tuple(spec.name for spec in plain if _is_packed_otherwise(spec))
     quantized = {found.spec.name: found.quantized for found in weights}
+    unread = tuple(spec.name for spec in plain if spec.name not in quantized and _is_packed_otherwise(spec))
     if not unread and not announced.method.startswith(
         "comfyui"
     ):  # whose converters leave scales of 1 beside BF16 weights
@@ -81,15 +91,24 @@ def read_contents(source: Source) -> Contents:
     )
 
 
+def read_low_bits(source: Source) -> Contents | None:
+    """Return what a checkpoint of FP4 or integers means, None of any other; raises as `read_contents` does."""
+    if not any(map(_is_packed_otherwise, source.specs)):
+        return None
+    contents = read_contents(source)
+    return contents if contents.quantized and not contents.unread and contents.storage is None else None
+
+
 @dataclass(frozen=True, slots=True)
 class _Weight:
     payload: TensorSpec
     spec: TensorSpec  # the payload under the weight's own name
     quantized: Quantized
+    others: tuple[TensorSpec, ...] = ()  # that belong to it, too
 
 
 class _Reader:
-    """Pairs FP8 payloads with their scales."""
+    """Pairs payloads with their scales."""
 
     def __init__(self, source: Source, announced: Announcement) -> None:
         self._specs = {spec.name: spec for spec in source.specs}
@@ -98,9 +117,23 @@ class _Reader:
         self._recorded = _recorded(source)
         self._dtype = declared_dtype(source.config or {})
         self._has_input_scales = any(name.endswith(_INPUT_SCALES) for name in self._specs)
+        self._low_bits = LowBitsReader(
+            source,
+            self._specs,
+            bits=announced.bits,
+            asymmetric=announced.asymmetric,
+            regions=self._of_integers,
+            dtype=self._dtype,
+        )
 
     def weights(self) -> Iterator[_Weight]:
-        """Yield every FP8 weight."""
+        """Yield every quantized weight."""
+        for payload in self._specs.values():
+            if payload.dtype in ("U8", "I8", "I32") and (found := self._low_bits.find(payload)):
+                yield _Weight(payload, found.spec, found.quantized, found.others)
+        yield from self._float8()
+
+    def _float8(self) -> Iterator[_Weight]:
         payloads = [
             spec
             for spec in self._specs.values()
@@ -158,10 +191,15 @@ class _Reader:
         elif prod(scale.shape) == 1:
             found = TENSOR
         if found is None:
-            raise InputError(
-                f"{spec.file}: {spec.name!r} {list(shape)} has scales {scale.dtype} {list(scale.shape)}, which "
-                "match no known scale region"
-            )
+            raise _unmatched(spec, scale)
+        return found
+
+    def _of_integers(self, spec: TensorSpec, scale: TensorSpec) -> Granularity:
+        """The region of INT4 and INT8: one that is declared, or a channel, if any is."""
+        found = self._of_matrix((spec.shape[0], spec.shape[1]), scale)
+        known = {(region.rows, region.cols) for region in (*self._announced.regions, TENSOR, CHANNEL)}
+        if found is None or (self._announced.regions and (found.rows, found.cols) not in known):
+            raise _unmatched(spec, scale)
         return found
 
     def _of_matrix(self, shape: tuple[int, ...], scale: TensorSpec) -> Granularity | None:
@@ -202,6 +240,13 @@ class _Reader:
             return None
         inner: Granularity | None = self._of_matrix((n, k), replace(scale, shape=stored[1:]))
         return inner if inner is not None and n % (inner.rows or n) == 0 else None
+
+
+def _unmatched(spec: TensorSpec, scale: TensorSpec) -> InputError:
+    return InputError(
+        f"{spec.file}: {spec.name!r} {list(spec.shape)} has scales {scale.dtype} {list(scale.shape)}, which match no "
+        "known scale region"
+    )
 
 
 def _recorded(source: Source) -> dict[str, PackedEntry]:
@@ -247,14 +292,25 @@ def _is_scale(name: str) -> bool:
 
 
 def _is_packed_otherwise(spec: TensorSpec) -> bool:
-    """Whether it is FP4, an integer format, or FP8 as AMD's older GPUs have it, where a weight should be."""
+    """Whether a weight is neither floats nor FP8 as most have it: FP4, integers, or FP8 of AMD's older GPUs."""
     if spec.dtype in _ODD_DTYPES:
         return True
     return spec.dtype in ("U8", "I8", "I32") and len(spec.shape) > 1 and bool(_PACKED_OTHERWISE.search(spec.name))
 
 
+def _refuse_bitsandbytes(source: Source, method: str) -> None:
+    """Its values depend on tables and nested scales that differ with its version: transformers reads them itself."""
+    marks = (".absmax", ".quant_map", ".SCB", ".nested_absmax")
+    for spec in source.specs if method == "bitsandbytes" else ():
+        if spec.name.endswith(marks) or ".quant_state." in spec.name:
+            raise InputError(
+                f"{spec.file}: {spec.name!r} is of bitsandbytes, whose weights are not read",
+                "load the model with transformers, call `model.dequantize()` and `save_pretrained`, and use that",
+            )
+
+
 def _refuse_one_name_twice(tensors: Iterable[TensorSpec]) -> None:
-    """An FP8 weight that is stored under another name than its own may meet a tensor that has it."""
+    """A weight that is stored under another name than its own may meet a tensor that has it."""
     seen: set[str] = set()
     for spec in tensors:
         if spec.name in seen:
@@ -263,7 +319,7 @@ def _refuse_one_name_twice(tensors: Iterable[TensorSpec]) -> None:
 
 
 def _refuse_lone_scales(suspects: list[TensorSpec]) -> None:
-    """A scale whose weight is no FP8 tensor means that one of the two was lost."""
+    """A scale whose weight is not quantized means that one of the two was lost."""
     for spec in suspects:
         if _LONE_SCALE.search(spec.name):
-            raise InputError(f"{spec.file}: {spec.name!r} is a scale without an FP8 weight")
+            raise InputError(f"{spec.file}: {spec.name!r} is a scale without a quantized weight")

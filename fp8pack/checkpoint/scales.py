@@ -1,20 +1,26 @@
-"""Reading the scales of FP8 weights, of any convention, as float32 multipliers."""
+"""Reading the scales of quantized weights, of any convention, as float32 multipliers, and their zero points."""
 
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fp8pack.errors import InputError
 from fp8pack.modelfacts.contents import Quantized
-from fp8pack.modelfacts.spec import DTYPE_BITS, TensorSpec
+from fp8pack.modelfacts.spec import TensorSpec
+from fp8pack.numerics.formats import E4M3, TableFormat
 from fp8pack.numerics.metrics import widen
 from fp8pack.numerics.scaling import decode_e8m0
 from fp8pack.numerics.swizzle import TILE, padded, unswizzle
+from fp8pack.numerics.table_codec import split_words
+from fp8pack.numerics.value_table import value_table
 from fp8pack.units import ceil_div
 
 Span = tuple[int, int]
-Read = Callable[[TensorSpec, int, int], NDArray[np.uint8]]  # bytes of a tensor: offset and how many
+Read = Callable[[TensorSpec, int, int], NDArray[Any]]  # rows of a tensor, as `read_rows` returns them
+_WORD = 32  # bits
 
 
 def read_scales(read: Read, spec: TensorSpec, quantized: Quantized, rows: Span, cols: Span) -> NDArray[np.float32]:
@@ -29,17 +35,38 @@ def read_scales(read: Read, spec: TensorSpec, quantized: Quantized, rows: Span, 
     top, bottom = rows[0] // region[0], ceil_div(rows[1], region[0])
     scale = quantized.scale
     if quantized.tiled:
-        first, width = top // TILE[0] * TILE[0], padded(grid)[1]
+        first = top // TILE[0] * TILE[0]
         last = min(ceil_div(bottom, TILE[0]) * TILE[0], padded(grid)[0])
-        tiles = read(scale, first * width, (last - first) * width).reshape(last - first, width)
+        tiles = read(replace(scale, shape=padded(grid)), first, last)
         exponents = unswizzle(tiles, (min(last, grid[0]) - first, grid[1]))
         found = decode_e8m0(exponents[top - first : bottom - first])
     else:
-        itemsize = DTYPE_BITS[scale.dtype] // 8
-        data = read(scale, top * grid[1] * itemsize, (bottom - top) * grid[1] * itemsize)
-        found = _decode(data, scale.dtype).reshape(bottom - top, grid[1])
+        found = _decode(read(_in_grid(scale, grid), top, bottom), scale.dtype)
+    if quantized.global_scale is not None:
+        second = _decode(read(_in_grid(quantized.global_scale, (1, 1)), 0, 1), "F32")
+        with np.errstate(all="ignore"):  # what is not finite is refused below
+            found = found / second if quantized.divides else found * second
     if not (np.isfinite(found).all() and (found >= 0).all()):
         raise InputError(f"{scale.file}: {scale.name!r} contains a scale that is negative or not finite")
+    return np.ascontiguousarray(found[:, cols[0] // region[1] : ceil_div(cols[1], region[1])])
+
+
+def read_zero_points(
+    read: Read, spec: TensorSpec, quantized: Quantized, rows: Span, cols: Span
+) -> NDArray[np.float32] | None:
+    """Return the zero points of the regions that `read_scales` returns the scales of; None if they are 0."""
+    stored, format = quantized.zero_point, quantized.format
+    if stored is None or not isinstance(format, TableFormat):
+        return None
+    grid, region = quantized.granularity.scale_shape(spec.matrix), quantized.granularity.region(spec.matrix)
+    top, bottom = rows[0] // region[0], ceil_div(rows[1], region[0])
+    if stored.dtype == "I8":
+        found: NDArray[np.float32] = read(_in_grid(stored, grid), top, bottom).view(np.int8).astype(np.float32)
+    else:
+        count = _WORD // format.bits
+        words = read(stored, top // count, ceil_div(bottom, count))
+        codes = split_words(words, format.bits)[top % count :][: bottom - top]
+        found = value_table(format)[codes]
     return np.ascontiguousarray(found[:, cols[0] // region[1] : ceil_div(cols[1], region[1])])
 
 
@@ -49,13 +76,20 @@ def offset_in_region(spec: TensorSpec, quantized: Quantized, row: int, col: int)
     return row % rows, col % cols
 
 
-def _decode(data: NDArray[np.uint8], dtype: str) -> NDArray[np.float32]:
+def _in_grid(scale: TensorSpec, grid: tuple[int, int]) -> TensorSpec:
+    """Scales as a matrix, whatever dimensions of 1 they are stored with; those with gaps are one already."""
+    return scale if scale.strides else replace(scale, shape=grid)
+
+
+def _decode(data: NDArray[Any], dtype: str) -> NDArray[np.float32]:
     match dtype:
+        case "F8_E4M3":
+            return np.asarray(value_table(E4M3)[data])
         case "U8" | "F8_E8M0":
             return decode_e8m0(data)
         case "F32":
-            return data.view(np.float32)
+            return np.asarray(data.view(np.float32))
         case "BF16":
-            return widen(data.view(np.uint16), "BF16")
+            return widen(data, "BF16")
         case _:
-            return widen(data.view(np.uint16), "F16")
+            return widen(data, "F16")

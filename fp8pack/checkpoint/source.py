@@ -21,7 +21,9 @@ from fp8pack.checkpoint.regular_files import open_regular
 from fp8pack.errors import InputError
 from fp8pack.machine import check_system
 from fp8pack.modelfacts.model import ModelFacts, read_facts
-from fp8pack.modelfacts.spec import TensorSpec
+from fp8pack.modelfacts.spec import ELEMENT_BITS, NIBBLE, TensorSpec
+from fp8pack.numerics.table_codec import split_nibbles
+from fp8pack.units import ceil_div
 
 _PACK_ORIGINAL = "pack the BF16, FP16 or FP32 original"
 _SAVE = "save the model with `save_pretrained(safe_serialization=True)`"
@@ -109,30 +111,68 @@ class ShardReader:
         os.close(self._fd)
 
 
-def gather(reader: ShardReader, spec: TensorSpec, rows: NDArray[Any], start: tuple[int, int]) -> None:
-    """Fill rows of a strided matrix, from a row and column on: one range of bytes for each line of the source.
+def read_rows(reader: ShardReader, spec: TensorSpec, lo: int, hi: int) -> NDArray[Any]:
+    """Return rows of a tensor as they are stored: unsigned integers of its width [hi - lo, K], a byte for 4 bits."""
+    cols, bits = spec.matrix[1], ELEMENT_BITS[spec.dtype]
+    is_gathered = spec.strides is not None or bits == NIBBLE
+    width = cols if is_gathered else cols * bits // max(8, bits)
+    rows = np.empty((hi - lo, width), np.dtype(f"u{max(8, bits) // 8}"))
+    if is_gathered:
+        gather(reader, spec, rows, (lo, 0))
+    elif rows.size:
+        reader.readinto(rows.data.cast("B"), spec.begin + lo * rows.nbytes // (hi - lo))
+    return rows
 
-    A line runs along the dimension whose elements lie closer together; what lies between them is read and left.
+
+def gather(reader: ShardReader, spec: TensorSpec, rows: NDArray[Any], start: tuple[int, int]) -> None:
+    """Fill rows of a matrix with gaps or of 4 bits an element, from a row and column on; 4 bits become a byte.
+
+    One range of bytes is read for each line of the source, or for all if there are no gaps. A line runs along the
+    dimension whose elements lie closer together; what lies between them is read and left.
     """
-    if spec.strides is None:
-        raise ValueError(f"{spec.name} is one range of bytes")
-    across = spec.strides[0] < spec.strides[1]
-    lines, (near, far) = (rows.T, spec.strides) if across else (rows, spec.strides[::-1])
-    origin = start[0] * spec.strides[0] + start[1] * spec.strides[1]
+    (num_rows, num_cols), strides = spec.matrix, spec.strides or (spec.matrix[1], 1)
+    height = max(1, spec.shape[1] if spec.strides and len(spec.shape) == 3 else num_rows)
+    first, last = start[0], start[0] + rows.shape[0]
+    for index in range(first // height, ceil_div(last, height)):
+        top, bottom = max(first, index * height), min(last, (index + 1) * height)
+        origin = index * height * num_cols + (top - index * height) * strides[0] + start[1] * strides[1]
+        part = rows[top - first : bottom - first]
+        if strides == (part.shape[1], 1):
+            _gather_lines(reader, spec, part.reshape(1, -1), origin, (part.size, 1))
+        else:
+            _gather_lines(reader, spec, part, origin, strides)
+
+
+def _gather_lines(
+    reader: ShardReader, spec: TensorSpec, rows: NDArray[Any], origin: int, strides: tuple[int, int]
+) -> None:
+    """Fill rows of a matrix, whose first element is the one at `origin` of the tensor, line by line."""
+    lines, (near, far) = (rows.T, strides) if strides[0] < strides[1] else (rows, strides[::-1])
     count, length = lines.shape
-    segment = np.empty((length - 1) * near + 1, rows.dtype)
+    extent = (length - 1) * near + 1
+    if not rows.size:
+        return
+    if ELEMENT_BITS[spec.dtype] == NIBBLE:
+        together = 1 if far % 2 else count  # lines that begin with the same half of a byte
+        for i in range(0, count, together):
+            at = origin + i * far
+            packed = np.empty((together, (at % 2 + extent + 1) // 2), np.uint8)
+            for j, line in enumerate(packed):
+                reader.readinto(line.data, spec.begin + (at + j * far) // 2)
+            lines[i : i + together] = split_nibbles(packed)[:, at % 2 :][:, :extent:near]
+        return
+    segment = np.empty(extent, rows.dtype)
     for i in range(count):
         reader.readinto(segment.data.cast("B"), spec.begin + (origin + i * far) * rows.itemsize)
         lines[i] = segment[::near]
 
 
-def open_source(path: Path) -> Source:
-    """Look at a checkpoint that is to be packed: a directory, a `.safetensors` file, or a repository in the hub cache.
+def check_floats(source: Source) -> Source:
+    """Return a source whose weights are floats, with a note if it declares otherwise.
 
     Raises:
-        InputError: the path is no checkpoint that fp8pack reads; the hint is the remedy.
+        InputError: a weight is quantized already; the hint is the remedy.
     """
-    source = open_checkpoint(path)
     if float8 := next((spec for spec in source.specs if spec.dtype.startswith("F8")), None):
         raise InputError(
             f"{float8.file}: tensor {float8.name!r} is {float8.dtype} already",
@@ -151,7 +191,11 @@ def open_source(path: Path) -> Source:
 
 
 def open_checkpoint(path: Path) -> Source:
-    """Look at any safetensors checkpoint, packed or not; raises as `open_source` does."""
+    """Look at a checkpoint: a directory, a `.safetensors` file, or a repository in the hub cache.
+
+    Raises:
+        InputError: the path is no checkpoint that fp8pack reads; the hint is the remedy.
+    """
     check_system()
     if not path.exists():
         path = _find_in_hub_cache(path)

@@ -1,4 +1,4 @@
-"""The values of a checkpoint's tensors, row by row, in float32: floats as they are, FP8 bytes times their scales."""
+"""The values of a checkpoint's tensors, row by row, in float32: floats as they are, others times their scales."""
 
 from collections.abc import Iterator
 from types import TracebackType
@@ -7,13 +7,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fp8pack.checkpoint.scales import Read, Span, offset_in_region, read_scales
-from fp8pack.checkpoint.source import ShardReader, Source, gather
+from fp8pack.checkpoint.scales import Read, Span, offset_in_region, read_scales, read_zero_points
+from fp8pack.checkpoint.source import ShardReader, Source, read_rows
 from fp8pack.errors import InputError
 from fp8pack.modelfacts.contents import Contents, Quantized
-from fp8pack.modelfacts.spec import DTYPE_BITS, TensorSpec
+from fp8pack.modelfacts.spec import NIBBLE, TensorSpec
 from fp8pack.numerics import native
+from fp8pack.numerics.formats import E4M3, TableFormat
 from fp8pack.numerics.metrics import widen
+from fp8pack.numerics.table_codec import as_e4m3, dequantize_codes
 
 _STRIP_NBYTES = 4 << 20
 _BITS = {"BF16": np.uint16, "F16": np.uint16, "F32": np.uint32}
@@ -29,18 +31,21 @@ def strips(spec: TensorSpec) -> Iterator[tuple[int, int]]:
 def dequantize(
     read: Read, spec: TensorSpec, quantized: Quantized, payload: NDArray[np.uint8], values: NDArray[Any], at: Span
 ) -> float:
-    """Fill raw bits [rows, cols] of float32 or BF16 with what FP8 bytes mean; return their amax, NaN if one is a NaN.
+    """Fill raw bits [rows, cols] of float32 or BF16 with what codes mean; return their amax, NaN if one is a NaN.
 
-    read: bytes of the scales. at: the row and column of the tensor where the payload begins.
+    read: rows of the scales. payload: FP8 bytes, or codes of 4 or 8 bits, a byte each. at: the row and column of the
+    tensor where the payload begins.
     """
     rows, cols = ((begin, begin + length) for begin, length in zip(at, payload.shape, strict=True))
-    return native.dequantize_rows(
-        payload,
-        read_scales(read, spec, quantized, rows, cols),
-        values,
-        region=quantized.granularity.region(spec.matrix),
-        format=quantized.format,
-        offset=offset_in_region(spec, quantized, *at),
+    scales, format = read_scales(read, spec, quantized, rows, cols), quantized.format
+    region, offset = quantized.granularity.region(spec.matrix), offset_in_region(spec, quantized, *at)
+    if isinstance(format, TableFormat) and format.bits == NIBBLE and quantized.zero_point is None:
+        payload, format = as_e4m3(payload, format), E4M3
+    if not isinstance(format, TableFormat):
+        return native.dequantize_rows(payload, scales, values, region=region, format=format, offset=offset)
+    zero_points = read_zero_points(read, spec, quantized, rows, cols)
+    return dequantize_codes(
+        payload, scales, values, format=format, region=region, offset=offset, zero_points=zero_points
     )
 
 
@@ -64,7 +69,7 @@ class ValueReader:
         """Return rows of a tensor as float32 [hi - lo, K]; a NaN byte is a NaN.
 
         Raises:
-            InputError: it is neither FP8 nor BF16, FP16 or FP32, or a scale is negative or not finite.
+            InputError: it is neither quantized nor BF16, FP16 or FP32, or a scale is negative or not finite.
         """
         quantized = self._quantized.get(spec.name)
         if quantized is None:
@@ -73,31 +78,20 @@ class ValueReader:
             return widen(self.bits(spec, lo, hi), spec.dtype)
         payload = self.bits(spec, lo, hi)
         values = np.empty(payload.shape, np.uint32)
-        amax = dequantize(self._read_bytes, spec, quantized, payload, values, (lo, 0))
+        amax = dequantize(self.bits, spec, quantized, payload, values, (lo, 0))
         found = values.view(np.float32)
-        if np.isnan(amax):
+        if np.isnan(amax) and not isinstance(quantized.format, TableFormat):
             found[np.isin(payload & 0x7F, quantized.format.nan_codes)] = np.nan
         return found
 
     def bits(self, spec: TensorSpec, lo: int, hi: int) -> NDArray[Any]:
-        """Return rows of a tensor as they are stored: unsigned integers of its width [hi - lo, K], or bytes."""
-        cols, width = spec.matrix[1], DTYPE_BITS[spec.dtype]
-        rows = np.empty((hi - lo, cols * width // max(8, width)), np.dtype(f"u{max(8, width) // 8}"))
-        if spec.strides is not None:
-            gather(self._open(spec.file), spec, rows, (lo, 0))
-        elif rows.size:
-            self._open(spec.file).readinto(rows.data.cast("B"), spec.begin + lo * rows.nbytes // (hi - lo))
-        return rows
+        """Return rows of a tensor as they are stored, see `read_rows`."""
+        return read_rows(self._open(spec.file), spec, lo, hi)
 
     def scales(self, spec: TensorSpec) -> NDArray[np.float32]:
-        """Return every scale of an FP8 tensor, float32, in its grid; raises as `values` does."""
+        """Return every scale of a quantized tensor, float32, in its grid; raises as `values` does."""
         rows, cols = spec.matrix
-        return read_scales(self._read_bytes, spec, self._quantized[spec.name], (0, rows), (0, cols))
-
-    def _read_bytes(self, spec: TensorSpec, offset: int, nbytes: int) -> NDArray[np.uint8]:
-        data = np.empty(nbytes, np.uint8)
-        self._open(spec.file).readinto(data.data, spec.begin + offset)
-        return data
+        return read_scales(self.bits, spec, self._quantized[spec.name], (0, rows), (0, cols))
 
     def _open(self, file: str) -> ShardReader:
         if file not in self._readers:

@@ -53,10 +53,11 @@ def convert(
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """Convert an FP8 checkpoint to another convention or format.
+    """Convert an FP8, FP4 or integer checkpoint to another FP8 one.
 
-    Options that are not given follow the source. FP8 bytes are passed through unchanged if only the convention changes
-    or scales become finer. Other weights are dequantized and requantized, and their SQNR against the source is printed.
+    Options that are not given follow an FP8 source. FP8 bytes are passed through unchanged if only the convention
+    changes or scales become finer. Other weights are dequantized and requantized, and their SQNR against the source is
+    printed.
 
     A PATTERN is a tensor or module name, a glob over the whole name, or re: and a regular expression. A pattern that
     matches nothing is an error, unless it begins with ?.

@@ -36,7 +36,8 @@ def _output(*flags: str, help: str) -> Any:
 
 
 Checkpoint = Annotated[
-    Path, typer.Argument(help="FP8 checkpoint: directory or .safetensors file, from any tool.", show_default=False)
+    Path,
+    typer.Argument(help="Quantized checkpoint: directory or .safetensors file, from any tool.", show_default=False),
 ]
 Output = Annotated[
     Path | None, typer.Option("-o", "--output", metavar="PATH", help="Output path [default: beside the source]")

@@ -54,7 +54,7 @@ def pack(
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """Quantize a BF16, FP16 or FP32 checkpoint to FP8.
+    """Quantize a checkpoint of BF16, FP16, FP32, FP4 or integers to FP8.
 
     A PATTERN is a tensor or module name, a glob over the whole name, or re: and a regular expression. A pattern that
     matches nothing is an error, unless it begins with ?.

@@ -31,9 +31,9 @@ def unpack(
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """Dequantize an FP8 checkpoint to BF16, FP16 or FP32.
+    """Dequantize an FP8, FP4 or integer checkpoint to BF16, FP16 or FP32.
 
-    value = fp8 * scale in float32, rounded once to nearest even.
+    value = (element - zero point) * scale in float32, rounded once to nearest even.
     """
     from fp8pack.cli.write import write  # imports NumPy and BLAKE3, not needed for --help
     from fp8pack.packing.options import WriteOptions

@@ -7,26 +7,37 @@ from dataclasses import dataclass, field
 from fp8pack.modelfacts.model import ModelFacts
 from fp8pack.modelfacts.spec import TensorSpec
 from fp8pack.modelfacts.storage import Storage
-from fp8pack.numerics.formats import Float8Format
+from fp8pack.numerics.formats import Float8Format, Format
 from fp8pack.numerics.granularity import Granularity
 
 
 @dataclass(frozen=True, slots=True)
 class Quantized:
-    """How an FP8 tensor is dequantized: value = fp8 * scale.
+    """How a quantized tensor is dequantized: value = (element - zero point) * scale.
 
+    format: FP8, or FP4, INT4 and INT8 of other checkpoints.
     granularity: the region that shares a scale; all dimensions but the last count as rows.
     scale: F32, BF16 or F16, or exponents (U8, F8_E8M0) of powers of two; None if there is no scale.
     tiled: the scales are stored in the order of numerics/swizzle.py. input_scale: of the input activations, if static.
     source_dtype: of the floats before quantization; BF16 if unknown.
+    global_scale: F32, a second level, by which every scale (then F8_E4M3) is multiplied, or divided if `divides`.
+    zero_point: I8 in the grid of the scales, or such codes packed along the rows in I32; None if it is 0.
     """
 
-    format: Float8Format
+    format: Format
     granularity: Granularity
     scale: TensorSpec | None
     tiled: bool = False
     input_scale: TensorSpec | None = None
     source_dtype: str = "BF16"
+    global_scale: TensorSpec | None = None
+    divides: bool = False
+    zero_point: TensorSpec | None = None
+
+    @property
+    def kind(self) -> str:
+        """FP8, FP4, INT4 or INT8."""
+        return "FP8" if isinstance(self.format, Float8Format) else self.format.kind
 
     @property
     def has_exponents(self) -> bool:
@@ -38,10 +49,11 @@ class Quantized:
 class Contents:
     """The tensors of a checkpoint.
 
-    method: the quant method that is declared, empty if there is none. tensors: everything but scales and markers, FP8
-    weights under the names that they have in BF16. quantized: how each FP8 weight is dequantized. kv_scales: scales of
-    K and V by point (`….self_attn.k`). other_scales: scales of other activations, such as Q. unread: weights in a
-    format that fp8pack does not read, such as FP4. ignored: the ignored modules, as the configuration lists them.
+    method: the quant method that is declared, empty if there is none. tensors: everything but scales and markers,
+    quantized weights under the names and with the shapes that they have in BF16. quantized: how each of them is
+    dequantized. kv_scales: scales of K and V by point (`….self_attn.k`). other_scales: scales of other activations,
+    such as Q. unread: weights in a format that fp8pack does not read, such as GPTQ's. ignored: the ignored modules, as
+    the configuration lists them.
     """
 
     method: str
@@ -59,12 +71,14 @@ class Contents:
     @property
     def storage(self) -> Storage | None:
         """How most of its FP8 weights are stored; None if there are none."""
-        if not self.quantized:
-            return None
-        (format, granularity), _ = Counter(
+        found = Counter(
             (quantized.format, quantized.granularity)
             for quantized in (self.quantized[spec.name] for spec in self.tensors if spec.name in self.quantized)
-        ).most_common(1)[0]
+            if isinstance(quantized.format, Float8Format)
+        )
+        if not found:
+            return None
+        (format, granularity), _ = found.most_common(1)[0]
         return Storage(
             self.method,
             format,
@@ -77,6 +91,6 @@ class Contents:
 
     @property
     def source_dtype(self) -> str:
-        """The dtype of most of its FP8 weights before quantization."""
+        """The dtype of most of its quantized weights before quantization."""
         dtypes = Counter(quantized.source_dtype for quantized in self.quantized.values())
         return dtypes.most_common(1)[0][0] if dtypes else "BF16"

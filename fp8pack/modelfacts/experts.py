@@ -2,7 +2,8 @@
 
 [E, 2I, H]  gate above up: transformers 5, Qwen3.5-MoE, GLM, DeepSeek; down is [E, H, I]
 [E, H, 2I]  the transpose: Llama 4, Qwen3-VL-MoE, gpt-oss; down is [E, I, H]
-gpt-oss interleaves gate and up, and has biases. A part is a view: nothing is read or copied here.
+gpt-oss interleaves gate and up, and has biases; its MXFP4 lies as [E, 2I, H], and is a view with strides. A part is a
+view: nothing is read or copied here.
 """
 
 import re
@@ -14,8 +15,9 @@ from fp8pack.errors import InputError
 from fp8pack.modelfacts.contents import Contents, Quantized
 from fp8pack.modelfacts.model import ModelFacts
 from fp8pack.modelfacts.patterns import star
-from fp8pack.modelfacts.spec import DTYPE_BITS, TensorSpec, nbytes_of
-from fp8pack.numerics.granularity import CHANNEL, TENSOR
+from fp8pack.modelfacts.spec import DTYPE_BITS, ELEMENT_BITS, FLOAT_DTYPES, TensorSpec, nbytes_of
+from fp8pack.numerics.granularity import CHANNEL, MX, TENSOR, Granularity
+from fp8pack.units import ceil_div
 
 _FUSED = re.compile(r"(?P<experts>(.+\.)?experts)\.(?P<leaf>\w+?)(\.weight|(?P<bias>_bias))?$")
 _PARTS = {
@@ -46,7 +48,7 @@ class FusedLayout:
 
 
 def split_experts(contents: Contents) -> Contents:
-    """Return the contents with fused experts split into one weight per expert, with its scale if it is FP8.
+    """Return the contents with fused experts split into one weight per expert, with its scale if it is quantized.
 
     Experts are not split if their layout is unknown, by the hidden size and by the model's type, or if two of them
     share a scale.
@@ -80,7 +82,8 @@ def join_experts(
     """Return the fused tensors that the experts of each layer were taken apart from, the reverse of split_experts().
 
     layouts: the names of fused tensors, `*` for numbers -> how they lie. A layer is left as it is if one of its experts
-    is missing or has another shape. The dtype of a fused tensor is that of its first part.
+    is missing or has another shape. A fused tensor has the dtype of its parts if that
+    is a float, else U8.
     """
     layers: dict[str, dict[str, TensorSpec]] = {}
     for spec in tensors:
@@ -112,7 +115,8 @@ def _join(name: str, members: Mapping[str, TensorSpec], layout: FusedLayout) -> 
     n, wide = first.shape[0], first.shape[0] * len(names)
     k = first.shape[-1]
     shape = (count, wide) if is_bias else (count, k, wide) if layout.transposed else (count, wide, k)
-    whole = TensorSpec(name, first.dtype, shape, first.file, 0, nbytes_of(first.dtype, shape))
+    dtype = first.dtype if first.dtype in FLOAT_DTYPES else "U8"  # whose elements are counted, not read
+    whole = TensorSpec(name, dtype, shape, first.file, 0, nbytes_of(dtype, shape))
     if is_bias:
         views = [view for i in range(count) for view in _bias(whole, experts, i, leaf, layout.interleaved)]
     else:
@@ -171,15 +175,23 @@ def _matrices(
     _, rows, cols = spec.shape
     index, names = int(expert.rpartition(".")[2]), _PARTS[leaf]
     wide, k = (cols, rows) if layout.transposed else (rows, cols)
-    n, step = wide // len(names), len(names) if layout.interleaved else 1
-    strides = (step, wide) if layout.transposed else (step * k, 1)
+    n = wide // len(names)
     parts: list[Split] = []
     for rank, name in enumerate(names):
         first = rank if layout.interleaved else rank * n
-        offset = index * wide * k + (first if layout.transposed else first * k)
-        part = _view(spec, f"{expert}.{name}.weight", (n, k), offset, strides)
+        part = _matrix(spec, f"{expert}.{name}.weight", (n, k), (index, first), layout, step=len(names))
         parts.append((part, _scales(spec, part, quantized, index, first, layout) if quantized else None))
     return parts
+
+
+def _matrix(
+    spec: TensorSpec, name: str, shape: tuple[int, int], at: tuple[int, int], layout: FusedLayout, *, step: int
+) -> TensorSpec:
+    """A part [N, K] of a fused tensor: of which expert, from which of its N; every `step`-th if interleaved."""
+    (index, first), (down, across) = at, spec.strides or (spec.shape[2], 1)
+    along_n, along_k = (across, down) if layout.transposed else (down, across)
+    strides = (along_n * (step if layout.interleaved else 1), along_k)
+    return _view(spec, name, shape, index * prod(spec.shape[1:]) + first * along_n, strides)
 
 
 def _bias(spec: TensorSpec, experts: str, index: int, leaf: str, interleaved: bool) -> list[TensorSpec]:
@@ -193,10 +205,9 @@ def _bias(spec: TensorSpec, experts: str, index: int, leaf: str, interleaved: bo
 
 def _view(spec: TensorSpec, name: str, shape: tuple[int, ...], offset: int, strides: tuple[int, int]) -> TensorSpec:
     """A part of a fused tensor; `offset` and `strides` are in elements."""
-    itemsize = DTYPE_BITS[spec.dtype] // 8
-    rows, cols = prod(shape[:-1]), shape[-1]
-    begin = spec.begin + offset * itemsize
-    end = begin + ((rows - 1) * strides[0] + (cols - 1) * strides[1] + 1) * itemsize
+    bits, rows, cols = ELEMENT_BITS[spec.dtype], prod(shape[:-1]), shape[-1]
+    begin = spec.begin + offset * bits // 8
+    end = begin + ceil_div(((rows - 1) * strides[0] + (cols - 1) * strides[1] + 1) * bits, 8)
     is_range = strides[1] == 1 and (rows == 1 or strides[0] == cols)
     return TensorSpec(name, spec.dtype, shape, spec.file, begin, end, spec, None if is_range else strides)
 
@@ -215,6 +226,11 @@ def _scales(
     if (region.rows, region.cols) == (rows, cols):
         return replace(entry, granularity=TENSOR, scale=_of_expert(scale, index, spec.shape[0]))
     n, _ = part.shape
+    if scale.strides and region.rows:  # groups of K, a row of them for each of N
+        groups = Granularity(f"group:{region.rows}", 1, region.rows) if region.rows != MX.cols else MX
+        step = cols // n if layout.interleaved else 1
+        piece = _matrix(scale, scale.name, groups.scale_shape(part.shape), (index, first), layout, step=step)
+        return replace(entry, granularity=groups, scale=replace(piece, part_of=None))
     if layout.transposed:
         of_outputs = (region.rows, region.cols) == (rows, 1) or (region == CHANNEL and rows == cols)
         if of_outputs and not layout.interleaved:

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from math import prod
 
+from fp8pack.units import ceil_div
+
 DTYPE_BITS = {
     "BOOL": 8,
     "U8": 8,
@@ -27,6 +29,8 @@ DTYPE_BITS = {
     "F64": 64,
     "C64": 64,
 }
+ELEMENT_BITS = DTYPE_BITS | {"I4": 4}  # INT4, for which safetensors has no dtype: it lies in words
+NIBBLE = 4  # bits
 FLOAT_DTYPES = ("BF16", "F16", "F32")
 
 
@@ -35,7 +39,8 @@ class TensorSpec:
     """A tensor of a checkpoint: `begin` and `end` are byte offsets in its file, `dtype` as safetensors names it.
 
     A part of a fused tensor is a spec of its own: `part_of` is the fused tensor, `end` is the offset after its last
-    element, and `strides` are those of its rows and columns, in elements, if its bytes are not one range.
+    element, and `strides` are those of its rows and columns, in elements, if its bytes are not one range; the matrices
+    of a 3-D tensor follow each other. A weight that is packed, such as FP4, has its own shape and dtype F4 or I4.
     """
 
     name: str
@@ -50,7 +55,7 @@ class TensorSpec:
     @property
     def nbytes(self) -> int:
         """Bytes of data."""
-        return nbytes_of(self.dtype, self.shape) if self.strides else self.end - self.begin
+        return ceil_div(ELEMENT_BITS[self.dtype] * prod(self.shape), 8) if self.strides else self.end - self.begin
 
     @property
     def matrix(self) -> tuple[int, int]:

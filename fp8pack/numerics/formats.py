@@ -1,4 +1,4 @@
-"""The two FP8 element types, as facts."""
+"""Element types, as facts: the two of FP8, and those of other checkpoints that are only read."""
 
 from dataclasses import dataclass
 
@@ -30,6 +30,28 @@ class Float8Format:
 E4M3 = Float8Format("e4m3", "F8_E4M3", "float8_e4m3fn", mantissa_bits=3, bias=7, max=448.0, emax=8)
 E5M2 = Float8Format("e5m2", "F8_E5M2", "float8_e5m2", mantissa_bits=2, bias=15, max=57344.0, emax=15)
 FORMATS = (E4M3, E5M2)
+
+
+@dataclass(frozen=True, slots=True)
+class TableFormat:
+    """An element type that is read and never written: the value of each code, of 4 or 8 bits.
+
+    kind: what it is called beside FP8 and BF16.
+    """
+
+    name: str
+    kind: str
+    bits: int
+    values: tuple[float, ...]
+
+
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+E2M1 = TableFormat("e2m1", "FP4", 4, (*_E2M1, *(-value for value in _E2M1)))  # OCP Microscaling Formats 1.0, 5.3.3
+INT4 = TableFormat("int4", "INT4", 4, tuple(range(-8, 8)))  # plus 8, as compressed-tensors packs: pack_to_int32
+INT8 = TableFormat("int8", "INT8", 8, tuple(range(-128, 128)))  # plus 128, packed likewise
+SIGNED_INT8 = TableFormat("int8", "INT8", 8, (*range(128), *range(-128, 0)))  # two's complement
+TABLE_FORMATS = (E2M1, INT4, INT8)
+Format = Float8Format | TableFormat
 
 
 def parse_format(text: str) -> Float8Format:

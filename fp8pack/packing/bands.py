@@ -16,11 +16,12 @@ from numpy.typing import NDArray
 from fp8pack.checkpoint.journal import BandResult
 from fp8pack.checkpoint.scales import offset_in_region, read_scales
 from fp8pack.checkpoint.shard_writer import ShardWriter
-from fp8pack.checkpoint.source import ShardReader, gather
+from fp8pack.checkpoint.source import ShardReader, gather, read_rows
 from fp8pack.checkpoint.values import dequantize
 from fp8pack.modelfacts.contents import Quantized
-from fp8pack.modelfacts.spec import DTYPE_BITS, TensorSpec
+from fp8pack.modelfacts.spec import DTYPE_BITS, ELEMENT_BITS, NIBBLE, TensorSpec
 from fp8pack.numerics import native
+from fp8pack.numerics.formats import Float8Format
 from fp8pack.numerics.granularity import TENSOR
 from fp8pack.numerics.metrics import error_energy, widen
 from fp8pack.numerics.value_table import value_table
@@ -57,7 +58,7 @@ class Band:
     def nbytes(self) -> int:
         """Bytes of source."""
         (top, bottom), (left, right), (n, k) = self.rows, self.cols, self.tensor.matrix
-        return (bottom - top) * (right - left) * (self.tensor.spec.nbytes // (n * k))
+        return (bottom - top) * (right - left) * self.tensor.spec.nbytes // (n * k)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,14 +142,14 @@ class BandWorker:
         hasher, amax, writer = blake3(), 0.0, self._open_writer(place.file)
         for lo, hi in self._strips(band):
             payload = self._read(band, lo, hi)
-            found = self._amax_of_codes(band, payload, lo)
+            found = self._amax_of_codes(band, payload, lo, packing.format)
             amax = found if math.isnan(found) else max(amax, found)
             if math.isnan(amax):
                 return BandResult(spec.name, band.index, "", amax=amax)
             data = payload.data.cast("B")
             hasher.update(data)
             _move(writer.write, data, band, itemsize=1, begin=place.payload_begin, lo=lo)
-        coarse = read_scales(self._read_bytes, spec, quantized, band.rows, band.cols)
+        coarse = read_scales(self._read_rows, spec, quantized, band.rows, band.cols)
         scales = refine(coarse, spec, quantized, packing, rows=band.rows, cols=band.cols)
         scale_digest = self._write_scales(band, packing, place, scales)
         return BandResult(spec.name, band.index, hasher.hexdigest(), scale_digest, amax)
@@ -166,7 +167,7 @@ class BandWorker:
                 found = self._join(band, weight)
             else:
                 payload = self._read(band, lo, hi)
-                found = dequantize(self._read_bytes, spec, _quantized(band), payload, weight, (lo, band.cols[0]))
+                found = dequantize(self._read_rows, spec, _quantized(band), payload, weight, (lo, band.cols[0]))
             amax = found if math.isnan(found) else max(amax, found)
             if not amax < OVERFLOW[dtype]:
                 return BandResult(spec.name, band.index, "", amax=math.nan)
@@ -207,18 +208,12 @@ class BandWorker:
     ) -> tuple[NDArray[Any], float]:
         """Rows and columns of a weight as raw bits of BF16 or float32, and their amax."""
         spec, ((top, bottom), (left, right)) = part.spec, where
-        itemsize, k = DTYPE_BITS[spec.dtype] // 8, spec.shape[-1]
         data = np.empty((bottom - top, right - left), BITS_DTYPE.get(spec.dtype, np.dtype(np.uint8)))
-        reader = self._open_reader(spec.file)
-        if right - left == k:
-            reader.readinto(data.data.cast("B"), spec.begin + top * k * itemsize)
-        else:
-            for i, row in enumerate(data):
-                reader.readinto(row.data.cast("B"), spec.begin + ((top + i) * k + left) * itemsize)
+        gather(self._open_reader(spec.file), spec, data, (top, left))
         if part.quantized is None:
             return data if bits.itemsize == data.itemsize else widen(data, spec.dtype).view(np.uint32), 0.0
         values = np.empty(data.shape, bits)
-        return values, dequantize(self._read_bytes, spec, part.quantized, data, values, (top, left))
+        return values, dequantize(self._read_rows, spec, part.quantized, data, values, (top, left))
 
     def close(self) -> None:
         """Close the files."""
@@ -262,51 +257,49 @@ class BandWorker:
         return blake3(data).hexdigest()
 
     def _strips(self, band: Band) -> Iterator[tuple[int, int]]:
-        """Rows that are worked at a time: of FP8 bytes fewer, since they grow to float32."""
+        """Rows that are worked at a time: of a quantized weight fewer, since they grow to float32."""
         packing, (begin, end) = band.tensor.packing, band.rows
         granule = (packing.granularity.rows or 1) if packing else 1
-        row_nbytes = band.nbytes // (end - begin) * (4 if band.tensor.quantized else 1)
+        row_nbytes = 4 * (band.cols[1] - band.cols[0]) if band.tensor.quantized else band.nbytes // (end - begin)
         limit = self._codec.strip_nbytes * (4 if band.tensor.spec.strides else 1)  # longer lines of what is transposed
         rows = granule * max(1, limit // (granule * row_nbytes))
         for lo in range(begin, end, rows):
             yield lo, min(lo + rows, end)
 
     def _read_values(self, band: Band, lo: int, hi: int) -> tuple[NDArray[Any], str]:
-        """Rows of a weight as raw bits of a float dtype: FP8 bytes become float32."""
+        """Rows of a weight as raw bits of a float dtype: those of a quantized one become float32."""
         data, spec, quantized = self._read(band, lo, hi), band.tensor.spec, band.tensor.quantized
         if quantized is None:
             return data, spec.dtype
         values = np.frombuffer(self._buffer("values", 4 * data.size), np.uint32).reshape(data.shape)
-        if math.isnan(dequantize(self._read_bytes, spec, quantized, data, values, (lo, band.cols[0]))):
+        if math.isnan(dequantize(self._read_rows, spec, quantized, data, values, (lo, band.cols[0]))):
             values[0, 0] = _NAN
         return values, "F32"
 
-    def _amax_of_codes(self, band: Band, payload: NDArray[np.uint8], lo: int) -> float:
+    def _amax_of_codes(self, band: Band, payload: NDArray[np.uint8], lo: int, format: Float8Format) -> float:
         """Return the amax of FP8 rows from `lo` on, NaN if they hold a NaN or infinity."""
         spec, quantized = band.tensor.spec, _quantized(band)
-        scales = read_scales(self._read_bytes, spec, quantized, (lo, lo + payload.shape[0]), band.cols)
+        scales = read_scales(self._read_rows, spec, quantized, (lo, lo + payload.shape[0]), band.cols)
         region, offset = quantized.granularity.region(spec.matrix), offset_in_region(spec, quantized, lo, band.cols[0])
         largest = native.largest_codes(payload, scales.shape, region=region, offset=offset)
-        if largest.max() >= quantized.format.nan_codes[0]:
+        if largest.max() >= format.nan_codes[0]:
             return math.nan
-        return float((value_table(quantized.format)[largest] * scales).max())
+        return float((value_table(format)[largest] * scales).max())
 
     def _read(self, band: Band, lo: int, hi: int) -> NDArray[Any]:
-        """Rows of a weight as they lie in the source: raw bits of floats, or FP8 bytes."""
+        """Rows of a weight as they lie in the source: raw bits of floats, FP8 bytes, or codes, a byte each."""
         spec, dtype = band.tensor.spec, BITS_DTYPE.get(band.tensor.spec.dtype, np.dtype(np.uint8))
         left, right = band.cols
         data = self._buffer("source", (hi - lo) * (right - left) * dtype.itemsize)
         weight = np.frombuffer(data, dtype).reshape(hi - lo, right - left)
-        if spec.strides is not None:
+        if spec.strides is not None or ELEMENT_BITS[spec.dtype] == NIBBLE:
             gather(self._open_reader(spec.file), spec, weight, (lo, left))
         else:
             _move(self._open_reader(spec.file).readinto, data, band, itemsize=dtype.itemsize, begin=spec.begin, lo=lo)
         return weight
 
-    def _read_bytes(self, spec: TensorSpec, offset: int, nbytes: int) -> NDArray[np.uint8]:
-        data = np.empty(nbytes, np.uint8)
-        self._open_reader(spec.file).readinto(data.data, spec.begin + offset)
-        return data
+    def _read_rows(self, spec: TensorSpec, lo: int, hi: int) -> NDArray[Any]:
+        return read_rows(self._open_reader(spec.file), spec, lo, hi)
 
     def _gather_bytes(self, spec: TensorSpec, data: memoryview, offset: int) -> None:
         """Bytes of a part of a fused tensor that is kept, from an offset on: whole rows are gathered and cut."""
@@ -325,7 +318,7 @@ class BandWorker:
 
 def _quantized(band: Band) -> Quantized:
     if band.tensor.quantized is None:
-        raise ValueError(f"{band.tensor.spec.name} holds no FP8 bytes")
+        raise ValueError(f"{band.tensor.spec.name} is not quantized")
     return band.tensor.quantized
 
 

@@ -1,4 +1,4 @@
-"""`convert`: an FP8 checkpoint in, an FP8 checkpoint of another convention, granularity or format out."""
+"""`convert`: a quantized checkpoint in, an FP8 checkpoint of another convention, granularity or format out."""
 
 from pathlib import Path
 
@@ -44,12 +44,13 @@ def convert(
     on_progress: OnProgress | None = None,
     dry_run: bool = False,
 ) -> PackResult:
-    """Convert an FP8 checkpoint into another convention, granularity or format.
+    """Convert an FP8, FP4 or integer checkpoint into FP8 of another convention, granularity or format.
 
     checkpoint: a directory or `.safetensors` file of any convention that is read, from any tool. What is not asked for
         stays as the source has it. The FP8 bytes pass through unchanged where every region of the output lies within
-        one of the source; elsewhere they are dequantized to float32 and requantized.
-    scheme: FP8_BLOCK, FP8_DYNAMIC, FP8, MXFP8, W8A16, FP8_SCALED or auto, as the source. format: e4m3 or e5m2.
+        one of the source; elsewhere, and from FP4 and integers, they are dequantized to float32 and requantized.
+    scheme: FP8_BLOCK, FP8_DYNAMIC, FP8, MXFP8, W8A16, FP8_SCALED or auto, as the source; of FP4 and integers as in
+        `pack`. format: e4m3 or e5m2.
     granularity: tensor, channel, group:G, block:RxC or mx: the region of a weight [N, K] that shares a scale.
     quant_method: the on-disk convention: fp8, compressed-tensors, modelopt, mxfp8, quark, torchao, comfyui,
         comfyui-scaled or fp8pack. scale_rounding: none, up or floor, the last two to powers of two.

@@ -224,7 +224,7 @@ class Execution:
         if others := sorted(self._offenders.difference(packed)):
             names = ", ".join(others)
             return InputError(
-                f"{len(others)} FP8 weights contain a NaN, or values out of range of the new dtype: {names}"
+                f"{len(others)} quantized weights contain a NaN, or values out of range of the new dtype: {names}"
             )
         weights = "1 weight contains" if len(packed) == 1 else f"{len(packed)} weights contain"
         return InputError(f"{weights} a NaN or infinity: {', '.join(packed)}", f"{ignoring(*packed)} packs the rest")
@@ -382,7 +382,6 @@ def _how(tensor: TensorPlan, groups: dict[str, list[str]]) -> list[object]:
     if quantized:
         scale = quantized.scale
         how += [quantized.granularity.name, quantized.tiled, [scale.file, scale.begin, scale.dtype] if scale else []]
-    how += [
-        [part.spec.name, part.spec.file, part.spec.begin, part.view.begin, part.view.strides] for part in tensor.parts
-    ]
+        how += [[other.name, other.begin] for other in (quantized.global_scale, quantized.zero_point) if other]
+    how += [[part.spec.file, part.spec.begin, part.view.name, part.view.begin] for part in tensor.parts]
     return how

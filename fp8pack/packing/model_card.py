@@ -141,7 +141,7 @@ def _what(verb: str, plan: PackPlan, model: str) -> str:
     if carried:
         rows.insert(1, ("passed through", f"{carried} weights: their FP8 bytes are those of the source"))
     if unpacked:
-        rows.insert(1, ("dequantized", f"{unpacked} weights, FP8 in the source, are BF16"))
+        rows.insert(1, ("dequantized", f"{unpacked} weights, quantized in the source, are BF16"))
     table = "\n".join(f"| {key} | {value} |" for key, value in rows)
     return (
         f"{_escape(model) or 'The base model'}, quantized with fp8pack.\n\n| | |\n|---|---|\n{table}\n\n"

@@ -1,4 +1,4 @@
-"""`pack`: a BF16, FP16 or FP32 checkpoint in, an FP8 checkpoint out."""
+"""`pack`: a checkpoint of floats, FP4 or integers in, an FP8 checkpoint out."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -50,7 +50,7 @@ def pack(
 ) -> PackResult:
     """Pack a checkpoint into FP8.
 
-    model: a directory, a `.safetensors` file, or the id of a repository in the hub cache.
+    model: a directory, a `.safetensors` file, or the id of a repository in the hub cache, of floats, FP4 or integers.
     scheme: FP8_BLOCK, FP8_DYNAMIC, FP8, MXFP8, W8A16, FP8_SCALED or auto, which chooses by shapes and targets.
     format: e4m3 or e5m2.
     granularity: tensor, channel, group:G, block:RxC or mx: the region of a weight [N, K] that shares a scale.

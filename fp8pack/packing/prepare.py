@@ -11,10 +11,10 @@ from typing import Any, Literal
 from fp8pack.checkpoint.calibration_file import read_calibration
 from fp8pack.checkpoint.config import set_dtype, set_quantization_config
 from fp8pack.checkpoint.quant_methods import find_method
-from fp8pack.checkpoint.quantized import read_contents
+from fp8pack.checkpoint.quantized import read_contents, read_low_bits
 from fp8pack.checkpoint.regular_files import read_regular
 from fp8pack.checkpoint.side_files import SideFile, list_side_files
-from fp8pack.checkpoint.source import Source, beside, open_checkpoint, open_source, read_json
+from fp8pack.checkpoint.source import Source, beside, check_floats, open_checkpoint, read_json
 from fp8pack.checkpoint.staging import check_output, check_output_file
 from fp8pack.errors import InputError, RecipeError
 from fp8pack.inputs import parse_choice
@@ -80,39 +80,48 @@ def prepare_pack(model: Path, request: Request, options: WriteOptions) -> Prepar
         RecipeError: the request cannot be carried out.
         OutputError, SpaceError: the output cannot stand where it is asked for.
     """
-    source = _with_plain_names(open_source(model), request)
-    if part := ungathered(source.specs, source.facts):
+    source = _with_plain_names(open_checkpoint(model), request)
+    contents = read_low_bits(source)
+    if contents is None:
+        source = check_floats(source)
+        contents = Contents("", source.specs, source.facts)
+    if part := ungathered(contents.tensors, source.facts):
         raise InputError(
             f"{source.path} is a part of a checkpoint: {part}",
             "save it with its parameters gathered (DeepSpeed: zero_to_fp32.py; FSDP: a full state dict)",
         )
-    contents = split_experts(Contents("", source.specs, source.facts))
-    decisions = decide(contents, request)
+    contents = split_experts(contents)
+    decisions = decide(contents, request, anew=True)
     recipe = choose_recipe(decisions, source.facts, request, _calibration(source, request))
     method, limit = find_method(recipe, request.rules), _shard_limit(source, options)
     plan = make_plan(
         decisions, contents, request, recipe=recipe, method=method, max_shard_nbytes=limit, sizes=options.sizes
     )
     announcement = _Announcement(method.config(plan), method.files(plan))
-    plan = replace(plan, warnings=(*plan.warnings, *source.notes))
+    dropped = f"{len(contents.kv_scales)} scales of K and V are dropped, which a conversion keeps"
+    notes = (*source.notes, dropped) if contents.kv_scales else source.notes
+    plan = replace(plan, warnings=(*plan.warnings, *notes))
     return _place(source, plan, announcement, _Job("pack", recipe.suffix), options)
 
 
 def prepare_convert(checkpoint: Path, request: Request, options: WriteOptions) -> Prepared:
-    """Look at an FP8 checkpoint and decide how to turn it into another; raises as `prepare_pack` does."""
+    """Look at a quantized checkpoint and decide how to turn it into an FP8 one; raises as `prepare_pack` does."""
     source, contents = _open_quantized(checkpoint, request)
     contents = split_experts(contents)
-    storage = contents.storage
-    if storage is None:
+    if not contents.quantized:
         raise InputError(f"{source.path} has no FP8 weight", "`fp8pack pack` makes an FP8 checkpoint of it")
     if fused := next((s for s in contents.tensors if len(s.shape) == 3 and s.name in contents.quantized), None):
         raise InputError(
             f"{fused.file}: {fused.name!r} cannot be split into per-expert weights", "`fp8pack unpack` it, then pack"
         )
     calibration = _calibration(source, request, carries_static=contents.activations == "static")
-    recipe = _resolve(request, storage, calibration)
+    decisions, storage = decide(contents, request), contents.storage
+    if storage is None:  # FP4 and integers: nothing of the recipe is that of the source
+        recipe = choose_recipe(decisions, source.facts, request, calibration)
+        recipe = replace(recipe, kv_cache=recipe.kv_cache or bool(contents.kv_scales))
+    else:
+        recipe = _resolve(request, storage, calibration)
     method, limit = find_method(recipe, request.rules), _shard_limit(source, options)
-    decisions = decide(contents, request)
     plan = make_plan(
         decisions, contents, request, recipe=recipe, method=method, max_shard_nbytes=limit, sizes=options.sizes
     )
@@ -136,19 +145,19 @@ def _resolve(request: Request, storage: Storage, calibration: Calibration | None
 
 
 def prepare_unpack(checkpoint: Path, dtype: str | None, options: WriteOptions) -> Prepared:
-    """Look at an FP8 checkpoint and decide how to turn it into floats.
+    """Look at a quantized checkpoint and decide how to turn it into floats.
 
     dtype: bfloat16, float16 or float32; None is that of most weights before they were packed.
 
     Raises:
-        InputError: the checkpoint is refused, or holds nothing that is FP8.
+        InputError: the checkpoint is refused, or holds nothing that is quantized.
         OutputError, SpaceError: the output cannot stand where it is asked for.
     """
     if dtype is not None:
         dtype = parse_choice("dtype", _DTYPE_ALIASES.get(str(dtype).lower(), dtype), tuple(UNPACKED_DTYPES))
     source, contents = _open_quantized(checkpoint)
     if not contents.quantized:
-        raise InputError(f"{source.path} has no FP8 weight to unpack")
+        raise InputError(f"{source.path} has no quantized weight to unpack")
     dtype = dtype or next(name for name, stored in UNPACKED_DTYPES.items() if stored == contents.source_dtype)
     limit = _shard_limit(source, options)
     plan = make_unpack_plan(contents, UNPACKED_DTYPES[dtype], max_shard_nbytes=limit, sizes=options.sizes)
@@ -168,7 +177,7 @@ def _open_quantized(checkpoint: Path, request: Request | None = None) -> tuple[S
     contents = read_contents(source)
     if contents.unread:
         raise InputError(
-            f"{source.path} has {len(contents.unread)} weights that are neither FP8 nor floats, such as "
+            f"{source.path} has {len(contents.unread)} weights in a format that is not read, such as "
             f"{contents.unread[0]!r}",
             "use a BF16, FP16, FP32 or FP8 checkpoint of this model",
         )

@@ -1,4 +1,4 @@
-"""`unpack`: an FP8 checkpoint in, a BF16, FP16 or FP32 checkpoint out."""
+"""`unpack`: a quantized checkpoint in, a BF16, FP16 or FP32 checkpoint out."""
 
 from pathlib import Path
 
@@ -24,17 +24,17 @@ def unpack(
     on_progress: OnProgress | None = None,
     dry_run: bool = False,
 ) -> PackResult:
-    """Dequantize an FP8 checkpoint into BF16, FP16 or FP32.
+    """Dequantize an FP8, FP4 or integer checkpoint into BF16, FP16 or FP32.
 
     checkpoint: a directory or `.safetensors` file of any convention that is read, from any tool.
     dtype: bfloat16, float16 or float32; by default that of most weights before they were packed.
-    Numerics: value = fp8 * scale in float32, rounded once to nearest even.
+    Numerics: value = (element - zero point) * scale in float32, rounded once to nearest even.
     output: by default beside the source. copy: patterns of side files that are skipped by default. max_shard_size: such
         as "5GB". workers: threads. max_memory: bounds them. resume: continue unfinished work. deadline: such as "50m";
         the same call continues.
     on_progress: is told (bytes done, bytes in all). dry_run: decide and check everything, write nothing.
     Raises:
-        InputError: the checkpoint is refused, or nothing in it is FP8.
+        InputError: the checkpoint is refused, or nothing in it is quantized.
         RecipeError, OutputError, SpaceError, DeadlineError: as `fp8pack.pack`.
     """
     how = WriteOptions(

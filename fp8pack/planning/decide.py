@@ -27,8 +27,10 @@ class Decision:
     rule: Rule | None = None
 
 
-def decide(contents: Contents, request: Request) -> list[Decision]:
-    """Return the decision of policy and request about each tensor; of a source with FP8 weights, those are quantized.
+def decide(contents: Contents, request: Request, *, anew: bool = False) -> list[Decision]:
+    """Return the decision of policy and request about each tensor; of a quantized source, its quantized weights.
+
+    anew: the policy decides of a quantized source, too, as if its weights were floats.
 
     Raises:
         RecipeError: a pattern matches nothing, or a rule packs a tensor that cannot be quantized.
@@ -39,13 +41,14 @@ def decide(contents: Contents, request: Request) -> list[Decision]:
     rules = Matcher(tuple(rule.pattern for rule in request.rules), "rule")
     by_pattern = {rule.pattern: rule for rule in reversed(request.rules)}
     last = contents.facts.num_layers or 1 + max((layer_of(spec.name) or 0 for spec in contents.tensors), default=0)
+    unquantized = "" if anew or not contents.quantized else not_quantized(contents)
     idle = {pattern for pattern in request.pack if not pattern.optional}
     keeps_towers = any(judge(spec, contents.facts).packed for spec in contents.tensors)
     decisions = []
     for spec in contents.tensors:
         names = (spec.name, *([spec.part_of.name] if spec.part_of else []))
         hits = [matcher.find(*names) for matcher in (ignore, pack, rules, only)]
-        verdict = _judge(spec, contents, keeps_towers=keeps_towers)
+        verdict = _judge(spec, contents, unquantized, keeps_towers=keeps_towers)
         decision = Decision(spec, verdict.role, verdict.packed, verdict.reason)
         layer = layer_of(spec.name)
         if hits[0]:
@@ -91,15 +94,23 @@ def settle(
     return _rejoin(settled)
 
 
-def _judge(spec: TensorSpec, contents: Contents, *, keeps_towers: bool) -> Verdict:
-    if not contents.quantized:
-        return judge(spec, contents.facts, keeps_towers=keeps_towers)
-    if spec.name not in contents.quantized:
-        verdict = judge(spec, contents.facts)
-        return replace(verdict, packed=False, reason="not FP8 in the source") if verdict.packed else verdict
-    role = judge(replace(spec, dtype="BF16"), contents.facts).role
+def not_quantized(contents: Contents) -> str:
+    """Return why a conversion leaves a float weight of the source as it is."""
+    return "not FP8 in the source" if contents.storage else "not quantized in the source"
+
+
+def _judge(spec: TensorSpec, contents: Contents, unquantized: str, *, keeps_towers: bool) -> Verdict:
+    """The policy's verdict or, if there is a reason to leave what is not quantized, that of the source."""
+    quantized = contents.quantized.get(spec.name)
+    floats = spec if quantized is None else replace(spec, dtype="BF16")
+    verdict = judge(floats, contents.facts, keeps_towers=keeps_towers)
+    if not unquantized:
+        return verdict
+    if quantized is None:
+        return replace(verdict, packed=False, reason=unquantized) if verdict.packed else verdict
     is_linear = len(spec.shape) == 2 and spec.name.endswith(".weight")
-    return Verdict(role, is_linear, "FP8 in the source" + ("" if is_linear else ", but not the weight of a linear"))
+    why = f"{quantized.kind} in the source" + ("" if is_linear else ", but not the weight of a linear")
+    return Verdict(verdict.role, is_linear, why)
 
 
 def _apply(decision: Decision, rule: Rule, contents: Contents) -> Decision:

@@ -15,7 +15,7 @@ from fp8pack.modelfacts.fused import fused_module
 from fp8pack.modelfacts.model import ModelFacts
 from fp8pack.modelfacts.patterns import ignoring, star
 from fp8pack.modelfacts.roles import LINEAR_ROLES, UNKNOWN_LINEAR, judge, layer_of
-from fp8pack.modelfacts.spec import DTYPE_BITS, Stored, TensorSpec
+from fp8pack.modelfacts.spec import ELEMENT_BITS, Stored, TensorSpec
 from fp8pack.modelfacts.storage import Storage
 from fp8pack.numerics.granularity import MX
 from fp8pack.numerics.rounding import ScaleRounding
@@ -24,7 +24,7 @@ from fp8pack.planning.activation_scales import NO_KV_CACHE, ActivationScale, Act
 from fp8pack.planning.calibration import Calibration
 from fp8pack.planning.carry import activation_scales, agree, can_carry
 from fp8pack.planning.choose_scheme import choose_scheme
-from fp8pack.planning.decide import Decision, granularity_of, settle
+from fp8pack.planning.decide import Decision, granularity_of, not_quantized, settle
 from fp8pack.planning.layout import Output, arrange
 from fp8pack.planning.plan import Action, ExpertPart, Packing, PackPlan, Plan, QuantMethod, TensorPlan
 from fp8pack.planning.recipe import USUAL_GRANULARITY, Recipe, Request, parse_scheme, resolve, selection_of
@@ -62,7 +62,7 @@ def make_plan(  # noqa: PLR0913
     max_shard_nbytes: int | None = None,
     sizes: Sizes = SIZES,
 ) -> PackPlan:
-    """Return the plan of packing the tensors of a checkpoint, or of converting those that are FP8.
+    """Return the plan of packing the tensors of a checkpoint, or of converting those that are quantized.
 
     Raises:
         RecipeError: nothing is left to pack, or a named target cannot load the result.
@@ -90,7 +90,7 @@ def make_plan(  # noqa: PLR0913
         tuple(replace(shard, metadata=metadata) for shard in shards),
         recipe.as_data(),
         selection_of(request),
-        (*([] if contents.quantized else _warnings(tensors)), *notes),
+        (*([] if contents.storage else _warnings(tensors)), *notes),
         recipe,
         engines,
         ignored,
@@ -102,7 +102,8 @@ def make_plan(  # noqa: PLR0913
 def make_unpack_plan(
     contents: Contents, dtype: str, *, max_shard_nbytes: int | None = None, sizes: Sizes = SIZES
 ) -> Plan:
-    """Return the plan of turning every FP8 tensor of a checkpoint into floats of a dtype (BF16, F16, F32)."""
+    """Return the plan of turning every quantized tensor of a checkpoint into floats of a dtype (BF16, F16, F32)."""
+    unquantized = not_quantized(contents)
     tensors = [
         _join(joined, contents, dtype, sizes)
         for joined in join_experts(
@@ -117,9 +118,9 @@ def make_unpack_plan(
         quantized = contents.quantized.get(spec.name)
         role = judge(replace(spec, dtype="BF16"), contents.facts).role
         if quantized is None:
-            tensors.append(_copy(spec, role, "not FP8 in the source", sizes))
+            tensors.append(_copy(spec, role, unquantized, sizes))
         else:
-            tensors.append(_unpack(spec, role, "FP8 in the source", quantized, dtype, sizes))
+            tensors.append(_unpack(spec, role, f"{quantized.kind} in the source", quantized, dtype, sizes))
     _check_names(tensors)
     shards = arrange(_outputs(tensors), max_shard_nbytes)
     inputs = [quantized.input_scale.name for quantized in contents.quantized.values() if quantized.input_scale]
@@ -268,7 +269,7 @@ def _calibration_notes(inputs: dict[str, Observed]) -> list[str]:
 
 def _band_shape(spec: TensorSpec, rows: int, cols: int, sizes: Sizes) -> tuple[int, int]:
     """Whole regions, about a band of source: all columns of as many rows as fit, or a part of one row of regions."""
-    k, itemsize = spec.matrix[1], DTYPE_BITS[spec.dtype] // 8
+    k, itemsize = spec.matrix[1], max(1, ELEMENT_BITS[spec.dtype] // 8)
     if rows * k * itemsize > sizes.granule:
         return rows, max(1, sizes.band // (rows * itemsize * cols)) * cols
     return max(1, sizes.band // max(1, rows * k * itemsize)) * rows, max(1, k)

@@ -144,7 +144,7 @@ def _guess(spec: TensorSpec, contents: Contents, quantized: Quantized | None) ->
     """Action, role and reason of a tensor that fp8pack did not write."""
     if quantized is not None:
         role = judge(replace(spec, dtype="BF16"), contents.facts).role
-        return "packed", role, "FP8 in the file"
+        return "packed", role, f"{quantized.kind} in the file"
     verdict = judge(spec, contents.facts)
     reason = (
         "not packed; `fp8pack pack` would quantize it" if verdict.packed and not contents.quantized else verdict.reason
@@ -185,6 +185,10 @@ def _verdicts(
     """The verdicts of the engines that were asked for, or of all, on an FP8 checkpoint."""
     storage = contents.storage
     if storage is None:
+        if targets and contents.quantized:
+            raise InputError(
+                f"{opened.path} has no FP8 weight, and engines are judged for FP8 alone", "leave out --target"
+            )
         if targets:
             raise InputError(
                 f"{opened.path} has no FP8 weight: any engine that has the model loads it", "leave out --target"

@@ -24,6 +24,7 @@ from fp8pack.modelfacts.contents import Contents
 from fp8pack.modelfacts.patterns import Matcher, Pattern
 from fp8pack.modelfacts.spec import TensorSpec
 from fp8pack.modelfacts.tensor_parallel import Part, Rank, part_of
+from fp8pack.numerics.formats import Float8Format
 from fp8pack.runtime.fnuz import turn_into_fnuz
 from fp8pack.runtime.memory import Buffers, MappedFiles, Memory, Shapes
 from fp8pack.runtime.packed_checkpoint import PackedCheckpoint
@@ -76,6 +77,7 @@ def load_source(
         contents = read_contents(source)
         if not contents.quantized:
             raise InputError(f"{source.path} has no FP8 weight", "`fp8pack pack` makes an FP8 checkpoint of it")
+        _refuse_low_bits(contents)
         if source.manifest is not None:
             check_headers(source.specs, source.manifest)
         weights = tuple(contents.quantized)
@@ -116,6 +118,16 @@ def fill_buffers(  # noqa: PLR0913
     if describe(device).is_fnuz:
         turn_into_fnuz(memory, contents)
     return memory
+
+
+def _refuse_low_bits(contents: Contents) -> None:
+    """Refuse FP4 and integers, which are read to be written anew, and never multiplied with."""
+    for spec in contents.tensors:
+        if (quantized := contents.quantized.get(spec.name)) and not isinstance(quantized.format, Float8Format):
+            raise InputError(
+                f"{spec.file}: {spec.name!r} is {quantized.kind}, and only FP8 weights are loaded",
+                "`fp8pack convert` makes an FP8 checkpoint of it, `fp8pack unpack` BF16",
+            )
 
 
 def _select(contents: Contents, patterns: Collection[str] | None) -> Contents:

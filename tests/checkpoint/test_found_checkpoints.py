@@ -58,7 +58,6 @@ def test_a_leftover_declaration_over_bf16_tensors_is_dropped_with_a_line(
         ("model.layers.0.mlp.up_proj.weight", np.uint8),
         ("model.layers.0.mlp.up_proj.weight.absmax", np.float32),
         ("model.layers.0.mlp.up_proj.weight_scale", np.float32),
-        ("model.layers.0.mlp.up_proj.weight_packed", np.int32),
     ],
 )
 def test_a_declaration_that_the_tensors_bear_out_is_refused(

@@ -49,6 +49,19 @@ STORED = {
     "torchao-weight-only": ("channel", "none", {"compressed-tensors", "quark", "fp8pack"}),
 }  # fmt: skip
 
+LOW_BITS = {
+    "llmcompressor-mxfp4a16": {("e2m1", "mx")},
+    "llmcompressor-nvfp4": {("e2m1", "group:16")},
+    "llmcompressor-nvfp4a16": {("e2m1", "group:16")},
+    "llmcompressor-w4a16": {("int4", "group:32")},
+    "llmcompressor-w4a16_asym": {("int4", "group:32")},
+    "llmcompressor-w8a16": {("int8", "group:32")},
+    "llmcompressor-w8a8": {("int8", "channel")},
+    "modelopt-nvfp4": {("e2m1", "group:16")},
+    "modelopt-nvfp4_mixed": {("e2m1", "group:16"), ("e4m3", "tensor")},
+    "transformers-gpt_oss": {("e2m1", "block:32x1")},
+}  # in test_low_bits.py
+
 
 def expected_of(name: str) -> dict[str, Any]:
     return dict(json.loads((FIXTURES[name] / "expected.json").read_text()))
@@ -69,7 +82,7 @@ def dequantized(folder: Path) -> dict[str, Tensor]:
 
 
 def test_every_fixture_is_under_test() -> None:
-    assert set(FIXTURES) == set(STORED)
+    assert set(FIXTURES) == set(STORED) | set(LOW_BITS)
 
 
 @pytest.mark.parametrize("name", STORED)

@@ -93,7 +93,7 @@ def test_dequantized_weights_are_not_among_those_ignored(source: Path, tmp_path:
     request = Request(quant_method="compressed-tensors", ignore=ignore)
     facts = verbs.convert(tmp_path / "a", request, WriteOptions(tmp_path / "b"))
     body = card_of(tmp_path / "b")[1]
-    assert f"| dequantized | {facts.num_unpacked} weights, FP8 in the source, are BF16 |" in body
+    assert f"| dequantized | {facts.num_unpacked} weights, quantized in the source, are BF16 |" in body
     assert body.count("layers.0.mlp") == 1  # in the command
 
 

@@ -234,7 +234,7 @@ def test_weights_with_a_nan_byte_are_all_named_and_nothing_is_committed(code: in
     with pytest.raises(InputError) as caught:
         fp8pack.unpack(source, tmp_path / "out")
     assert all(name in str(caught.value) for name in names)
-    assert str(caught.value).startswith("2 FP8 weights")
+    assert str(caught.value).startswith("2 quantized weights")
     assert len(str(caught.value).splitlines()) == 1
     assert not (tmp_path / "out").exists()
 
@@ -342,7 +342,7 @@ def test_a_finished_output_is_left_alone_and_another_dtype_needs_overwrite(check
             {"model.layers.0.mlp.up_proj.weight": random_weight((64, 64))},
             "bfloat16",
             InputError,
-            "no FP8 weight to unpack",
+            "no quantized weight to unpack",
         ),
         (deepseek(), "float8", RecipeError, "dtype 'float8' is not known"),
     ],
