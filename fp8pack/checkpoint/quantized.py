@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
+from operator import ge
 
 from fp8pack.checkpoint.announcement import Announcement, read_announcement
 from fp8pack.checkpoint.config import declared_dtype
@@ -154,6 +155,7 @@ class _Reader:
             module = name.removesuffix(".weight")
             tiled = module in self._announced.tiled and scale.dtype in ("U8", "F8_E8M0")
             granularity = self._granularity(spec, scale, tiled)
+            scale = _first_blocks(scale, granularity, spec)
             input_scale = self._find(module, name, _INPUT_SCALES) if self._has_input_scales else None
             yield _Weight(payload, spec, Quantized(format, granularity, scale, tiled, input_scale, dtype))
 
@@ -217,6 +219,9 @@ class _Reader:
             return TENSOR
         if stored in ((n,), (n, 1)):
             return CHANNEL
+        for region in self._announced.regions:
+            if (region.rows or 0) > 1 and len(grid) == 2 and all(map(ge, grid, region.scale_shape(shape))):
+                return region  # padded: `_first_blocks`
         usual = (MX, Granularity("block:32x32", 32, 32), BLOCK_128) if exponents else (BLOCK_128,)
         fitting = [region for region in usual if stored == region.scale_shape(shape)]
         if not fitting and len(stored) == 2 and stored[0] == n and k % stored[1] == 0:
@@ -240,6 +245,14 @@ class _Reader:
             return None
         inner: Granularity | None = self._of_matrix((n, k), replace(scale, shape=stored[1:]))
         return inner if inner is not None and n % (inner.rows or n) == 0 else None
+
+
+def _first_blocks(scale: TensorSpec, granularity: Granularity, spec: TensorSpec) -> TensorSpec:
+    """The scales of a weight [N, K]; a grid that was padded for the shards of a training run has more."""
+    if len(spec.shape) != 2 or (granularity.rows or 0) <= 1 or len(scale.shape) != 2:
+        return scale
+    grid = granularity.scale_shape((spec.shape[0], spec.shape[1]))
+    return scale if scale.shape == grid else replace(scale, shape=grid, strides=(scale.shape[1], 1))
 
 
 def _unmatched(spec: TensorSpec, scale: TensorSpec) -> InputError:

@@ -22,6 +22,7 @@ from fp8pack.modelfacts.tensor_parallel import GEMM_MULTIPLE, tp_problem
 from fp8pack.numerics.formats import E4M3, E5M2
 from fp8pack.numerics.granularity import BLOCK_128, CHANNEL, MX, TENSOR
 
+_DECLARE = "fp8pack convert"
 _NOT_STRICT = "leave out --strict-target"
 NO_ARCHITECTURE = "no config.json names an architecture"
 
@@ -230,6 +231,8 @@ def _reader(engine: Engine, case: Case) -> _Findings:
         yield _Refusal(who)
     if storage.quant_method == "fp8pack" and engine.id != "cublaslt":
         yield _Refusal("only load_packed() reads quant_method fp8pack")
+    if not storage.quant_method and engine.is_for_language_models:
+        yield _Refusal("config.json has no quantization_config, which says how the scales are meant", _DECLARE)
     rule = next(iter(rules_for(engine.readers, case.kind, case.facts.architecture)), None)
     if rule is None:
         activations = {"none": " with activations in BF16", "static": " with static activations"}

@@ -62,7 +62,7 @@ def decide(contents: Contents, request: Request, *, anew: bool = False) -> list[
         elif (
             decision.packed
             and layer is not None
-            and not request.keep_first_layers <= layer < last - request.keep_last_layers
+            and (layer < request.keep_first_layers or last - request.keep_last_layers <= layer < last)
         ):
             decision = replace(decision, packed=False, reason="keep_first_layers or keep_last_layers")
         if request.only and not hits[3]:

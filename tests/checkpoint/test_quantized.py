@@ -28,6 +28,7 @@ from checkpoint.quantized_cases import (
 from checkpoints import Tensors, llama_config, random_weight, read_tensors, write_model
 
 import fp8pack
+from fp8pack.errors import InputError
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -252,3 +253,23 @@ def test_transformer_engines_pickled_state_is_a_tensor_as_any_other(tmp_path: Pa
     assert not (tmp_path / "sprung").exists()
     pickle.loads(state.tobytes())
     assert (tmp_path / "sprung").exists(), "the trap is a real one"
+
+
+@pytest.mark.parametrize("more", [(1, 0), (0, 2), (3, 1)])
+def test_a_grid_of_scales_that_was_padded_is_read_by_its_first_blocks(more: tuple[int, int], tmp_path: Path) -> None:
+    """As DeepSeek-V3 fine-tuned on many GPUs may have it: ceil(N/128) is rounded up to the number of shards."""
+    case = linear(BLOCKS, "block:128x128", "weight_scale_inv", shape=(200, 384))
+    name = f"{MODULE}.weight_scale_inv"
+    grid = case.tensors[name]
+    case.tensors[name] = np.pad(grid, ((0, more[0]), (0, more[1])), constant_values=7)
+    folder = write_model(tmp_path / "model", case.tensors, case.config)
+    fp8pack.unpack(folder, tmp_path / "out", dtype="float32")
+    assert np.array_equal(read_tensors(tmp_path / "out")[WEIGHT], case.values[WEIGHT])
+
+
+def test_a_grid_of_scales_that_lacks_a_block_is_refused(tmp_path: Path) -> None:
+    case = linear(BLOCKS, "block:128x128", "weight_scale_inv", shape=(300, 384))
+    name = f"{MODULE}.weight_scale_inv"
+    case.tensors[name] = np.ascontiguousarray(case.tensors[name][:-1])
+    with pytest.raises(InputError, match="match no known scale region"):
+        fp8pack.inspect(write_model(tmp_path / "model", case.tensors, case.config))

@@ -77,7 +77,7 @@ def test_a_fused_scale_without_its_fp8_weight_is_refused(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("name", "shape"),
     [
-        ("fp8, F32", (3, 3)),
+        ("fp8, F32", (3,)),
         ("fp8, F32", (3, 2)),
         ("fp8, F32", (2, 3, 1)),
         ("fp8, F32", (0,)),
