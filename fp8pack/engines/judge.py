@@ -1,6 +1,6 @@
 """Whether an inference engine loads a checkpoint, decided offline by rules for each engine.
 
-The rules were read in the engines' code; no engine was run. docs/engines.md says which libraries were run.
+The rules were read in the engines' code; docs/engines.md says which were run, and docs/vllm.md what vLLM did.
 """
 
 from collections.abc import Iterable, Mapping, Sequence

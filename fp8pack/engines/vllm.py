@@ -70,11 +70,11 @@ VLLM = Engine(
             "torchao tensor dynamic, torchao tensor none, torchao channel dynamic, torchao channel none",
             True,
             "torchao.py",
-            "with safetensors_load_strategy=torchao",
+            "with torchao",
         ),
         EngineRule(
-            "quark tensor *, quark channel dynamic, quark channel static, quark block:128x128 dynamic, "
-            "quark mx dynamic",
+            "quark tensor dynamic, quark tensor static, quark channel dynamic, quark channel static, "
+            "quark block:128x128 dynamic, quark mx dynamic",
             True,
             "quark/quark.py, quark/schemes/",
         ),
@@ -112,6 +112,14 @@ VLLM = Engine(
             evidence=INFERRED,
             only=("expert*",),
         ),
+        EngineRule(
+            "modelopt channel *, modelopt block:*",
+            False,
+            "modelopt.py ModelOptFp8MoEMethod",
+            "takes experts with tensor and MX scales only under this quant method",
+            only=("expert*",),
+        ),
+        EngineRule("torchao *", False, "torchao.py", "reads no experts under this quant method", only=("expert*",)),
     ),
     experts=(
         EngineRule(

@@ -48,7 +48,7 @@ def test_who_reads_what(kind: str) -> None:
     [
         ("fp8 block:128x128 dynamic", "transformers", "with accelerate"),
         ("compressed-tensors channel dynamic", "transformers", "with compressed-tensors"),
-        ("torchao channel dynamic", "vllm", "with safetensors_load_strategy=torchao"),
+        ("torchao channel dynamic", "vllm", "with torchao"),
         ("torchao channel dynamic", "transformers", "with torchao"),
         ("quark tensor static", "transformers", "with amd-quark"),
         ("fbgemm_fp8 channel dynamic", "vllm", "with its flag for deprecated methods"),
