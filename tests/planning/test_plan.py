@@ -253,7 +253,7 @@ def test_what_a_convention_cannot_express_is_refused(changes: dict[str, str], sa
 
 def test_a_target_that_cannot_load_the_output_is_named_with_the_remedy() -> None:
     with pytest.raises(
-        RecipeError, match=r"LMDeploy cannot load channel scales in compressed-tensors: block scales only$"
+        RecipeError, match=r"LMDeploy 02f556b3 cannot load channel scales in compressed-tensors: block scales only$"
     ) as caught:
         plan_of(model(), scheme="FP8_DYNAMIC", targets=("lmdeploy",))
     assert caught.value.command_hint == "--scheme FP8_BLOCK"
