@@ -187,7 +187,7 @@ class _Reader:
         elif tiled:
             found = MX if len(shape) == 2 and scale.shape == padded(MX.scale_shape(shape)) else None
         elif len(shape) == 2:
-            found = self._of_matrix(shape, scale)
+            found = self._of_matrix(shape, scale) or self._of_padded(shape, scale)
         elif len(shape) == 3:
             found = self._of_experts(shape, scale)
         elif prod(scale.shape) == 1:
@@ -219,14 +219,22 @@ class _Reader:
             return TENSOR
         if stored in ((n,), (n, 1)):
             return CHANNEL
-        for region in self._announced.regions:
-            if (region.rows or 0) > 1 and len(grid) == 2 and all(map(ge, grid, region.scale_shape(shape))):
-                return region  # padded: `_first_blocks`
         usual = (MX, Granularity("block:32x32", 32, 32), BLOCK_128) if exponents else (BLOCK_128,)
         fitting = [region for region in usual if stored == region.scale_shape(shape)]
         if not fitting and len(stored) == 2 and stored[0] == n and k % stored[1] == 0:
             return Granularity(f"group:{k // stored[1]}", 1, k // stored[1])
         return fitting[0] if fitting else None
+
+    def _of_padded(self, shape: tuple[int, ...], scale: TensorSpec) -> Granularity | None:
+        """Blocks that are announced, if their grid was padded for the shards of a training run: `_first_blocks`."""
+        for region in self._announced.regions:
+            if (
+                (region.rows or 0) > 1
+                and len(scale.shape) == 2
+                and all(map(ge, scale.shape, region.scale_shape(shape)))
+            ):
+                return region
+        return None
 
     def _of_experts(self, shape: tuple[int, ...], scale: TensorSpec) -> Granularity | None:
         """The region of [E, N, K] taken as [E N, K], if the scales of each expert are a grid of its own."""
@@ -248,7 +256,7 @@ class _Reader:
 
 
 def _first_blocks(scale: TensorSpec, granularity: Granularity, spec: TensorSpec) -> TensorSpec:
-    """The scales of a weight [N, K]; a grid that was padded for the shards of a training run has more."""
+    """The scales of the blocks that a weight [N, K] has."""
     if len(spec.shape) != 2 or (granularity.rows or 0) <= 1 or len(scale.shape) != 2:
         return scale
     grid = granularity.scale_shape((spec.shape[0], spec.shape[1]))

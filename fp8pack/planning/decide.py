@@ -43,7 +43,7 @@ def decide(contents: Contents, request: Request, *, anew: bool = False) -> list[
     last = contents.facts.num_layers or 1 + max((layer_of(spec.name) or 0 for spec in contents.tensors), default=0)
     unquantized = "" if anew or not contents.quantized else not_quantized(contents)
     idle = {pattern for pattern in request.pack if not pattern.optional}
-    keeps_towers = any(judge(spec, contents.facts).packed for spec in contents.tensors)
+    keeps_towers = any(judge(_as_float(spec, contents), contents.facts).packed for spec in contents.tensors)
     decisions = []
     for spec in contents.tensors:
         names = (spec.name, *([spec.part_of.name] if spec.part_of else []))
@@ -102,8 +102,7 @@ def not_quantized(contents: Contents) -> str:
 def _judge(spec: TensorSpec, contents: Contents, unquantized: str, *, keeps_towers: bool) -> Verdict:
     """The policy's verdict or, if there is a reason to leave what is not quantized, that of the source."""
     quantized = contents.quantized.get(spec.name)
-    floats = spec if quantized is None else replace(spec, dtype="BF16")
-    verdict = judge(floats, contents.facts, keeps_towers=keeps_towers)
+    verdict = judge(_as_float(spec, contents), contents.facts, keeps_towers=keeps_towers)
     if not unquantized:
         return verdict
     if quantized is None:
@@ -111,6 +110,10 @@ def _judge(spec: TensorSpec, contents: Contents, unquantized: str, *, keeps_towe
     is_linear = len(spec.shape) == 2 and spec.name.endswith(".weight")
     why = f"{quantized.kind} in the source" + ("" if is_linear else ", but not the weight of a linear")
     return Verdict(verdict.role, is_linear, why)
+
+
+def _as_float(spec: TensorSpec, contents: Contents) -> TensorSpec:
+    return replace(spec, dtype="BF16") if spec.name in contents.quantized else spec
 
 
 def _apply(decision: Decision, rule: Rule, contents: Contents) -> Decision:

@@ -5,6 +5,7 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -273,3 +274,28 @@ def test_a_grid_of_scales_that_lacks_a_block_is_refused(tmp_path: Path) -> None:
     case.tensors[name] = np.ascontiguousarray(case.tensors[name][:-1])
     with pytest.raises(InputError, match="match no known scale region"):
         fp8pack.inspect(write_model(tmp_path / "model", case.tensors, case.config))
+
+
+def test_a_padded_grid_of_fused_experts_is_refused(tmp_path: Path) -> None:
+    """The grids of the experts lie one after the other, so that none may be longer than its blocks."""
+    tensors: Tensors = {
+        f"{EXPERTS}.down_proj": np.zeros((2, 256, 128), np.uint8).view(ml_dtypes.float8_e4m3fn),
+        f"{EXPERTS}.down_proj_scale_inv": np.ones((2, 3, 1), np.float32),
+    }
+    folder = write_model(tmp_path / "model", tensors, llama_config() | {"quantization_config": BLOCKS})
+    with pytest.raises(InputError, match="match no known scale region"):
+        fp8pack.inspect(folder)
+
+
+def test_a_tower_stays_a_tower_where_the_language_model_is_quantized(tmp_path: Path) -> None:
+    """A tower is packed where it is all of the model, and quantized weights count as the rest of it."""
+    payload, scales, _ = packed("block:128x128", (256, 256))
+    tower = "vision_tower.encoder.layers.0.mlp.fc1"
+    tensors: Tensors = {WEIGHT: payload, f"{MODULE}.weight_scale_inv": scales}
+    tensors |= {f"{tower}.weight": random_weight((256, 256), 3)}
+    folder = write_model(tmp_path / "model", tensors, llama_config() | {"quantization_config": BLOCKS})
+    found = fp8pack.convert(folder, scheme="FP8_DYNAMIC", dry_run=True).kept
+    assert [(each.name, each.role) for each in found] == [(f"{tower}.weight", "tower")]
+    fp8pack.convert(folder, tmp_path / "out", scheme="FP8_DYNAMIC")
+    listed = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["ignore"]
+    assert {tower, f"model.{tower}"} <= {*listed}
