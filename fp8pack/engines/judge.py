@@ -76,7 +76,7 @@ def judge_engines(case: Case, targets: Sequence[str] = ()) -> tuple[EngineVerdic
 
 def module_facts(facts: ModelFacts) -> ModuleFacts:
     """Return how transformers builds the modules of a model; of a class that was not read, as they are in the files."""
-    return read_module_facts(BY_ID["transformers"].modules).get(facts.architecture) or ModuleFacts()
+    return read_module_facts(BY_ID["transformers"].modules, facts.architecture) or ModuleFacts()
 
 
 def tied_heads(facts: ModelFacts) -> tuple[str, ...]:
@@ -182,7 +182,7 @@ def _built(engine: Engine, case: Case) -> _Findings:
 
 def _modules(engine: Engine, case: Case) -> _Findings:
     """Each FP8 weight becomes one FP8 linear, or a part of the experts that the class puts together."""
-    built = read_module_facts(engine.modules).get(case.facts.architecture)
+    built = read_module_facts(engine.modules, case.facts.architecture)
     if built is None:
         return
     if case.storage.quant_method.replace("mxfp8", "fp8") in built.refused:

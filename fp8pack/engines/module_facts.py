@@ -64,15 +64,16 @@ class ModuleFacts:
 
 
 @cache
-def read_module_facts(name: str) -> Mapping[str, ModuleFacts]:
-    """Return the classes of a data file, such as `transformers-5.24.0-modules`, by name; of an empty name, none.
+def read_module_facts(name: str, cls: str) -> ModuleFacts | None:
+    """Return a class of a data file, such as `transformers-5.24.0-modules`; None where there is nothing to say."""
+    entry = _read_entries(name).get(cls) if name else None
+    return None if entry is None else _module_facts(entry)
 
-    A class of whose modules there is nothing to say is not among them.
-    """
-    if not name:
-        return {}
-    document: dict[str, Any] = json.loads((_DATA / f"{name}.json").read_bytes())
-    return {cls: _module_facts(entry) for cls, entry in document["classes"].items()}
+
+@cache
+def _read_entries(name: str) -> Mapping[str, Mapping[str, Any]]:
+    classes: Mapping[str, Mapping[str, Any]] = json.loads((_DATA / f"{name}.json").read_bytes())["classes"]
+    return classes
 
 
 def experts_of(stem: str) -> str:
