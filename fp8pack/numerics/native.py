@@ -1,15 +1,11 @@
 """The CPU kernels as machine code: compiled once on a machine, then loaded in a hundredth of a second.
 
-Importing Numba and reviving its own cache takes a quarter of a second of every run; so the object file is kept by
-fp8pack, in $FP8PACK_CACHE_DIR or $XDG_CACHE_HOME/fp8pack or ~/.cache/fp8pack, under a name that changes with the
-kernels, the compiler and the processor. Where that directory is not writable, or the user has no home, each run
-compiles anew.
+Importing Numba and reviving its own cache takes a quarter of a second of every run; so kernel_cache.py keeps the
+object file, under a name that changes with the kernels, the compiler and the processor.
 """
 
 import ctypes
-import os
 from collections.abc import Callable
-from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from threading import Lock
@@ -22,6 +18,7 @@ from blake3 import blake3
 from numpy.typing import NDArray
 
 from fp8pack.numerics.formats import Float8Format
+from fp8pack.numerics.kernel_cache import read_code, write_code
 from fp8pack.numerics.rounding import ScaleRounding
 from fp8pack.units import ceil_div
 
@@ -36,7 +33,6 @@ _INFINITY: Final = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F800000}
 _ROUNDING: Final = {ScaleRounding.NONE: 0, ScaleRounding.UP: 1, ScaleRounding.FLOOR: 2}
 _U8, _U16, _U32, _F32 = np.dtype(np.uint8), np.dtype(np.uint16), np.dtype(np.uint32), np.dtype(np.float32)
 _DTYPES: Final[dict[Bits, np.dtype[Any]]] = {"uint16": _U16, "uint32": _U32}
-_DIGEST_NBYTES = 32
 _WEIGHT_KERNELS = ("quantize", "amax", "dequantize", "largest_codes")
 
 _P, _F, _I, _U = ctypes.c_void_p, ctypes.c_float, ctypes.c_int64, ctypes.c_uint32
@@ -192,16 +188,14 @@ def _load(module: Module) -> _Kernels:
     source = Path(__file__).with_name("kernels.py").read_bytes()
     key = blake3(source)
     key.update(repr((module, cpu, features, llvmlite.__version__)).encode())
-    folder = _cache_dir()
-    path = folder / f"kernels-{key.hexdigest(16)}.o" if folder else None
-    machine_code = _read_cached(path) if path else None
+    name = f"kernels-{key.hexdigest(16)}.o"
+    machine_code = read_code(name)
     if machine_code is None:
         from fp8pack.numerics.kernels import compile_kernels, compile_observer  # imports Numba, for compiling only
 
         ir = compile_observer() if module == "observe" else compile_kernels(module)
         machine_code = machine.emit_object(llvm.parse_assembly(ir))
-        if path:
-            _write_cached(path, machine_code)
+        write_code(name, machine_code)
     return _Kernels(machine_code, machine, ("observe",) if module == "observe" else _WEIGHT_KERNELS)
 
 
@@ -232,37 +226,3 @@ def _check_grid(
     (n, k), (rows, cols), (top, left) = shape, region, offset
     if len(grid) != 2 or grid[0] * rows < n + top or grid[1] * cols < k + left:
         raise ValueError(f"{list(grid)} regions of {rows} x {cols} do not hold {n} x {k} from {top}, {left} on")
-
-
-def _cache_dir() -> Path | None:
-    """Where machine code is kept; None for a user without a home, as a container's may be."""
-    if configured := os.environ.get("FP8PACK_CACHE_DIR"):
-        return Path(configured)
-    try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fp8pack"
-    except RuntimeError:
-        return None
-
-
-def _read_cached(path: Path) -> bytes | None:
-    """The machine code, if it is whole and nobody but this user (or root) could have written it."""
-    try:
-        status = path.stat()
-        data = path.read_bytes()
-    except OSError:
-        return None
-    trusted = status.st_uid in (os.geteuid(), 0) and not status.st_mode & 0o022
-    whole = blake3(data[_DIGEST_NBYTES:]).digest() == data[:_DIGEST_NBYTES]
-    return data[_DIGEST_NBYTES:] if trusted and whole else None
-
-
-def _write_cached(path: Path, machine_code: bytes) -> None:
-    temporary = path.with_suffix(f".{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(blake3(machine_code).digest() + machine_code)
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    except OSError:
-        with suppress(OSError):
-            temporary.unlink()

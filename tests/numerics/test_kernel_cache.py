@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fp8pack.numerics import native
+from fp8pack.numerics import kernel_cache
 
 RUN = """
 import numpy as np
@@ -54,6 +54,54 @@ def test_without_a_home_there_is_no_cache(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(Path, "home", homeless)
     monkeypatch.delenv("FP8PACK_CACHE_DIR", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    assert native._cache_dir() is None
+    assert kernel_cache.cache_dir() is None
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
-    assert native._cache_dir() == Path("/somewhere/fp8pack")
+    assert kernel_cache.cache_dir() == Path("/somewhere/fp8pack")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The directory of the cache, made by keeping something in it."""
+    place = tmp_path / "home" / "fp8pack"
+    monkeypatch.setenv("FP8PACK_CACHE_DIR", str(place))
+    kernel_cache.write_code("a.o", b"code")
+    assert kernel_cache.read_code("a.o") == b"code"
+    assert (place.stat().st_mode & 0o777, (place / "a.o").stat().st_mode & 0o777) == (0o700, 0o600)
+    return place
+
+
+@pytest.mark.parametrize("mode", [0o770, 0o707, 0o777])
+def test_nothing_is_read_where_others_may_write(folder: Path, mode: int) -> None:
+    folder.chmod(mode)
+    assert kernel_cache.read_code("a.o") is None
+    kernel_cache.write_code("b.o", b"code")
+    assert [path.name for path in folder.iterdir()] == ["a.o"]
+
+
+@pytest.mark.parametrize("mode", [0o620, 0o602])
+def test_a_file_that_others_may_write_is_not_read(folder: Path, mode: int) -> None:
+    (folder / "a.o").chmod(mode)
+    assert kernel_cache.read_code("a.o") is None
+
+
+def test_links_are_not_followed(folder: Path, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere.o"
+    (folder / "a.o").rename(elsewhere)
+    (folder / "a.o").symlink_to(elsewhere)
+    assert kernel_cache.read_code("a.o") is None
+    (folder / "a.o").unlink()
+    (folder / "a.o").hardlink_to(elsewhere)
+    assert kernel_cache.read_code("a.o") is None
+    (folder / f"b.o.{os.getpid()}").symlink_to(elsewhere)
+    kernel_cache.write_code("b.o", b"other")
+    assert kernel_cache.read_code("b.o") is None
+    assert elsewhere.read_bytes().endswith(b"code")
+
+
+def test_what_is_not_whole_or_no_file_is_not_read(folder: Path) -> None:
+    (folder / "a.o").write_bytes((folder / "a.o").read_bytes()[:-1])
+    assert kernel_cache.read_code("a.o") is None
+    (folder / "b.o").mkdir()
+    assert kernel_cache.read_code("b.o") is None
+    os.mkfifo(folder / "c.o")
+    assert kernel_cache.read_code("c.o") is None
