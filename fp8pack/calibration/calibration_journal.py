@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from fp8pack.checkpoint.regular_files import read_regular
 from fp8pack.checkpoint.shard_writer import writing
 from fp8pack.errors import OutputError
 
@@ -61,10 +62,9 @@ class CalibrationJournal:
 
     def _read(self) -> tuple[list[dict[str, Any]], int]:
         """The lines before the first incomplete or malformed one, and their bytes."""
-        try:
-            text = self._path.read_bytes()
-        except FileNotFoundError:
+        if not self._path.exists():
             return [], 0
+        text = read_regular(self._path)
         lines: list[dict[str, Any]] = []
         whole = 0
         for raw in text.splitlines(keepends=True):
@@ -77,12 +77,11 @@ class CalibrationJournal:
 
     def _append(self, line: dict[str, Any]) -> None:
         with writing(self._path):
-            fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
-            try:
-                os.write(fd, json.dumps(line).encode() + b"\n")
+            fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+            with os.fdopen(fd, "wb") as file:
+                file.write(json.dumps(line).encode() + b"\n")
+                file.flush()
                 os.fsync(fd)
-            finally:
-                os.close(fd)
 
 
 def _parse(raw: bytes) -> dict[str, Any] | None:

@@ -16,10 +16,12 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
+from fp8pack.checkpoint.regular_files import open_regular
 from fp8pack.checkpoint.shard_writer import writing
-from fp8pack.errors import OutputError
+from fp8pack.errors import InputError, OutputError
 
 _VERSION = 1
+_MAX_HEAD_NBYTES = 1 << 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +64,7 @@ class Journal:
         self._path = path
         self._lock = Lock()
         with writing(path):
-            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
 
     def read(self) -> tuple[dict[str, Any], Progress]:
         """Return whose work the journal holds (see `start`) and what is finished; cut off a torn line.
@@ -73,14 +75,15 @@ class Journal:
         data = os.pread(self._fd, os.fstat(self._fd).st_size, 0)
         kept = data[: data.rfind(b"\n") + 1]
         if len(kept) != len(data):
-            os.ftruncate(self._fd, len(kept))
+            with writing(self._path):
+                os.ftruncate(self._fd, len(kept))
         progress = Progress()
         try:
             lines = [json.loads(line) for line in kept.splitlines()]
             for line in lines[1:]:
                 _replay(progress, line)
             return _parse_head(lines[0]) if lines else {}, progress
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RecursionError):
             raise OutputError(f"{self._path} is damaged", "--no-resume discards the unfinished work") from None
 
     def start(self, source: str, recipe: dict[str, Any]) -> None:
@@ -125,9 +128,9 @@ class Journal:
 def read_head(path: Path) -> dict[str, Any]:
     """Return whose work a journal holds, empty if it says nothing; only `source` and `recipe` matter."""
     try:
-        with path.open("rb") as opened:
-            return _parse_head(json.loads(opened.readline()))
-    except (OSError, ValueError):
+        with os.fdopen(open_regular(path), "rb") as opened:
+            return _parse_head(json.loads(opened.readline(_MAX_HEAD_NBYTES)))
+    except (OSError, ValueError, RecursionError, InputError):
         return {}
 
 

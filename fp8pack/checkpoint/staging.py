@@ -5,6 +5,9 @@
 .<out>.fp8pack-partial/output/         becomes <out> by one rename
 .<out>.fp8pack-old                     what --overwrite replaces, until the swap is finished
 .<out>.fp8pack-trash                   a staging directory that is being removed
+
+The staging directory belongs to this user, nobody else can look into it, and nothing in it is a link: what others put
+there in advance is refused, not written through.
 """
 
 import fcntl
@@ -12,6 +15,7 @@ import json
 import os
 import shutil
 import socket
+import stat
 import time
 from collections.abc import Collection
 from contextlib import suppress
@@ -52,6 +56,7 @@ class Staging:
         with writing(self.folder):
             self._fd = self._take_lock()
             try:
+                self._check_folder()
                 self._own_lock()
                 self._heart = Heartbeat(self._fd, self._lock_path)
                 self._finish_swap()
@@ -77,7 +82,7 @@ class Staging:
     def check_free(self) -> None:
         """Raise OutputError if another process is writing the output; nothing is made or taken."""
         try:
-            fd = os.open(self._lock_path, os.O_RDONLY | os.O_CLOEXEC)
+            fd = os.open(self._lock_path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
         except OSError:
             return
         try:
@@ -162,8 +167,11 @@ class Staging:
         """Open and lock the lock file; again, when the process that held it removes the directory meanwhile."""
         while True:
             self._make_folder()
+            if self.folder.is_symlink() or self._lock_path.is_symlink():
+                raise self._planted(self._lock_path if self._lock_path.is_symlink() else self.folder)
+            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
             try:
-                fd = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+                fd = os.open(self._lock_path, flags, 0o666)
             except FileNotFoundError:
                 continue
             try:
@@ -179,9 +187,31 @@ class Staging:
 
     def _make_folder(self) -> None:
         try:
-            self.folder.mkdir(exist_ok=True)
+            self.folder.mkdir(mode=0o700, exist_ok=True)
+        except FileExistsError:
+            raise self._planted(self.folder) from None
         except OSError as error:
             raise SpaceError(f"{self.output} cannot be created: {str(error.strerror).lower()}", _ANOTHER) from None
+
+    def _check_folder(self) -> None:
+        """Raise OutputError if the directory is another user's, or holds anything but files and directories.
+
+        Its owner is compared with that of a new file, since some file systems have owners of their own.
+        """
+        probe = self.folder / f"probe.{os.getpid()}"
+        os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
+        owner = probe.stat().st_uid
+        probe.unlink()
+        if self.folder.stat().st_uid != owner:
+            raise OutputError(f"{self.folder} belongs to another user", _ANOTHER)
+        with suppress(OSError):  # a file system without modes
+            self.folder.chmod(0o700)
+        for path in self.folder.rglob("*"):
+            if stat.S_IFMT(path.lstat().st_mode) not in (stat.S_IFREG, stat.S_IFDIR):
+                raise self._planted(path)
+
+    def _planted(self, path: Path) -> OutputError:
+        return OutputError(f"{path} is a link, or no file or directory of fp8pack", f"remove it, or {_ANOTHER}")
 
     def _own_lock(self) -> None:
         """The kernel releases a lock of this host with its process; one of another host tells by its age."""
@@ -198,11 +228,11 @@ class Staging:
     def _finish_swap(self) -> None:
         """Finish or undo an --overwrite that was interrupted between its two renames."""
         shutil.rmtree(self._trash, ignore_errors=True)
-        if not self._old.exists():
-            return
-        if self.output.exists():
+        if self._old.is_symlink() or (self._old.exists() and not _is_replaceable(self._old)):
+            raise self._planted(self._old)
+        if self._old.exists() and self.output.exists():
             _remove(self._old)
-        else:
+        elif self._old.exists():
             self._old.rename(self.output)
 
 
