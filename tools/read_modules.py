@@ -27,6 +27,7 @@ from transformers.core_model_loading import (
 from transformers.integrations.finegrained_fp8 import replace_with_fp8_linear
 from transformers.models.auto import modeling_auto
 from transformers.quantizers import AutoHfQuantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import FineGrainedFP8Config
 
 from fp8pack.engines.module_facts import find_modules, is_kept, one_number
@@ -53,15 +54,14 @@ _NOT_LINEAR = (torch.nn.Embedding, torch.nn.modules.conv._ConvNd, torch.nn.Layer
 Facts = dict[str, Any]
 
 
-def classes() -> dict[str, str]:
-    """Return each class that transformers builds by a model type -> that type."""
-    tables = sorted(name for name in dir(modeling_auto) if re.fullmatch(r"MODEL_\w*NAMES", name))
-    found: dict[str, str] = {}
+def classes() -> list[tuple[str, str]]:
+    """Return each class that transformers builds, with each model type that it is built by."""
+    tables = [name for name in dir(modeling_auto) if re.fullmatch(r"MODEL_\w*NAMES", name)]
+    found = set()
     for table in tables:
         for model_type, names in getattr(modeling_auto, table).items():
-            for name in [names] if isinstance(names, str) else names:
-                found.setdefault(name, model_type)
-    return dict(sorted(found.items()))
+            found |= {(name, model_type) for name in ([names] if isinstance(names, str) else names)}
+    return sorted(found)
 
 
 def read_class(model: Any) -> Facts:
@@ -73,7 +73,9 @@ def read_class(model: Any) -> Facts:
         "fused": set(),
         "joined": set(),
         "linears": set(),
+        "missed": set(),
     }
+    renamings = get_model_conversion_mapping(model)
     shapes: dict[str, tuple[int, ...]] = {}
     for file, targets, operations, shape in _pairs(model):
         paths = [path for target in targets if _multiplies(model, path := target.rpartition(".")[0])]
@@ -83,6 +85,8 @@ def read_class(model: Any) -> Facts:
         stem = star(name)
         if is_experts and len(shape) == 3:
             shapes[stem] = shape
+        if not is_experts and not _is_listed([name, *paths], paths, renamings):
+            lists["missed"].add(stem)
         modules = list(dict.fromkeys(star(path) for path in paths))
         if names.setdefault(stem, modules) != modules:
             names[one_number(name)] = modules
@@ -94,7 +98,7 @@ def read_class(model: Any) -> Facts:
             lists["converted"].add(stem)
         elif is_experts:
             lists["fused"].add(stem)
-        elif name == file or judge(TensorSpec(file, "BF16", (16, 16), "", 0, 512), ModelFacts()).role in UNLISTED:
+        elif name == file or _role(file) in UNLISTED:
             lists["linears"].add(stem)
     reached = sorted({path for paths in names.values() for path in paths})
     wide = sorted({*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())})
@@ -102,10 +106,42 @@ def read_class(model: Any) -> Facts:
     facts["transposed"] = _transposed(shapes, model.config.get_text_config())
     facts |= {"unlike": _unlike(model), "names": shorten(names)}
     facts["wide"] = wide if any(is_kept(path, wide) for path in reached) else []
-    facts["scale"] = any(name.endswith(".scale") for name in model.state_dict())
+    facts["scale"] = _loses_scales(model)
     facts["refused"] = [method for method, config in QUANTIZED.items() if _refuses(model, config)]
     facts["unfit"] = _unfit(model)
     return {key: value for key, value in facts.items() if value}
+
+
+def _is_listed(entries: list[str], paths: list[str], renamings: list[Any]) -> bool:
+    """Say whether transformers keeps modules that are on the list of a checkpoint of FP8 blocks, as it renames that."""
+    renamed = []
+    for entry in entries:
+        name = f"{entry}."
+        for renaming in renamings:
+            name, _ = renaming.rename_source_key(name)
+        renamed.append(name.removesuffix("."))
+    return not any(should_convert_module(path, renamed) for path in paths)
+
+
+def _role(name: str) -> str:
+    return judge(TensorSpec(name, "BF16", (16, 16), "", 0, 512), ModelFacts(), keeps_towers=False).role
+
+
+def _loses_scales(model: Any) -> bool:
+    """Say whether transformers takes parameters that are called `scale` for scales of weights, and loses them."""
+    quantizer = AutoHfQuantizer.from_config(QUANTIZED["fp8"], pre_quantized=True)
+    state = model.state_dict()
+    files = {name: tensor for name, tensor in state.items() if name.endswith(".scale")}
+    try:
+        transforms = get_model_conversion_mapping(model, hf_quantizer=quantizer)
+    except ValueError:  # which _refuses() tells
+        return False
+    renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
+    for file in revert_weight_conversion(model, files):
+        target, _ = rename_source_key(file, renamings, [], model.base_model_prefix, state)
+        if target not in state and file not in state:
+            return True
+    return False
 
 
 def _transposed(shapes: dict[str, tuple[int, ...]], config: Any) -> list[str]:
@@ -135,7 +171,8 @@ def _refuses(model: Any, config: dict[str, Any]) -> bool:
 
     It dequantizes compressed-tensors by the names of parameters, and stops at a buffer called `weight`.
     """
-    is_buffer = any(name.endswith(".weight") for name, _ in model.named_buffers())
+    stored = model.state_dict()
+    is_buffer = any(name.endswith(".weight") and name in stored for name, _ in model.named_buffers())
     if is_buffer and config["quant_method"] == "compressed-tensors":
         return True
     for dequantize in (False, True):
@@ -228,20 +265,29 @@ def _tells(prefix: str, heads: list[str], names: dict[str, list[str]]) -> bool:
 
 
 def _build(cls: Any, model_type: str) -> Any:
-    """Build a class by its default configuration, which is not always that of its model type."""
-    try:
-        return cls(cls.config_class())
-    except Exception:  # whatever a class raises without values of its own
-        return cls(transformers.AutoConfig.for_model(model_type))
+    """Build a class by its default configuration, or by that of another model type."""
+    if model_type == cls.config_class.model_type:
+        try:
+            return cls(cls.config_class())
+        except Exception:  # whatever a class raises without values of its own
+            pass
+    return cls(transformers.AutoConfig.for_model(model_type))
 
 
 def _read(name: str, model_type: str) -> tuple[str, Facts | str]:
-    """Return the facts of a class, or why it could not be built: it wants a package, or values of its own."""
+    """Return the facts of a class, or why it could not be built: it wants a package, or values of its own.
+
+    The key is the class, and the model type if it is another than that of the class.
+    """
+    key = name
     try:
+        cls = getattr(transformers, name)
+        if model_type != cls.config_class.model_type:
+            key = f"{name} {model_type}"
         with torch.device("meta"):
-            return name, read_class(_build(getattr(transformers, name), model_type))
+            return key, read_class(_build(cls, model_type))
     except Exception as error:  # whatever a class raises
-        return name, f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+        return key, f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
 
 
 def main() -> None:
@@ -250,9 +296,10 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
     with get_context("fork").Pool() as pool:
-        read = dict(pool.starmap(_read, classes().items(), chunksize=8))
-    failed = {name: why for name, why in read.items() if isinstance(why, str)}
-    found = {name: facts for name, facts in read.items() if facts and name not in failed}
+        read = dict(pool.starmap(_read, classes(), chunksize=8))
+    failed = {key: why for key, why in read.items() if isinstance(why, str)}
+    usual = {key: read.get(key.partition(" ")[0], {}) if " " in key else {} for key in read}
+    found = {key: facts for key, facts in read.items() if key not in failed and facts != usual[key]}
     built = len(read) - len(failed)
     print("\n".join(f"{name}: {why}" for name, why in failed.items()))
     head = {"schema": SCHEMA, "engine": "transformers", "version": transformers.__version__, "built": built}

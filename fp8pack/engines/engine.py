@@ -12,7 +12,7 @@ from fp8pack.modelfacts.storage import Storage
 class Evidence(StrEnum):
     """How a rule was found."""
 
-    RUN = "library run in tests/interop"
+    RUN = "run in tests/interop or tests/in_vllm"
     READ = "engine's code as read"
     INFERRED = "inferred from the engine's code"
     REPORTED = "reported in the issue"
@@ -78,7 +78,7 @@ class Engine:
     fuses: it builds qkv_proj and gate_up_proj. loads_whole: it has no tensor parallelism to judge.
     is_for_language_models: it needs an architecture in config.json. facts, modules: the files in data/ of its classes,
     and of their modules.
-    earlier: versions before this one whose classes were read.
+    earlier: versions before this one whose classes were read -> the weights that each of them does not load beside.
     dequantizes: linears that it makes BF16 at load -> the kinds of storage from which it can.
     """
 
@@ -100,12 +100,15 @@ class Engine:
     is_for_language_models: bool = True
     facts: str = ""
     modules: str = ""
-    earlier: tuple[str, ...] = ()
+    earlier: Mapping[str, tuple[EngineRule, ...]] = field(default_factory=dict)
     dequantizes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def at(self, version: str) -> "Engine":
-        """Return the engine with the classes of a version; the rules by hand are those of the newest."""
-        return replace(self, version=f"{self.name} {version}", facts=f"{self.id}-{version}") if version else self
+        """Return the engine with the classes of a version, and with what the newest loads and it does not."""
+        if not version:
+            return self
+        weights = (*self.earlier[version], *self.weights)
+        return replace(self, version=f"{self.name} {version}", facts=f"{self.id}-{version}", weights=weights)
 
     def list_syntax(self, kind: str) -> ListSyntax | None:
         """Return how the engine matches ignore entries, None if that was not read."""

@@ -12,7 +12,7 @@ class Match(StrEnum):
 
     WHOLE = "the whole name"
     PARTS = "a run of its dotted parts"
-    ENDS = "its first or last dotted parts"
+    ENDS = "its first dotted parts, or its end"
     ANYWHERE = "any piece of it"
     GLOB = "a glob over it"
     GLOB_OF_PART = "a glob over it, or over one dotted part"
@@ -24,12 +24,14 @@ class ListSyntax:
     """How an engine matches the ignore entries.
 
     lists_tied_head: a tied `lm_head` is loaded as FP8 unless it is ignored, though the file has no scale for it.
+    knows_parts: a fused module is ignored if its parts are listed.
     """
 
     kinds: str
     matches: tuple[Match, ...]
     source: str
     lists_tied_head: bool = False
+    knows_parts: bool = True
 
 
 _GLOB_CHARACTERS = re.compile(r"[*?\[]")
@@ -71,6 +73,6 @@ def _is_piece(entry: str, module: str, match: Match) -> bool:
         case Match.PARTS:
             return f".{entry}." in f".{module}."
         case Match.ENDS:
-            return module.startswith(f"{entry}.") or module.endswith(f".{entry}")
+            return module.startswith(f"{entry}.") or module.endswith(entry)
         case _:
             return entry in module

@@ -16,6 +16,7 @@ from fp8pack.engines.module_facts import ModuleFacts, find_modules, is_kept, rea
 from fp8pack.errors import RecipeError
 from fp8pack.modelfacts.fused import LAST_PARTS, REPLICATED, fused_module, together
 from fp8pack.modelfacts.model import ModelFacts
+from fp8pack.modelfacts.patterns import star
 from fp8pack.modelfacts.spec import TensorSpec
 from fp8pack.modelfacts.storage import Storage
 from fp8pack.modelfacts.tensor_parallel import GEMM_MULTIPLE, tp_problem
@@ -76,7 +77,8 @@ def judge_engines(case: Case, targets: Sequence[str] = ()) -> tuple[EngineVerdic
 
 def module_facts(facts: ModelFacts) -> ModuleFacts:
     """Return how transformers builds the modules of a model; of a class that was not read, as they are in the files."""
-    return read_module_facts(BY_ID["transformers"].modules, facts.architecture) or ModuleFacts()
+    name = BY_ID["transformers"].modules
+    return read_module_facts(name, facts.architecture, facts.model_type) or ModuleFacts()
 
 
 def tied_heads(facts: ModelFacts) -> tuple[str, ...]:
@@ -182,7 +184,7 @@ def _built(engine: Engine, case: Case) -> _Findings:
 
 def _modules(engine: Engine, case: Case) -> _Findings:
     """Each FP8 weight becomes one FP8 linear, or a part of the experts that the class puts together."""
-    built = read_module_facts(engine.modules, case.facts.architecture)
+    built = read_module_facts(engine.modules, case.facts.architecture, case.facts.model_type)
     if built is None:
         return
     if case.storage.quant_method.replace("mxfp8", "fp8") in built.refused:
@@ -207,9 +209,11 @@ def _replaced(built: ModuleFacts, paths: Mapping[str, str], case: Case) -> _Find
     """Of FP8 files with blocks, transformers replaces plain linears, and experts, by classes of its own."""
     if built.has_scale:
         yield _Refusal("it takes parameters of this class that are called scale for scales of weights")
+    if missed := next((name for name in case.ignored if star(name) in built.missed), None):
+        yield _Refusal(f"it does not find {missed} in the list of ignored modules")
     for stem, path in paths.items():
         name = case.weights.stems[stem]
-        if path in built.unfit:
+        if path in built.unfit or any(path.startswith(f"{experts}.") for experts in built.unfit):
             yield _Refusal("its class of FP8 experts does not fit the experts of this class")
         elif path in built.subclasses:
             yield _Refusal(f"{name} is FP8, and its class has a linear of its own there, which it does not replace")
@@ -330,6 +334,9 @@ def _list(engine: Engine, case: Case) -> _Findings:
         entry, module = listed
         reason = f"ignore entry `{entry}` also matches {module}, which is FP8"
         yield _Refusal(reason, f"--ignore {case.weights.modules[module]}")
+    fused = {ignored: fused_module(f"{ignored}.weight") for ignored in case.ignored if not syntax.knows_parts}
+    if part := next((part for part, whole in fused.items() if whole and whole not in case.ignored), None):
+        yield _Refusal(f"it does not know that {fused[part]} is ignored where its parts are, as {part}")
     if alien := next((entry for entry in case.ignored if not is_understood(entry, syntax.matches)), None):
         yield f"ignore entry `{alien}` is no valid pattern for it"
     for head in tied_heads(case.facts) if case.facts.tied and syntax.lists_tied_head else ():

@@ -24,8 +24,9 @@ class ModuleFacts:
     together. fused: experts that the files have in one tensor. transposed: of these, [E, K, N]. subclasses: linears of
     a class of their own. others: modules that multiply and are no linears. linears: linears that are named as
     embeddings or norms. wide: modules that are kept in float32, as transformers matches them. unfit: experts that its
-    FP8 class is not made for. has_scale: a parameter of the class is called `scale`. refused: quant methods with which
-    transformers does not build the class.
+    FP8 class is not made for. has_scale: parameters that are called `scale` are taken for scales. refused: quant
+    methods with which transformers does not build the class. missed: linears that it does not find in a list of
+    ignored modules.
     """
 
     names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -40,6 +41,7 @@ class ModuleFacts:
     has_scale: bool = False
     linears: frozenset[str] = frozenset()
     refused: frozenset[str] = frozenset()
+    missed: frozenset[str] = frozenset()
     transposed: frozenset[str] = frozenset()
 
     def modules(self, name: str) -> tuple[str, ...]:
@@ -50,10 +52,10 @@ class ModuleFacts:
         return tuple(_numbered(path, numbers) for path in find_modules(stem, self.names))
 
     @property
-    def fused_layouts(self) -> Mapping[str, FusedLayout]:
-        """The tensors that hold all experts of a layer in the files -> how they lie."""
-        stems = self.fused | {stem for stem in self.converted if experts_of(stem)}
-        return {stem: FusedLayout(transposed=experts_of(stem) in self.transposed) for stem in sorted(stems)}
+    def fused_layouts(self) -> Mapping[str, FusedLayout | None]:
+        """The tensors that hold all experts of a layer in the files -> how they lie, None if that is converted."""
+        layouts = {stem: FusedLayout(transposed=experts_of(stem) in self.transposed) for stem in self.fused}
+        return layouts | {stem: None for stem in self.converted if experts_of(stem)}
 
     @property
     def experts(self) -> frozenset[str]:
@@ -64,9 +66,13 @@ class ModuleFacts:
 
 
 @cache
-def read_module_facts(name: str, cls: str) -> ModuleFacts | None:
-    """Return a class of a data file, such as `transformers-5.24.0-modules`; None where there is nothing to say."""
-    entry = _read_entries(name).get(cls) if name else None
+def read_module_facts(name: str, cls: str, model_type: str = "") -> ModuleFacts | None:
+    """Return a class of a data file, such as `transformers-5.24.0-modules`; None where there is nothing to say.
+
+    A class may be built otherwise for a model type that is not its own.
+    """
+    entries = _read_entries(name) if name else {}
+    entry = entries.get(f"{cls} {model_type}", entries.get(cls))
     return None if entry is None else _module_facts(entry)
 
 
@@ -127,5 +133,6 @@ def _module_facts(entry: Mapping[str, Any]) -> ModuleFacts:
         has_scale=entry.get("scale", False),
         linears=frozenset(entry.get("linears", ())),
         refused=frozenset(entry.get("refused", ())),
+        missed=frozenset(entry.get("missed", ())),
         transposed=frozenset(entry.get("transposed", ())),
     )

@@ -4,6 +4,7 @@ from fp8pack.engines.engine import (
     FNUZ,
     INFERRED,
     REPORTED,
+    RUN,
     Edges,
     Engine,
     EngineRule,
@@ -22,7 +23,18 @@ VLLM = Engine(
     "vLLM",
     "vLLM 0.33.0",
     facts="vllm-0.33.0",
-    earlier=("0.32.0",),
+    earlier={
+        "0.32.0": (
+            EngineRule(
+                "quark mx *",
+                False,
+                "quark/quark_moe.py",
+                "reads no MXFP8 experts under this quant method",
+                evidence=RUN,
+                only=("expert*",),
+            ),
+        )
+    },
     dequantizes={"wk": ("fp8 block:128x128 dynamic",)},  # models/deepseek_v2.py, of the indexer: weight_scale_inv only
     readers=(
         *renaming_rules(_RENAMING, "models/mistral3.py"),
@@ -166,7 +178,7 @@ VLLM = Engine(
         ListSyntax("compressed-tensors *", (Match.WHOLE, Match.REGEX), "compressed_tensors/utils.py", True),
         ListSyntax("modelopt *", (Match.WHOLE, Match.ANYWHERE, Match.GLOB), "modelopt.py", True),
         ListSyntax("quark *", (Match.WHOLE, Match.REGEX), "quark/utils.py"),
-        ListSyntax("torchao *", (Match.PARTS,), "torchao.py"),
+        ListSyntax("torchao *", (Match.PARTS,), "torchao.py", knows_parts=False),
     ),
     renaming=_RENAMING,
     partial_blocks=PartialBlocks(Edges.LAST, "utils/fp8_utils.py validate_fp8_block_shape"),

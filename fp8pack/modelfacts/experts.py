@@ -77,12 +77,12 @@ class JoinedExperts:
 
 
 def join_experts(
-    tensors: Sequence[TensorSpec], model_type: str, layouts: Mapping[str, FusedLayout]
+    tensors: Sequence[TensorSpec], model_type: str, layouts: Mapping[str, FusedLayout | None]
 ) -> list[JoinedExperts]:
     """Return the fused tensors that the experts of each layer were taken apart from, the reverse of split_experts().
 
-    layouts: the names of fused tensors, `*` for numbers -> how they lie. A layer is left as it is if one of its experts
-    is missing or has another shape. A fused tensor has the dtype of its parts if that
+    layouts: the names of fused tensors, `*` for numbers -> how they lie, None as the model type says. A layer is left
+    as it is if one of its experts is missing or has another shape. A fused tensor has the dtype of its parts if that
     is a float, else U8.
     """
     layers: dict[str, dict[str, TensorSpec]] = {}
@@ -94,7 +94,7 @@ def join_experts(
         found: list[JoinedExperts] = []
         for stem, layout in layouts.items():
             if stem.rpartition(".")[0] == star(experts):
-                transposed = layout.transposed or model_type in TRANSPOSED
+                transposed = layout.transposed if layout else model_type in TRANSPOSED
                 whole = FusedLayout(transposed, interleaved=model_type in _INTERLEAVED)
                 found += _join(f"{experts}.{stem.rpartition('.')[2]}", members, whole)
         if {part.name for each in found for part, _ in each.parts} == members.keys():

@@ -323,6 +323,7 @@ def test_compressed_tensors_cuts_partial_blocks_itself() -> None:
         (BLOCK, "sglang", f"{LAYER}.mlp.up", False),
         (BLOCK, "transformers", f"{LAYER}.mlp", True),
         (BLOCK, "transformers", "up_proj", True),
+        (BLOCK, "transformers", "proj", True),
         (BLOCK, "transformers", "0.mlp", False),
         (BLOCK, "tensorrt-llm", "*up_proj", True),
         (BLOCK, "tensorrt-llm", "up_proj", False),
@@ -360,6 +361,15 @@ def test_the_fused_name_counts_and_the_remedy_is_a_name_of_the_checkpoint() -> N
     assert verdict.remedy == f"--ignore {UP}"
     verdict = judge("modelopt tensor static", "vllm", ignored=[f"{LAYER}.mlp.gate"])  # a router that hits gate_up_proj
     assert "ignore entry `model.layers.0.mlp.gate` also matches" in verdict.reason
+
+
+def test_a_fused_module_whose_parts_are_ignored_is_not_known_to_a_list_of_torchao() -> None:
+    parts = [f"vision_tower.layers.0.self_attn.{leaf}_proj" for leaf in "qkv"]
+    verdict = judge("torchao channel none", "vllm", ignored=parts)
+    assert verdict.loads is False
+    assert "that vision_tower.layers.0.self_attn.qkv_proj is ignored where its parts are" in verdict.reason
+    assert judge("torchao channel none", "vllm", ignored=["vision_tower.layers.0.self_attn.qkv_proj"]).loads
+    assert judge(DYNAMIC, "vllm", ignored=parts).loads
 
 
 @pytest.mark.parametrize(

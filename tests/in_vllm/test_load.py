@@ -12,20 +12,9 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 # What a CPU has no kernel for, and nothing in plain torch stands in for: the weights were loaded before.
 NO_KERNEL = re.compile(r"|_C::static_scaled_fp8_quant\(\).*|Unsupported FP8 MoE backend: NONE", re.DOTALL)
-NEWER = "vLLM 0.33 reads these experts (quark/quark_moe.py QuarkW8A8Mxfp8MoEMethod), 0.32 does not"
-FUSED = "its torchao reader does not know that an ignored q_proj, k_proj and v_proj are its qkv_proj (torchao.py)"
-EXPERTS = ("Mixtral", "Qwen3Moe", "DeepseekV3")
-WRONG = {(family, "MXFP8, quark"): NEWER for family in EXPERTS}
-WRONG |= {(family, "W8A16, torchao"): FUSED for family in ("PaliGemma", "Idefics3")}
 
 
-def marked(family: str, way: str) -> object:
-    """A case, expected to fail if the verdict is known to be wrong for this version."""
-    reason = WRONG.get((family, way))
-    return pytest.param(family, way, marks=[pytest.mark.xfail(strict=True, reason=reason)] if reason else [])
-
-
-@pytest.mark.parametrize(("family", "way"), [marked(*case) for case in CASES])
+@pytest.mark.parametrize(("family", "way"), CASES)
 def test_the_verdict_is_what_the_loader_does(family: str, way: str, pack: Verb, table: Table, tmp_path: Path) -> None:
     """Loads: every parameter has the bytes of the files, every tensor of the files is in one, none was left unset."""
     from in_vllm.engine import load
