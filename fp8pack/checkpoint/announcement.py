@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from fp8pack.checkpoint.source import ShardReader, Source, read_json
+from fp8pack.checkpoint.source import Source, read_json
 from fp8pack.errors import RecipeError
 from fp8pack.numerics.granularity import BLOCK_128, MX, Granularity, parse_granularity
 
@@ -181,7 +181,7 @@ def _wants_full_precision(source: Source, markers: frozenset[str]) -> bool:
         if spec.name.endswith("scaled_fp8"):
             return prod(spec.shape) == 2
         if spec.nbytes <= _MAX_MARKER_NBYTES:
-            with closing(ShardReader(source.directory / spec.file)) as opened:
+            with closing(source.open_file(spec.file)) as opened:
                 text = bytearray(spec.nbytes)
                 opened.readinto(memoryview(text), spec.begin)
             return _parse(text.decode(errors="replace")).get("full_precision_matrix_mult") is True

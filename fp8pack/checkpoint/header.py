@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any, NoReturn
 
+from fp8pack.checkpoint.regular_files import read_range
 from fp8pack.errors import InputError
 from fp8pack.modelfacts.spec import DTYPE_BITS, Stored, TensorSpec, nbytes_of
 
@@ -48,7 +49,7 @@ def read_header(fd: int, file: str) -> Header:
             tile its data section exactly.
     """
     size = os.fstat(fd).st_size
-    prefix = os.pread(fd, 64, 0)
+    prefix = read_range(fd, min(64, size), 0, file)
     if prefix.startswith(b"version https://git-lfs"):
         raise InputError(f"{file} is a Git LFS pointer, not the file", "run `git lfs pull`")
     if prefix.startswith(b"GGUF"):
@@ -64,7 +65,7 @@ def read_header(fd: int, file: str) -> Header:
         raise InputError(
             f"{file} has {size} bytes but its header alone needs {_LENGTH_NBYTES + length}", "download it again"
         )
-    raw = os.pread(fd, length, _LENGTH_NBYTES)
+    raw = read_range(fd, length, _LENGTH_NBYTES, file)
     return parse_header(raw, file, size)
 
 

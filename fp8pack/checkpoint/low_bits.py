@@ -24,7 +24,7 @@ from math import prod
 
 import numpy as np
 
-from fp8pack.checkpoint.source import ShardReader, Source
+from fp8pack.checkpoint.source import Source
 from fp8pack.errors import InputError
 from fp8pack.modelfacts.contents import Quantized
 from fp8pack.modelfacts.spec import TensorSpec
@@ -71,7 +71,7 @@ class LowBitsReader:
         regions: Regions,
         dtype: str,
     ) -> None:
-        self._directory, self._specs, self._dtype = source.directory, specs, dtype
+        self._source, self._specs, self._dtype = source, specs, dtype
         self._bits, self._asymmetric, self._regions = bits, asymmetric, regions
 
     def find(self, payload: TensorSpec) -> LowBits | None:
@@ -191,7 +191,7 @@ class LowBitsReader:
                 files.setdefault(spec.file, []).append(spec)
         found: dict[str, tuple[int, int]] = {}
         for file, specs in files.items():
-            with closing(ShardReader(self._directory / file)) as opened:
+            with closing(self._source.open_file(file)) as opened:
                 for spec in specs:
                     stored = np.empty(2, _SHAPES[spec.dtype])
                     opened.readinto(stored.data.cast("B"), spec.begin)

@@ -11,7 +11,7 @@ from fnmatch import fnmatchcase
 from glob import escape
 from pathlib import Path
 
-from fp8pack.checkpoint.regular_files import read_regular
+from fp8pack.checkpoint.regular_files import FileVersion, check_link, read_regular, version_of
 from fp8pack.checkpoint.source import ShardReader
 from fp8pack.errors import InputError
 
@@ -41,31 +41,22 @@ _LEFT_OUT = tuple(
 class SideFile:
     """A file beside the weights; `rule` says why it is excluded, None that it is copied.
 
-    identity: device and inode of what was looked at. changed_ns: when it was last written to.
+    stored: which file was looked at, None if there is none.
     """
 
     name: str
     size: int
     rule: str | None
-    identity: tuple[int, int] = (0, 0)
-    changed_ns: int = 0
+    stored: FileVersion | None = None
 
     @property
     def version(self) -> tuple[int, int, int]:
         """What tells this version of the file from another one: size, time of the last change, inode."""
-        return self.size, self.changed_ns, self.identity[1]
+        return (self.size, self.stored.modified, self.stored.inode) if self.stored else (self.size, 0, 0)
 
     def open_in(self, directory: Path) -> ShardReader:
-        """Open the file that was looked at.
-
-        Raises:
-            InputError: another one lies there now; a link may lead anywhere meanwhile.
-        """
-        reader = ShardReader(directory / self.name)
-        if reader.identity != self.identity:
-            reader.close()
-            raise InputError(f"{self.name} was replaced during reading", "run again without changing the source")
-        return reader
+        """Open the file that was looked at; InputError if another one lies there now, or it was changed."""
+        return ShardReader(directory / self.name, self.stored)
 
 
 def list_side_files(directory: Path, weights: Sequence[str], copy: Sequence[str] = ()) -> tuple[SideFile, ...]:
@@ -117,25 +108,11 @@ def _classify(directory: Path, name: str, copy: Sequence[str]) -> SideFile:
     path = directory / name
     wanted = any(fnmatchcase(name, pattern) for pattern in copy)
     rule = None if wanted else next((rule for pattern, rule in _LEFT_OUT if pattern.search(name)), None)
-    place = _target(directory, path, name) if rule is None and path.is_symlink() else path
+    place = check_link(directory, name) if rule is None else path
     try:
         status = path.stat() if rule else place.lstat()  # of what is checked, not of a link that took its place
     except OSError:
         return SideFile(name, 0, rule or "a broken link")
     if not stat.S_ISREG(status.st_mode):
         return SideFile(name, 0, "no regular file")
-    return SideFile(name, status.st_size, rule, (status.st_dev, status.st_ino), status.st_mtime_ns)
-
-
-def _target(directory: Path, path: Path, name: str) -> Path:
-    """Where a link leads, which is in the model or among the blobs of the hub cache."""
-    try:
-        target = path.resolve()
-    except (OSError, RuntimeError):
-        raise InputError(f"{name} links to itself", "remove the link") from None
-    inside = [directory.resolve()]
-    if directory.absolute().parent.name == "snapshots":
-        inside.append(directory.absolute().parent.parent.resolve() / "blobs")
-    if not any(target.is_relative_to(folder) for folder in inside):
-        raise InputError(f"{name} links to {target}, outside the model", "replace the link by the file, or remove it")
-    return target
+    return SideFile(name, status.st_size, rule, version_of(status))

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from fp8pack.checkpoint.header import Header, read_header
 from fp8pack.checkpoint.manifest_schema import Manifest, find_manifest, read_manifest
-from fp8pack.checkpoint.regular_files import open_regular
+from fp8pack.checkpoint.regular_files import FileVersion, check_link, fill, open_regular, read_range, version_of
 from fp8pack.errors import InputError
 from fp8pack.machine import check_system
 from fp8pack.modelfacts.model import ModelFacts, read_facts
@@ -58,12 +58,37 @@ class Source:
     is_single_file: bool
     index_name: str | None
     headers: Mapping[str, Header] = field(repr=False)
+    versions: Mapping[str, FileVersion] = field(repr=False)
     notes: tuple[str, ...] = ()
 
     @cached_property
     def fingerprint(self) -> str:
-        """BLAKE3 over headers and samples of every tensor; computed when it is first asked for."""
-        return _fingerprint(self.directory, self.headers)
+        """BLAKE3 over each header and each tensor's first, middle and last 4 KiB: two fine-tunes of one base differ.
+
+        It is computed when it is first asked for.
+        """
+        hasher = blake3()
+        for file, header in sorted(self.headers.items()):
+            hasher.update(header.raw)
+            with closing(self.open_file(file)) as reader:
+                for spec in header.tensors:
+                    sample = memoryview(bytearray(min(_SAMPLE_NBYTES, spec.nbytes)))
+                    middle = spec.begin + (spec.nbytes - len(sample)) // 2
+                    for offset in (spec.begin, middle, spec.end - len(sample)):
+                        reader.readinto(sample, offset)
+                        hasher.update(sample)
+        return f"blake3:{hasher.hexdigest()}"
+
+    def open_file(self, file: str) -> "ShardReader":
+        """Open a file whose header was read; InputError if it was changed or replaced since."""
+        return ShardReader(self.directory / file, self.versions[file])
+
+    def check_unchanged(self) -> None:
+        """Raise InputError if a header, config.json or the index was changed or replaced since it was read."""
+        for file, version in self.versions.items():
+            with closing(ShardReader(self.directory / file, version)) as reader:
+                if file in self.headers and reader.header().raw != self.headers[file].raw:
+                    raise changed(file)
 
     @cached_property
     def manifest(self) -> Manifest | None:
@@ -84,12 +109,15 @@ class Source:
 class ShardReader:
     """One open shard: the only way that tensor bytes are read."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, expected: FileVersion | None = None) -> None:
+        """Open a file; InputError if it is another version than the expected one."""
         self._fd = open_regular(path)
         self.path = path
-        status = os.fstat(self._fd)
-        self.size = status.st_size
-        self.identity = (status.st_dev, status.st_ino)
+        self.version = version_of(os.fstat(self._fd))
+        self.size = self.version.size
+        if expected is not None and self.version != expected:
+            self.close()
+            raise changed(path.name)
 
     def header(self) -> Header:
         """Read and check the header; raises as `read_header` does."""
@@ -97,18 +125,18 @@ class ShardReader:
 
     def readinto(self, buffer: memoryview, offset: int) -> None:
         """Fill the buffer with the bytes at this offset of the file; InputError when the file ends before."""
-        filled = 0
-        while filled < len(buffer):
-            got = os.preadv(self._fd, [buffer[filled:]], offset + filled)
-            if got == 0:
-                raise InputError(
-                    f"{self.path.name} was truncated during reading", "run again without changing the source"
-                )
-            filled += got
+        fill(self._fd, buffer, offset, self.path.name)
 
     def close(self) -> None:
-        """Close the file."""
-        os.close(self._fd)
+        """Close the file; a second time does nothing, since the number may be another file's by then."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+
+def changed(file: str) -> InputError:
+    """Return the error of a file that is not the one that was looked at."""
+    return InputError(f"{file} was changed or replaced during the run", "run again without changing the source")
 
 
 def read_rows(reader: ShardReader, spec: TensorSpec, lo: int, hi: int) -> NDArray[Any]:
@@ -200,12 +228,15 @@ def open_checkpoint(path: Path) -> Source:
     if not path.exists():
         path = _find_in_hub_cache(path)
     config: dict[str, Any] | None = None
+    versions: dict[str, FileVersion] = {}
     index_name, weight_map = None, {}
     if path.is_dir():
         directory = path
         _refuse_other_kinds(path)
-        config = read_json(path / "config.json") if os.path.lexists(path / "config.json") else None
         index_name = _find_index(path)
+        documents = [name for name in ("config.json", index_name) if name and os.path.lexists(path / name)]
+        versions = {name: _look_at(path, name) for name in documents}
+        config = read_json(path / "config.json") if "config.json" in versions else None
         weight_map = _read_index(path, index_name) if index_name else {}
         files = sorted(set(weight_map.values())) if weight_map else _files_without_index(path)
     elif path.suffix == ".safetensors":
@@ -214,8 +245,9 @@ def open_checkpoint(path: Path) -> Source:
         raise InputError(f"{path} is not a .safetensors file", _SAVE)
     headers = {}
     for file in files:
-        with closing(ShardReader(directory / file)) as reader:
+        with closing(ShardReader(directory / file, _look_at(path, file) if path.is_dir() else None)) as reader:
             headers[file] = (reader.header(), reader.size)
+            versions[file] = reader.version
     specs = tuple(spec for header, _ in headers.values() for spec in header.tensors)
     _check_tensors(specs, directory)
     notes: tuple[str, ...] = ()
@@ -224,7 +256,7 @@ def open_checkpoint(path: Path) -> Source:
     sources = tuple(SourceFile(file, size, header.metadata) for file, (header, size) in headers.items())
     parsed = {file: header for file, (header, _) in headers.items()}
     name, is_file = _display_name(path), not path.is_dir()
-    return Source(path, name, directory, sources, specs, config, is_file, index_name, parsed, notes)
+    return Source(path, name, directory, sources, specs, config, is_file, index_name, parsed, versions, notes)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -233,7 +265,7 @@ def read_json(path: Path) -> dict[str, Any]:
         size = os.fstat(fd).st_size
         if size > _MAX_JSON_NBYTES:
             raise InputError(f"{path.name} has {size} bytes, and a JSON file may have 100 MB at most")
-        raw = os.pread(fd, size, 0)
+        raw = read_range(fd, size, 0, path.name)
     try:
         document = json.loads(raw.decode(), object_pairs_hook=_refuse_duplicates)
     except (ValueError, RecursionError) as error:
@@ -256,6 +288,14 @@ def check_file_name(name: Any, where: str) -> str:
     ):
         raise InputError(f"{where}: {str(name)[:200]!r} is not the name of a .safetensors file in this directory")
     return str(name)
+
+
+def _look_at(directory: Path, name: str) -> FileVersion:
+    """The version of a file of a model, which may be a link to another one of it."""
+    try:
+        return version_of(os.stat(check_link(directory, name)))
+    except OSError as error:
+        raise InputError(f"{name} of {directory} cannot be read: {str(error.strerror).lower()}") from None
 
 
 @contextmanager
@@ -405,17 +445,3 @@ def _is_plain(spec: TensorSpec) -> bool:
     leaf = spec.name.rpartition(".")[2]
     quantized = re.fullmatch(r"qweight|qzeros|g_idx|absmax|quant_map|weight_packed|\w*_?scales?(_inv)?|SCB", leaf)
     return not quantized and (spec.dtype in ("BF16", "F16", "F32", "F64") or leaf not in ("weight", "data"))
-
-
-def _fingerprint(directory: Path, headers: Mapping[str, Header]) -> str:
-    """BLAKE3 over each header and each tensor's first, middle and last 4 KiB: two fine-tunes of one base differ."""
-    hasher = blake3()
-    for file, header in sorted(headers.items()):
-        hasher.update(header.raw)
-        with _opened(directory / file) as fd:
-            for spec in header.tensors:
-                length = min(_SAMPLE_NBYTES, spec.nbytes)
-                middle = spec.begin + (spec.nbytes - length) // 2
-                for offset in (spec.begin, middle, spec.end - length):
-                    hasher.update(os.pread(fd, length, offset))
-    return f"blake3:{hasher.hexdigest()}"

@@ -53,7 +53,7 @@ class ValueReader:
     """Reads rows of tensors; a context manager that keeps files open. One for each thread."""
 
     def __init__(self, source: Source, contents: Contents) -> None:
-        self._directory, self._quantized = source.directory, contents.quantized
+        self._source, self._quantized = source, contents.quantized
         self._readers: dict[str, ShardReader] = {}
 
     def __enter__(self) -> "ValueReader":
@@ -95,5 +95,5 @@ class ValueReader:
 
     def _open(self, file: str) -> ShardReader:
         if file not in self._readers:
-            self._readers[file] = ShardReader(self._directory / file)
+            self._readers[file] = self._source.open_file(file)
         return self._readers[file]

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
 from fp8pack.checkpoint.quantized import read_contents
-from fp8pack.checkpoint.source import ShardReader, Source
+from fp8pack.checkpoint.source import Source
 from fp8pack.checkpoint.values import ValueReader
 from fp8pack.errors import InputError
 from fp8pack.modelfacts.contents import Contents
@@ -210,7 +210,7 @@ class _Lazy:
             raise InputError(f"{spec.file}: tensor {spec.name!r} is {spec.dtype}, a dtype that torch does not have")
         tensor = torch.empty(spec.shape, dtype=TORCH_DTYPES[spec.dtype])
         if spec.nbytes:
-            with closing(ShardReader(self._source.directory / spec.file)) as reader:
+            with closing(self._source.open_file(spec.file)) as reader:
                 reader.readinto(tensor.view(-1).view(torch.uint8).numpy().data, spec.begin)
         return tensor
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from fp8pack.checkpoint.journal import BandResult
 from fp8pack.checkpoint.scales import offset_in_region, read_scales
 from fp8pack.checkpoint.shard_writer import ShardWriter
-from fp8pack.checkpoint.source import ShardReader, gather, read_rows
+from fp8pack.checkpoint.source import ShardReader, Source, gather, read_rows
 from fp8pack.checkpoint.values import dequantize
 from fp8pack.modelfacts.contents import Quantized
 from fp8pack.modelfacts.spec import DTYPE_BITS, ELEMENT_BITS, NIBBLE, TensorSpec
@@ -73,7 +73,7 @@ class OutputPlace:
 class BandWorker:
     """Works bands with buffers and open files of its own; one for each thread."""
 
-    def __init__(self, codec: Codec, source: Path, output: Path) -> None:
+    def __init__(self, codec: Codec, source: Source, output: Path) -> None:
         self._codec = codec
         self._source, self._output = source, output
         self._buffers: dict[str, NDArray[np.uint8]] = {}
@@ -222,11 +222,10 @@ class BandWorker:
                 opened.close()
 
     def _open_reader(self, file: str) -> ShardReader:
-        path = self._source / file
-        if self._reader is None or self._reader.path != path:
+        if self._reader is None or self._reader.path.name != file:
             if self._reader is not None:
                 self._reader.close()
-            self._reader = ShardReader(path)
+            self._reader = self._source.open_file(file)
         return self._reader
 
     def _open_writer(self, file: str) -> ShardWriter:

@@ -141,7 +141,7 @@ class Execution:
         self._two_pass = [tensor for tensor in plan.packed if tensor.packing and tensor.packing.two_pass]
         side_nbytes = sum(work.side.size for work in sides)
         self.counters = Counters(plan.source_nbytes + sum(t.spec.nbytes for t in self._two_pass) + side_nbytes)
-        self._source, self._folder, self._journal = source.directory, folder, journal
+        self._source, self._folder, self._journal = source, folder, journal
         self._checkpoint_nbytes = checkpoint_nbytes
         self._amax: dict[str, float] = {}
         self._offenders: set[str] = set()
@@ -199,7 +199,7 @@ class Execution:
                 syncing.submit(self._sync, stop, work, results)
 
             def copy(work: SideWork) -> None:
-                if digest := work.copy(self._source, self._folder, stop=stop, count=self.counters.add):
+                if digest := work.copy(self._source.directory, self._folder, stop=stop, count=self.counters.add):
                     syncing.submit(self._sync_side, stop, work, digest)
 
             jobs: Iterator[Iterator[_Job]] = chain(copies, streams)

@@ -96,6 +96,7 @@ def carry_out(prepared: Prepared, on_progress: OnProgress = lambda done, total: 
                     f"the deadline is reached with {done} of {total} done", "the same command continues"
                 )
             staging.keep_only({work.plan.file for work in execution.works} | {work.side.name for work in sides})
+            prepared.source.check_unchanged()
             root = write_metadata(prepared, execution.works, sides, staging.content)
         commit = staging.commit_file if prepared.source.is_single_file else staging.commit
         commit(overwrite=options.overwrite or half_committed)
