@@ -89,8 +89,13 @@ def _module_paths(directory: Path) -> Iterator[str]:
 
 
 def _walk(directory: Path) -> list[str]:
+    def refuse(error: OSError) -> None:
+        place = Path(str(error.filename)).relative_to(directory).as_posix()
+        reason = str(error.strerror).lower()
+        raise InputError(f"{place}/ of {directory} cannot be read: {reason}", "make it readable, or remove it")
+
     names = []
-    for root, folders, files in os.walk(directory):
+    for root, folders, files in os.walk(directory, onerror=refuse):
         base = Path(root)
         folders[:] = [folder for folder in folders if not _is_tool_folder(folder)]
         names += [(base / file).relative_to(directory).as_posix() for file in files]

@@ -3,7 +3,7 @@
 .<out>.fp8pack-partial/lock            flock, and the owner's host and process
 .<out>.fp8pack-partial/journal.jsonl   what is finished
 .<out>.fp8pack-partial/output/         becomes <out> by one rename
-.<out>.fp8pack-old                     what --overwrite replaces, until the swap is finished
+.<out>.fp8pack-old                     what --overwrite replaces, where it cannot be exchanged in one step
 .<out>.fp8pack-trash                   a staging directory that is being removed
 
 The staging directory belongs to this user, nobody else can look into it, and nothing in it is a link: what others put
@@ -22,6 +22,7 @@ from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
+from fp8pack.checkpoint.exchange import exchange
 from fp8pack.checkpoint.heartbeat import Heartbeat
 from fp8pack.checkpoint.manifest import MANIFEST_NAME
 from fp8pack.checkpoint.shard_writer import sync_directory, writing
@@ -117,26 +118,51 @@ class Staging:
         shutil.rmtree(self._trash, ignore_errors=True)
 
     def commit(self, *, overwrite: bool) -> None:
-        """Make the staged directory the output by one rename.
+        """Make the staged directory the output by one rename, which exchanges it with an old output.
 
-        An old output is renamed away just before: for that moment there is none, and a run that is cut off there is
-        finished by the next.
+        What fails after that is a note: the output is complete.
         """
         self._check_heart()
         with writing(self.output):
             for folder in (path for path in self.content.rglob("*") if path.is_dir()):
                 sync_directory(folder)
             sync_directory(self.content)
-            if overwrite and self.output.exists():
-                self.output.rename(self._old)
-            elif self.output.exists():
+            if not self.output.exists():
+                self.content.rename(self.output)
+            elif overwrite:
+                self._replace()
+            else:
                 raise OutputError(
                     f"{self.output} was created by somebody else in the meantime", "move it away and run again"
                 )
+        self._tidy_up()
+
+    def _replace(self) -> None:
+        """Put the staged directory in the place of the output; where they cannot be exchanged, by two renames.
+
+        A run that is cut off between those is finished by the next. The journal goes first: it does not fit what lies
+        in the staging directory afterwards.
+        """
+        self.journal.unlink(missing_ok=True)
+        sync_directory(self.folder)
+        if exchange(self.content, self.output):
+            return
+        self.output.rename(self._old)
+        try:
             self.content.rename(self.output)
+        except OSError:
+            self._old.rename(self.output)
+            raise
+
+    def _tidy_up(self) -> None:
+        """Sync the commit and remove what is left; an error is a note."""
+        try:
             sync_directory(self.output.parent)
             _remove(self._old)
             self.discard()
+        except (OSError, SpaceError) as error:
+            reason = str(error.strerror).lower() if isinstance(error, OSError) else str(error)
+            self.notes.append(f"{self.output} is complete, but what was left could not be removed: {reason}")
 
     def commit_file(self, *, overwrite: bool) -> None:
         """Make the staged single file the output: its manifest first, then the file, whose rename is the commit."""
@@ -150,8 +176,7 @@ class Staging:
             sync_directory(self.content)
             for name in names:
                 (self.content / name).replace(self.output.parent / name)
-            sync_directory(self.output.parent)
-            self.discard()
+        self._tidy_up()
 
     def _check_heart(self) -> None:
         """Raise SpaceError if other hosts may believe that this process is dead."""

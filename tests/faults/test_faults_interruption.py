@@ -298,35 +298,89 @@ def test_overwrite_leaves_a_directory_alone_that_is_no_checkpoint(small_bench: A
     assert [path.name for path in small_bench.output.iterdir()] == ["letters.txt"]
 
 
+def leave_old(bench: Any) -> None:
+    """Leave an old output where a file system without an exchange has it between two renames."""
+    bench.old.mkdir()
+    (bench.old / "old.safetensors").write_text("old")
+    (bench.old / "stale.txt").write_text("stale")
+
+
 def test_a_swap_that_was_cut_off_after_its_first_rename_is_repaired(small_bench: Any) -> None:
-    small_bench.old.mkdir()
-    (small_bench.old / "stale.txt").write_text("stale")
+    leave_old(small_bench)
     small_bench.check_complete(small_bench.run("--overwrite"))
 
 
 def test_a_swap_that_was_cut_off_after_its_second_rename_is_repaired_by_the_same_command(small_bench: Any) -> None:
     assert small_bench.run().code == 0
-    small_bench.old.mkdir()
-    (small_bench.old / "stale.txt").write_text("stale")
+    leave_old(small_bench)
     small_bench.check_complete(small_bench.run("--overwrite"))
 
 
 def test_what_a_commit_that_was_cut_off_left_beside_a_complete_output_is_removed(small_bench: Any) -> None:
     assert small_bench.run().code == 0
-    small_bench.old.mkdir()
-    (small_bench.old / "stale.txt").write_text("stale")
+    leave_old(small_bench)
     small_bench.staging.mkdir()
     (small_bench.staging / "journal.jsonl").write_text("")
     small_bench.check_complete(small_bench.run())
 
 
 def test_a_swap_that_was_cut_off_gives_the_old_output_back_when_nothing_is_to_be_replaced(small_bench: Any) -> None:
-    small_bench.old.mkdir()
-    (small_bench.old / "stale.txt").write_text("stale")
+    leave_old(small_bench)
     ended = small_bench.run()
     assert ended.code == 4
     assert (small_bench.output / "stale.txt").read_text() == "stale"
     small_bench.check_message(ended, "--overwrite")
+
+
+NO_EXCHANGE = """
+from fp8pack.checkpoint import staging
+staging.exchange = lambda one, other: False
+"""
+FAILING_SECOND = """
+import errno
+from pathlib import Path
+rename = Path.rename
+def failing(self, target):
+    if self.name == "output":
+        raise OSError(errno.EIO, "Input/output error", str(self))
+    return rename(self, target)
+Path.rename = failing
+"""
+FAILING_REMOVAL = """
+import errno
+import shutil
+remove = shutil.rmtree
+def failing(path, *args, **options):
+    if str(path).endswith("-old"):
+        raise OSError(errno.EIO, "Input/output error", str(path))
+    return remove(path, *args, **options)
+shutil.rmtree = failing
+"""
+
+
+def test_where_nothing_can_be_exchanged_an_output_is_replaced_by_two_renames(small_bench: Any) -> None:
+    leave_old(small_bench)
+    small_bench.old.rename(small_bench.output)
+    small_bench.check_complete(small_bench.run("--overwrite", extra=NO_EXCHANGE))
+
+
+def test_an_old_output_comes_back_when_the_second_rename_fails(small_bench: Any) -> None:
+    leave_old(small_bench)
+    small_bench.old.rename(small_bench.output)
+    ended = small_bench.run("--overwrite", extra=NO_EXCHANGE + FAILING_SECOND)
+    assert ended.code == 5
+    assert (small_bench.output / "stale.txt").read_text() == "stale"
+    assert not small_bench.old.exists()
+    small_bench.check_complete(small_bench.run("--overwrite"))
+
+
+def test_what_fails_after_the_commit_is_a_note(small_bench: Any) -> None:
+    leave_old(small_bench)
+    small_bench.old.rename(small_bench.output)
+    ended = small_bench.run("--overwrite", extra=NO_EXCHANGE + FAILING_REMOVAL)
+    assert ended.code == 0
+    assert "is complete, but what was left could not be removed: input/output error" in str(ended.facts)
+    small_bench.check_output()
 
 
 # Locks.

@@ -1,6 +1,8 @@
 """Side files are work like any other: shared among the threads, counted, stopped between pieces, resumed."""
 
+import errno
 import json
+import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +13,7 @@ from checkpoints import MakeCheckpoint
 
 from fp8pack.checkpoint.side_files import list_side_files
 from fp8pack.checkpoint.staging import Staging
-from fp8pack.errors import DeadlineError
+from fp8pack.errors import DeadlineError, InputError
 from fp8pack.packing import side_work
 from fp8pack.packing.prepare import WriteOptions, prepare_pack
 from fp8pack.packing.side_work import SideWork
@@ -150,3 +152,20 @@ def test_what_changed_since_is_copied_again(change: str, interrupted: Path, mode
     run(model, tmp_path)
     check(tmp_path, expected)
     assert ("assets" in {path.name for path in (tmp_path / "out").iterdir()}) == (change != "gone")
+
+
+def test_a_directory_that_cannot_be_read_is_refused(
+    make_checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_checkpoint()
+    (model / "assets").mkdir()
+    scan = os.scandir
+
+    def without_permission(path: str) -> Any:
+        if Path(path).name == "assets":
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", without_permission)
+    with pytest.raises(InputError, match=r"^assets/ of .* cannot be read: permission denied$"):
+        list_side_files(model, ["model.safetensors"])
