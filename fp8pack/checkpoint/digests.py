@@ -12,7 +12,14 @@ from blake3 import blake3
 from numpy.typing import NDArray
 
 from fp8pack.checkpoint.manifest import digest_of_bands
-from fp8pack.checkpoint.manifest_schema import ActivationEntry, Manifest, PackedEntry, StoredEntry, UnpackedEntry
+from fp8pack.checkpoint.manifest_schema import (
+    ActivationEntry,
+    CastEntry,
+    Manifest,
+    PackedEntry,
+    StoredEntry,
+    UnpackedEntry,
+)
 from fp8pack.errors import InputError, VerificationError
 from fp8pack.modelfacts.spec import DTYPE_BITS, TensorSpec
 from fp8pack.numerics.granularity import TENSOR, parse_granularity
@@ -84,8 +91,10 @@ def expected_digests(manifest: Manifest, specs: Mapping[str, TensorSpec]) -> dic
             case UnpackedEntry():
                 raise InputError(f"{name!r} was unpacked, and fp8pack.json has no bands for its digest")
             case _:
-                size = specs[name].nbytes
-                lengths = [min(SIZES.band, size - at) for at in range(0, size, SIZES.band)]
+                size, band = specs[name].nbytes, SIZES.band
+                if isinstance(entry, CastEntry):  # a band is one of the source
+                    band = band * DTYPE_BITS[entry.dtype] // DTYPE_BITS[entry.source_dtype]
+                lengths = [min(band, size - at) for at in range(0, size, band)]
                 found[name] = Expected(specs[name], tuple(_consecutive(lengths)), entry.digest)
         for stored in small:
             spec = specs[stored.tensor]

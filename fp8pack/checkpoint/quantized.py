@@ -29,7 +29,7 @@ _FORMATS: Mapping[str, Float8Format] = {"F8_E4M3": E4M3, "F8_E5M2": E5M2}
 _SCALES = ("weight_scale_inv", "weight_scale", "scale_weight", "qscale_weight", "scale")  # beside `weight`
 _INPUT_SCALES = ("input_scale", "activation_scale", "scale_input", "qscale_act")
 _SCALE_DTYPES = ("F32", "BF16", "F16", "U8", "F8_E8M0")
-_ODD_DTYPES = frozenset(dtype for dtype in DTYPE_BITS if dtype.startswith(("F4", "F6")) or dtype.endswith("FNUZ"))
+_ODD_DTYPES = frozenset(dtype for dtype in DTYPE_BITS if dtype.startswith(("F4", "F6_")) or dtype.endswith("FNUZ"))
 _KV_SCALE = re.compile(
     r"(?P<attention>.+?)(\.(k|v|qkv)_proj)?(\.attn)?\."
     r"((?P<kind>[kv])(_cache\.scale|_scale|_fake_quantizer\.qscale_act)|(?P<both>kv_scale)|(?P<output>output_scale))$"

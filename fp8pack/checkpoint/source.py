@@ -294,6 +294,8 @@ def _look_at(directory: Path, name: str) -> FileVersion:
     """The version of a file of a model, which may be a link to another one of it."""
     try:
         return version_of(os.stat(check_link(directory, name)))
+    except FileNotFoundError:
+        raise InputError(f"{name} is missing in {directory}") from None
     except OSError as error:
         raise InputError(f"{name} of {directory} cannot be read: {str(error.strerror).lower()}") from None
 

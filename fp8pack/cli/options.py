@@ -9,6 +9,7 @@ import typer
 from fp8pack.engines.gpus import GPUS
 from fp8pack.engines.known import NAMES
 from fp8pack.numerics.formats import FORMATS
+from fp8pack.planning.float_names import KEPT_DTYPES
 from fp8pack.planning.recipe import ACTIVATIONS, ROUNDINGS, SCHEMES, WRITABLE
 
 RECIPE, WRITING, OUTPUT = "Recipe", "Writing", "Output"
@@ -130,6 +131,10 @@ StrictTarget = Annotated[
 StripPrefix = Annotated[
     list[str] | None,
     recipe_option("--strip-prefix", metavar="PREFIX", help="Remove PREFIX from tensor names, e.g. _orig_mod."),
+]
+KeptDtype = Annotated[
+    str | None,
+    recipe_option("--kept-dtype", help="Store unquantized floats as bfloat16 or float16", values=KEPT_DTYPES),
 ]
 Copy = Annotated[
     list[str] | None,

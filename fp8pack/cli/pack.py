@@ -41,6 +41,7 @@ def pack(
     gpu: options.GpuName = None,
     strict_target: options.StrictTarget = False,
     strip_prefix: options.StripPrefix = None,
+    kept_dtype: options.KeptDtype = None,
     copy: options.Copy = None,
     max_shard_size: options.MaxShardSize = None,
     workers: options.Workers = None,

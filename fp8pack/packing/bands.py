@@ -21,6 +21,7 @@ from fp8pack.checkpoint.values import dequantize
 from fp8pack.modelfacts.contents import Quantized
 from fp8pack.modelfacts.spec import DTYPE_BITS, ELEMENT_BITS, NIBBLE, TensorSpec
 from fp8pack.numerics import native
+from fp8pack.numerics.cast import cast
 from fp8pack.numerics.formats import Float8Format
 from fp8pack.numerics.granularity import TENSOR
 from fp8pack.numerics.metrics import error_energy, widen
@@ -93,18 +94,35 @@ class BandWorker:
 
     def copy(self, band: Band, place: OutputPlace) -> BandResult:
         """Copy a band as it is."""
-        begin, end = band.rows
-        spec, hasher = band.tensor.spec, blake3()
-        writer = self._open_writer(place.file)
+        hasher, writer = blake3(), self._open_writer(place.file)
+        for lo, data in self._pieces(band):
+            hasher.update(data)
+            writer.write(data, place.payload_begin + lo)
+        return BandResult(band.tensor.spec.name, band.index, hasher.hexdigest())
+
+    def cast(self, band: Band, place: OutputPlace) -> BandResult:
+        """Write the floats of a band in another dtype, each rounded once."""
+        spec, dtype = band.tensor.spec, band.tensor.data.dtype
+        hasher, writer = blake3(), self._open_writer(place.file)
+        for lo, data in self._pieces(band):
+            stored, overflows = cast(np.frombuffer(data, BITS_DTYPE[spec.dtype]), spec.dtype, dtype)
+            if overflows:
+                return BandResult(spec.name, band.index, "", amax=math.nan)
+            rounded = stored.data.cast("B")
+            hasher.update(rounded)
+            writer.write(rounded, place.payload_begin + lo * DTYPE_BITS[dtype] // DTYPE_BITS[spec.dtype])
+        return BandResult(spec.name, band.index, hasher.hexdigest())
+
+    def _pieces(self, band: Band) -> Iterator[tuple[int, memoryview]]:
+        """The bytes of a band of a copy, each piece with its offset in the tensor; the next overwrites them."""
+        (begin, end), spec = band.rows, band.tensor.spec
         for lo in range(begin, end, self._codec.strip_nbytes):
             data = self._buffer("source", min(self._codec.strip_nbytes, end - lo))
             if spec.strides is None:
                 self._open_reader(spec.file).readinto(data, spec.begin + lo)
             else:
                 self._gather_bytes(spec, data, lo)
-            hasher.update(data)
-            writer.write(data, place.payload_begin + lo)
-        return BandResult(spec.name, band.index, hasher.hexdigest())
+            yield lo, data
 
     def pack(self, band: Band, packing: Packing, place: OutputPlace, fixed_scale: np.float32) -> BandResult:
         """Quantize a band; `fixed_scale` is the scale of a two-pass packing, ignored otherwise."""

@@ -223,9 +223,7 @@ class Execution:
         )
         if others := sorted(self._offenders.difference(packed)):
             names = ", ".join(others)
-            return InputError(
-                f"{len(others)} quantized weights contain a NaN, or values out of range of the new dtype: {names}"
-            )
+            return InputError(f"{len(others)} tensors contain a NaN, or values out of range of the new dtype: {names}")
         weights = "1 weight contains" if len(packed) == 1 else f"{len(packed)} weights contain"
         return InputError(f"{weights} a NaN or infinity: {', '.join(packed)}", f"{ignoring(*packed)} packs the rest")
 
@@ -295,8 +293,8 @@ class Execution:
             name = band.tensor.spec.name
             place, packing = work.places[name], band.tensor.packing
             if packing is None:
-                unpacked = band.tensor.action == Action.UNPACKED
-                result = worker.unpack(band, place) if unpacked else worker.copy(band, place)
+                unquantized = {Action.UNPACKED: worker.unpack, Action.CAST: worker.cast}
+                result = unquantized.get(band.tensor.action, worker.copy)(band, place)
             elif packing.carried:
                 result = worker.carry(band, packing, place)
             else:

@@ -170,23 +170,23 @@ def _command(verb: str, plan: PackPlan, model: str) -> str:
     for flag in ("ignore", "only", "pack"):
         words += [word for pattern in selection.get(flag, ()) for word in (f"--{flag}", pattern)]
     words += [word for prefix in selection.get("strip_prefix", ()) for word in ("--strip-prefix", prefix)]
+    words += ["--kept-dtype", selection["kept_dtype"]] if "kept_dtype" in selection else []
     if selection.keys() & {"rules", "keep_first_layers", "keep_last_layers"}:
         words += ["--recipe", "FILE"]
     return shlex.join(words)
 
 
 def _ignored(plan: PackPlan) -> str:
-    kept = [tensor for tensor in plan.tensors if tensor.action == Action.COPIED]
+    kept = [tensor for tensor in plan.tensors if tensor.action in (Action.COPIED, Action.CAST)]
+    dtype = plan.selection.get("kept_dtype")
+    how = f"Their floats are stored in {dtype}." if dtype else "These tensors are copied as they are."
     counts = Counter((tensor.role, tensor.reason) for tensor in kept if tensor.role != "activation_scale")
     lines = [
         f"| {role} | {count} | {_escape(reason.removeprefix('policy: '))} |" for (role, reason), count in counts.items()
     ]
     if not lines:
         return ""
-    return (
-        "## What was ignored\n\nThese tensors are copied as they are.\n\n| role | tensors | why |\n|---|---|---|\n"
-        + "\n".join(lines)
-    )
+    return f"## What was ignored\n\n{how}\n\n| role | tensors | why |\n|---|---|---|\n" + "\n".join(lines)
 
 
 def _escape(text: str) -> str:

@@ -37,6 +37,7 @@ def pack(
     gpu: str | None = None,
     strict_target: bool = False,
     strip_prefix: Texts = (),
+    kept_dtype: str | None = None,
     copy: Texts = (),
     max_shard_size: Size | None = None,
     workers: int | None = None,
@@ -66,6 +67,7 @@ def pack(
     keep_first_layers, keep_last_layers: so many decoder layers stay in BF16.
     targets, tp, gpu: the engines that must load the output, at which tensor-parallel size, on which GPU. strict_target:
         raise if it is not known whether one does. strip_prefix: prefixes to remove from tensor names: `_orig_mod.`.
+    kept_dtype: bfloat16 or float16: store the floats that are not quantized in it, rounded to nearest even.
     output: by default beside the source, named after the scheme. copy: patterns of side files that are skipped by
         default. max_shard_size: such as "5GB". workers: threads. max_memory: bounds them. device: cpu or cuda; the
         bytes are the same. resume: continue unfinished work. deadline: such as "50m"; the same call continues.
@@ -98,6 +100,7 @@ def pack(
         gpu=gpu,
         strict_target=strict_target,
         strip_prefix=strip_prefix,
+        kept_dtype=kept_dtype,
     )
     how = WriteOptions(
         output=output,

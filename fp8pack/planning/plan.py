@@ -24,6 +24,7 @@ class Action(StrEnum):
 
     PACKED = "packed"
     COPIED = "copied"
+    CAST = "cast"
     UNPACKED = "unpacked"
 
 
@@ -63,9 +64,9 @@ class TensorPlan:
     """The decision about one tensor, and its bands: the units of work, digest and resume.
 
     A band has `band_rows` rows and `band_cols` columns of a weight, all columns unless its rows are very long; of
-    anything copied, `band_rows` bytes. `data` is the payload or copy as it is stored; `quantized` says how FP8 bytes of
-    the source are dequantized, None if they are floats or are copied. `beside` names a weight whose shard it shares.
-    `parts` are the weights that a fused tensor of experts is put together from.
+    anything copied or cast, `band_rows` bytes of source. `data` is the payload or copy as it is stored; `quantized`
+    says how FP8 bytes of the source are dequantized, None if they are floats or are copied. `beside` names a weight
+    whose shard it shares. `parts` are the weights that a fused tensor of experts is put together from.
     """
 
     spec: TensorSpec
@@ -84,8 +85,8 @@ class TensorPlan:
 
     @property
     def matrix(self) -> tuple[int, int]:
-        """Rows and columns of a weight that is packed or unpacked, bytes and 1 of anything copied."""
-        return (self.spec.nbytes, 1) if self.action == Action.COPIED else self.spec.matrix
+        """Rows and columns of a weight that is packed or unpacked, bytes and 1 of anything copied or cast."""
+        return (self.spec.nbytes, 1) if self.action in (Action.COPIED, Action.CAST) else self.spec.matrix
 
     @property
     def num_bands(self) -> int:

@@ -25,6 +25,7 @@ from fp8pack.modelfacts.storage import Storage
 from fp8pack.numerics.formats import E4M3, Float8Format, parse_format
 from fp8pack.numerics.granularity import BLOCK_128, CHANNEL, MX, TENSOR, Granularity, parse_granularity
 from fp8pack.numerics.rounding import ScaleRounding
+from fp8pack.planning.float_names import KEPT_DTYPES, parse_float_name
 
 if TYPE_CHECKING:
     from fp8pack.planning.calibration import Calibration  # NumPy, which --help must not wait for
@@ -104,6 +105,7 @@ class Request:
     gpu: str | None
     strict_target: bool
     strip_prefix: tuple[str, ...]
+    kept_dtype: str | None
 
     def __init__(
         self,
@@ -130,6 +132,7 @@ class Request:
         gpu: str | None = None,
         strict_target: bool = False,
         strip_prefix: Texts = (),
+        kept_dtype: str | None = None,
     ) -> None:
         put = partial(object.__setattr__, self)
         put("scheme", "auto" if scheme is None else parse_scheme_name(scheme))
@@ -154,6 +157,7 @@ class Request:
         put("tp", None if tp is None else parse_count("tp", tp, least=1, most=MAX_TP))
         put("strict_target", parse_switch("strict_target", strict_target))
         put("strip_prefix", parse_texts("strip_prefix", strip_prefix))
+        put("kept_dtype", None if kept_dtype is None else parse_float_name("kept_dtype", kept_dtype, KEPT_DTYPES))
         put("gpu", None if (known := parse_gpu(gpu)) is None else known.name)
 
 
@@ -264,6 +268,8 @@ def selection_of(request: Request) -> dict[str, Any]:
         ]
     if request.strip_prefix:
         selection["strip_prefix"] = list(request.strip_prefix)
+    if request.kept_dtype:
+        selection["kept_dtype"] = request.kept_dtype
     layers = {"keep_first_layers": request.keep_first_layers, "keep_last_layers": request.keep_last_layers}
     return selection | {key: count for key, count in layers.items() if count}
 

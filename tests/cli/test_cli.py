@@ -26,6 +26,7 @@ PACK_OPTIONS = {
         "--gpu",
         "--strict-target",
         "--strip-prefix",
+        "--kept-dtype",
         "--copy",
         "--max-shard-size",
     ),

@@ -26,7 +26,7 @@ from fp8pack.numerics.formats import parse_format
 from fp8pack.numerics.granularity import parse_granularity
 from fp8pack.numerics.rounding import ScaleRounding
 from fp8pack.packing.options import WriteOptions
-from fp8pack.packing.prepare import UNPACKED_DTYPES
+from fp8pack.planning.float_names import FLOAT_NAMES
 from fp8pack.planning.recipe import Request
 from fp8pack.planning.sizes import Sizes
 
@@ -234,7 +234,7 @@ def test_weights_with_a_nan_byte_are_all_named_and_nothing_is_committed(code: in
     with pytest.raises(InputError) as caught:
         fp8pack.unpack(source, tmp_path / "out")
     assert all(name in str(caught.value) for name in names)
-    assert str(caught.value).startswith("2 quantized weights")
+    assert str(caught.value).startswith("2 tensors contain a NaN")
     assert len(str(caught.value).splitlines()) == 1
     assert not (tmp_path / "out").exists()
 
@@ -527,4 +527,4 @@ def test_memory_does_not_grow_with_the_tensor(shape: tuple[int, int], tmp_path: 
 
 
 def test_every_dtype_is_under_test() -> None:
-    assert set(UNPACKED_DTYPES) == set(DTYPES)
+    assert set(FLOAT_NAMES) == set(DTYPES)
