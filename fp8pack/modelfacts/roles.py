@@ -111,6 +111,7 @@ _NARROW = 32  # a kernel of a convolution is narrower
 _OF_TEXT = re.compile(r"((model|language_model|transformer|text_model|thinker)\.)*layers\.\d+\.")
 _NUMBER = re.compile(r"(^|(?<=\.))\d+(?=\.)")
 _IN_BLOCK = re.compile(r"(^|\.)(\d+)\.[A-Za-z_]\w*\.")  # a number, a name, and a leaf
+_ONLY_BLOCK = re.compile(r"(^|\.)midlayer\.[A-Za-z_]\w*\.")  # of an EAGLE-3 draft, which has one
 
 
 def judge(spec: TensorSpec, facts: ModelFacts, *, keeps_towers: bool = True) -> Verdict:
@@ -143,6 +144,8 @@ def judge(spec: TensorSpec, facts: ModelFacts, *, keeps_towers: bool = True) -> 
 
 def layer_of(name: str) -> int | None:
     """Return the number of the block of a tensor, None outside the blocks."""
+    if _ONLY_BLOCK.search(name):
+        return 0
     match = _IN_BLOCK.search(name)
     return int(match[2]) if match and len(match[2]) < 7 else None
 

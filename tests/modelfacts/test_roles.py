@@ -42,6 +42,10 @@ PACKED = {
         "model.layers.3.self_attn.kv_b_proj.weight",
         "model.layers.3.self_attn.q_a_proj.weight",
     ],
+    "eagle-3 draft": [
+        "midlayer.self_attn.q_proj.weight",
+        "midlayer.mlp.down_proj.weight",
+    ],
     "multimodal language part": [
         "model.language_model.layers.0.self_attn.q_proj.weight",
         "language_model.model.layers.0.mlp.up_proj.weight",
@@ -169,6 +173,7 @@ def test_an_unknown_linear_is_packed_inside_a_block_only() -> None:
 
 
 def test_layers_are_numbered_by_their_block() -> None:
+    assert layer_of("midlayer.mlp.up_proj.weight") == 0
     assert layer_of("model.layers.17.mlp.experts.3.up_proj.weight") == 17
     assert layer_of("t_embedder.mlp.0.weight") is None
 
@@ -203,6 +208,7 @@ def test_storage_order_is_that_of_the_engines() -> None:
 @pytest.mark.parametrize(
     ("module", "others"),
     [
+        ("fc", {"model.fc"}),
         ("model.layers.0.mlp.gate", {"model.layers.0.mlp.gate"}),
         ("language_model.lm_head", {"language_model.lm_head", "lm_head"}),
         ("embed_out", {"embed_out", "lm_head"}),
