@@ -208,7 +208,7 @@ def test_storage_order_is_that_of_the_engines() -> None:
 @pytest.mark.parametrize(
     ("module", "others"),
     [
-        ("fc", {"model.fc"}),
+        ("fc", {"fc", "model.fc"}),
         ("model.layers.0.mlp.gate", {"model.layers.0.mlp.gate"}),
         ("language_model.lm_head", {"language_model.lm_head", "lm_head"}),
         ("embed_out", {"embed_out", "lm_head"}),
