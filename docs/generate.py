@@ -35,6 +35,7 @@ SCHEMAS: dict[str, Any] = {
     "pack-result.schema.json": fp8pack.PackResult,
     "inspection.schema.json": fp8pack.Inspection,
     "comparison.schema.json": fp8pack.Comparison,
+    "verification.schema.json": fp8pack.Verification,
     "calibration-summary.schema.json": fp8pack.CalibrationSummary,
     "environment.schema.json": fp8pack.Environment,
 }
@@ -62,12 +63,12 @@ and text is accepted wherever a value is. Paths are text or `Path`. Failures are
 """
 API = {
     "Write": ("pack", "convert", "unpack"),
-    "Look": ("inspect", "inspect_calibration", "diff", "environment"),
+    "Look": ("inspect", "inspect_calibration", "diff", "verify", "environment"),
     "Calibrate": ("calibrate", "merge", "observe"),
     "Load and multiply": ("load_packed", "linear", "load_model", "report_fp8", "FP8Linear"),
     "Results": (
         *("PackResult", "Inspection", "TensorInspection", "Comparison", "CalibrationSummary", "EngineVerdict"),
-        *("Environment", "PackedCheckpoint", "PackedTensor", "FP8Report"),
+        *("Verification", "Environment", "PackedCheckpoint", "PackedTensor", "FP8Report"),
     ),
     "Errors": (
         *("Fp8PackError", "RecipeError", "InputError", "OutputError", "SpaceError", "VerificationError"),

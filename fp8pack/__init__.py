@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from fp8pack.reading.inspect import inspect_calibration as inspect_calibration
     from fp8pack.reading.inspection import Inspection as Inspection
     from fp8pack.reading.inspection import TensorInspection as TensorInspection
+    from fp8pack.reading.verification import Verification as Verification
+    from fp8pack.reading.verify import verify as verify
     from fp8pack.runtime.environment import Environment as Environment
     from fp8pack.runtime.environment import environment as environment
     from fp8pack.runtime.linear import FP8Linear as FP8Linear
@@ -61,6 +63,8 @@ _HOMES = {
     "fp8pack.reading.diff": "diff",
     "fp8pack.reading.inspect": "inspect inspect_calibration",
     "fp8pack.reading.inspection": "Inspection TensorInspection",
+    "fp8pack.reading.verification": "Verification",
+    "fp8pack.reading.verify": "verify",
     "fp8pack.runtime.environment": "Environment environment",
     "fp8pack.runtime.linear": "FP8Linear linear",
     "fp8pack.runtime.load": "load_packed",

@@ -15,12 +15,12 @@ from fp8pack.checkpoint.manifest import digest_of_bands
 from fp8pack.checkpoint.manifest_schema import (
     ActivationEntry,
     CastEntry,
-    Manifest,
+    Entry,
     PackedEntry,
     StoredEntry,
     UnpackedEntry,
 )
-from fp8pack.errors import InputError, VerificationError
+from fp8pack.errors import VerificationError
 from fp8pack.modelfacts.spec import DTYPE_BITS, TensorSpec
 from fp8pack.numerics.granularity import TENSOR, parse_granularity
 from fp8pack.numerics.swizzle import padded
@@ -73,23 +73,19 @@ class Expected:
             )
 
 
-def expected_digests(manifest: Manifest, specs: Mapping[str, TensorSpec]) -> dict[str, Expected]:
-    """Return what the manifest says of each tensor that the files hold, by its name in the files.
-
-    Raises:
-        InputError: the manifest is that of an unpacked checkpoint, which does not say what its bands are.
-    """
+def expected_digests(tensors: Mapping[str, Entry], specs: Mapping[str, TensorSpec]) -> dict[str, Expected]:
+    """Return what the entries of a manifest say of each tensor that the files hold, by its name in the files."""
     found: dict[str, Expected] = {}
-    for name, entry in manifest.tensors.items():
+    for name, entry in tensors.items():
         small: list[ActivationEntry | StoredEntry] = list(entry.activation_scales)
         match entry:
             case PackedEntry():
                 payload, scale = specs[entry.tensor or name], specs[entry.scale_inv.tensor]
-                found[payload.name] = Expected(payload, tuple(_payload_pieces(entry)), entry.digest)
+                found[payload.name] = Expected(payload, tuple(_rows(payload, entry)), entry.digest)
                 found[scale.name] = Expected(scale, tuple(_scale_pieces(entry, scale)), entry.scale_inv.digest)
                 small += entry.markers
             case UnpackedEntry():
-                raise InputError(f"{name!r} was unpacked, and fp8pack.json has no bands for its digest")
+                found[name] = Expected(specs[name], tuple(_rows(specs[name], entry)), entry.digest)
             case _:
                 size, band = specs[name].nbytes, SIZES.band
                 if isinstance(entry, CastEntry):  # a band is one of the source
@@ -102,13 +98,14 @@ def expected_digests(manifest: Manifest, specs: Mapping[str, TensorSpec]) -> dic
     return found
 
 
-def _payload_pieces(entry: PackedEntry) -> Iterator[Piece]:
-    n, k = entry.shape
-    width = entry.band_cols or k
-    crops = [Crop(k, left, min(left + width, k)) for left in range(0, k, max(1, width))]
-    for top in range(0, n, entry.band_rows):
+def _rows(spec: TensorSpec, entry: PackedEntry | UnpackedEntry) -> Iterator[Piece]:
+    """The rows of each band of a weight, or of the bands beside each other."""
+    (n, k), itemsize = spec.matrix, DTYPE_BITS[spec.dtype] // 8
+    width, row = entry.band_cols or k, k * itemsize
+    crops = [Crop(row, left * itemsize, min(left + width, k) * itemsize) for left in range(0, k, max(1, width))]
+    for top in range(0, n if k else 0, entry.band_rows):
         rows = min(entry.band_rows, n - top)
-        yield Piece(top * k, rows * k, tuple(crops) if len(crops) > 1 else ())
+        yield Piece(top * row, rows * row, tuple(crops) if len(crops) > 1 else ())
 
 
 def _scale_pieces(entry: PackedEntry, scale: TensorSpec) -> Iterator[Piece]:

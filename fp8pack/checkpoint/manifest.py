@@ -6,7 +6,7 @@ JSON of all the rest (sorted keys, no spaces). manifest_schema.py defines the en
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,25 +29,51 @@ def write_manifest(path: Path, head: dict[str, dict[str, Any]], tensors: Entries
     """
     hasher = blake3()
     with writing(path), path.open("wb") as file:
-        separator = "{"
-        for section in sorted([*head, "tensors"]):
-            hasher.update(f'{separator}"{section}":{{'.encode())
-            file.write(f'{separator}\n"{section}": {{'.encode())
-            comma = ""
-            for name, entry in tensors if section == "tensors" else sorted(head[section].items()):
-                key = json.dumps(name, ensure_ascii=False)
-                hasher.update(f"{comma}{key}:{canonical(entry)}".encode())
-                file.write(f"{comma}\n  {key}: {json.dumps(entry, ensure_ascii=False)}".encode())
-                comma = ","
-            hasher.update(b"}")
-            file.write(b"\n}")
-            separator = ","
-        hasher.update(b"}")
-        root = f"blake3:{hasher.hexdigest()}"
-        file.write(f',\n"root": "{root}"\n}}\n'.encode())
+        for piece in _pieces(head, tensors, hasher):
+            file.write(piece)
         file.flush()
         os.fsync(file.fileno())
-    return root
+    return _root(hasher)
+
+
+def _pieces(head: dict[str, dict[str, Any]], tensors: Entries, hasher: blake3) -> Iterator[bytes]:
+    """The bytes of a manifest, and what the root covers for the hasher."""
+    separator = "{"
+    for section in sorted([*head, "tensors"]):
+        hasher.update(f'{separator}"{section}":{{'.encode())
+        yield f'{separator}\n"{section}": {{'.encode()
+        comma = ""
+        for name, entry in tensors if section == "tensors" else sorted(head[section].items()):
+            key = json.dumps(name, ensure_ascii=False)
+            hasher.update(f"{comma}{key}:{canonical(entry)}".encode())
+            yield f"{comma}\n  {key}: {json.dumps(entry, ensure_ascii=False)}".encode()
+            comma = ","
+        hasher.update(b"}")
+        yield b"\n}"
+        separator = ","
+    hasher.update(b"}")
+    yield f',\n"root": "{_root(hasher)}"\n}}\n'.encode()
+
+
+def _root(hasher: blake3) -> str:
+    return f"blake3:{hasher.hexdigest()}"
+
+
+def is_as_written(document: dict[str, Any], raw: bytes) -> bool:
+    """Say whether a parsed manifest has its root, and is written as `write_manifest` writes it.
+
+    One flipped bit may leave the same JSON value, and another may change a value and its root alike.
+    """
+    head = {name: section for name, section in document.items() if name not in ("tensors", "root")}
+    tensors = document.get("tensors")
+    if not isinstance(tensors, dict) or not all(isinstance(section, dict) for section in head.values()):
+        return False
+    at = 0
+    for piece in _pieces(head, sorted(tensors.items()), blake3()):
+        if raw[at : at + len(piece)] != piece:
+            return False
+        at += len(piece)
+    return at == len(raw)
 
 
 def canonical(value: Any) -> str:

@@ -1,8 +1,8 @@
 """The manifest's entries as pydantic models: they read `fp8pack.json` back and publish its schema."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
 from blake3 import blake3
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -14,6 +14,7 @@ from fp8pack.modelfacts.spec import TensorSpec
 from fp8pack.numerics.formats import FORMATS
 
 _COPY_AGAIN = "copy the files again from where they were packed"
+_DTYPES = {format.name: format.dtype for format in FORMATS}
 
 Digest = Annotated[str, Field(pattern=r"^blake3:[0-9a-f]{64}$")]
 GranularityName = Annotated[
@@ -131,7 +132,7 @@ class CastEntry(_Entry):
 
 
 class UnpackedEntry(_Entry):
-    """A tensor that was quantized, and is stored as its values."""
+    """A tensor that was quantized, and is stored as its values; `band_rows` and `band_cols` as of a packed one."""
 
     action: Literal["unpacked"]
     role: str
@@ -139,9 +140,14 @@ class UnpackedEntry(_Entry):
     file: str
     dtype: str
     shape: Shape
-    origin: Annotated[OriginEntry | None, Field(alias="from")]
+    origin: Annotated[OriginEntry | None, Field(alias="from")] = None
     activation_scales: tuple[ActivationEntry, ...] = ()
+    band_rows: int
+    band_cols: int | None = None
     digest: Digest
+
+
+Entry: TypeAlias = PackedEntry | CopiedEntry | CastEntry | UnpackedEntry
 
 
 class FileEntry(_Entry):
@@ -172,16 +178,20 @@ class Manifest(_Entry):
     fp8pack: Versions
     source: SourceEntry
     recipe: dict[str, Any]
-    tensors: dict[str, Annotated[PackedEntry | CopiedEntry | CastEntry | UnpackedEntry, Field(discriminator="action")]]
+    tensors: dict[str, Annotated[Entry, Field(discriminator="action")]]
     files: dict[str, FileEntry]
     root: Digest
 
     def check_header(self, file: str, raw: bytes) -> None:
         """Raise VerificationError unless a shard's header has these bytes, its length left out."""
         entry = self.files.get(file)
-        found = f"blake3:{blake3(len(raw).to_bytes(8, 'little') + raw).hexdigest()}"
-        if entry is None or entry.header != found:
+        if entry is None or entry.header != digest_of_header(raw):
             raise VerificationError(f"{file}: the header is not the one that was packed", "copy the file again")
+
+
+def digest_of_header(raw: bytes) -> str:
+    """Return the digest of a header: BLAKE3 over its length, 8 bytes, and its bytes."""
+    return f"blake3:{blake3(len(raw).to_bytes(8, 'little') + raw).hexdigest()}"
 
 
 class _Schema(_Entry):
@@ -204,8 +214,12 @@ def read_manifest(path: Path) -> Manifest:
     Raises:
         InputError: it is malformed, or of a schema that this version does not know.
     """
+    return parse_manifest(path, read_regular(path))
+
+
+def parse_manifest(path: Path, raw: bytes) -> Manifest:
+    """Return what the bytes of a manifest say; raises as `read_manifest` does."""
     try:
-        raw = read_regular(path)
         manifest = Manifest.model_validate_json(raw)
     except ValidationError as error:
         _check_schema(path, raw)
@@ -227,27 +241,31 @@ def _check_schema(path: Path, raw: bytes, manifest: Manifest | None = None) -> N
 
 def check_headers(specs: Sequence[TensorSpec], manifest: Manifest) -> None:
     """Raise InputError unless every tensor of the manifest lies in its file, as it says, and nothing else does."""
-    found = {spec.name: (spec.file, spec.dtype, spec.shape) for spec in specs}
-    dtypes = {format.name: format.dtype for format in FORMATS}
-    for name, entry in manifest.tensors.items():
-        if isinstance(entry, PackedEntry):
-            stored, dtype = entry.tensor or name, dtypes[entry.format]
-        else:
-            stored, dtype = name, entry.dtype
-        if found.pop(stored, None) != (entry.file, dtype, tuple(entry.shape)):
-            raise InputError(
-                f"tensor {name!r} differs from fp8pack.json: the files were changed after packing", _COPY_AGAIN
-            )
-        small: tuple[ScaleEntry | ActivationEntry | StoredEntry, ...] = entry.activation_scales
-        if isinstance(entry, PackedEntry):
-            small = (*small, entry.scale_inv, *entry.markers)
-        for scale in small:
-            if found.pop(scale.tensor, None) != (entry.file, scale.dtype, tuple(scale.shape)):
-                raise InputError(
-                    f"scale {scale.tensor!r} differs from fp8pack.json: the files were changed after packing",
-                    _COPY_AGAIN,
-                )
-    if found:
-        raise InputError(
-            f"tensor {min(found)!r} is not in fp8pack.json: the files were changed after packing", _COPY_AGAIN
-        )
+    for _, tensor, problem in header_differences(specs, manifest.tensors):
+        raise InputError(f"tensor {tensor!r} {problem}: the files were changed after packing", _COPY_AGAIN)
+
+
+def header_differences(specs: Sequence[TensorSpec], tensors: Mapping[str, Entry]) -> Iterator[tuple[str, str, str]]:
+    """Yield where headers differ from a manifest: the file, the tensor, and what is wrong."""
+    found = {spec.name: spec for spec in specs}
+    for name, entry in tensors.items():
+        for stored, dtype, shape in _stored(name, entry):
+            spec = found.pop(stored, None)
+            if spec is None:
+                yield entry.file, stored, "is missing"
+            elif (spec.file, spec.dtype, spec.shape) != (entry.file, dtype, tuple(shape)):
+                yield spec.file, stored, "differs from fp8pack.json"
+    for spec in found.values():
+        yield spec.file, spec.name, "is not in fp8pack.json"
+
+
+def _stored(name: str, entry: Entry) -> Iterator[tuple[str, str, Sequence[int]]]:
+    """The tensors of the files that an entry is about: name, dtype and shape."""
+    small: tuple[ScaleEntry | ActivationEntry | StoredEntry, ...] = entry.activation_scales
+    if isinstance(entry, PackedEntry):
+        yield entry.tensor or name, _DTYPES[entry.format], entry.shape
+        small = (*small, entry.scale_inv, *entry.markers)
+    else:
+        yield name, entry.dtype, entry.shape
+    for scale in small:
+        yield scale.tensor, scale.dtype, scale.shape

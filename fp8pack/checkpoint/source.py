@@ -225,8 +225,7 @@ def open_checkpoint(path: Path) -> Source:
         InputError: the path is no checkpoint that fp8pack reads; the hint is the remedy.
     """
     check_system()
-    if not path.exists():
-        path = _find_in_hub_cache(path)
+    path = find_checkpoint(path)
     config: dict[str, Any] | None = None
     versions: dict[str, FileVersion] = {}
     index_name, weight_map = None, {}
@@ -314,6 +313,11 @@ def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) != len(pairs):
         raise ValueError("a key appears twice")
     return found
+
+
+def find_checkpoint(path: Path) -> Path:
+    """Return the path, or of the id of a cached repository its snapshot; InputError if there is neither."""
+    return path if path.exists() else _find_in_hub_cache(path)
 
 
 def _find_in_hub_cache(path: Path) -> Path:

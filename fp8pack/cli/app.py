@@ -19,6 +19,7 @@ from fp8pack.cli.merge import merge
 from fp8pack.cli.output import Signalled, drop_stdout, open_streams, say
 from fp8pack.cli.pack import pack
 from fp8pack.cli.unpack import unpack
+from fp8pack.cli.verify import verify
 from fp8pack.errors import Fp8PackError
 from fp8pack.machine import check_system
 
@@ -36,6 +37,7 @@ app.command()(unpack)
 app.command()(convert)
 app.command()(inspect)
 app.command()(diff)
+app.command()(verify)
 app.command()(env)
 
 

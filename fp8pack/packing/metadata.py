@@ -152,6 +152,8 @@ def _entry(tensor: TensorPlan, file: str, results: list[BandResult]) -> dict[str
         entry |= _packed_entry(tensor, tensor.packing, results)
     if tensor.action == Action.CAST:
         entry["source_dtype"] = tensor.spec.dtype
+    if tensor.action == Action.UNPACKED:
+        entry |= _bands(tensor)
     if tensor.quantized:
         entry["from"] = _origin(tensor.quantized)
     if tensor.activations:
@@ -204,9 +206,13 @@ def _packed_entry(tensor: TensorPlan, packing: Packing, results: list[BandResult
         },
         **({"carried": True} if packing.carried else {}),
         "amax": max(result.amax for result in results),
-        "band_rows": tensor.band_rows,
-        **({"band_cols": tensor.band_cols} if tensor.band_cols < spec.shape[1] else {}),
+        **_bands(tensor),
     }
+
+
+def _bands(tensor: TensorPlan) -> dict[str, int]:
+    cut = {"band_cols": tensor.band_cols} if tensor.band_cols < tensor.matrix[1] else {}
+    return {"band_rows": tensor.band_rows, **cut}
 
 
 def _index(plan: Plan) -> bytes:

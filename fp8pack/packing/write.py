@@ -11,7 +11,8 @@ from fp8pack.checkpoint.journal import Journal, read_head
 from fp8pack.checkpoint.regular_files import read_regular
 from fp8pack.checkpoint.shard_writer import check_space, writing
 from fp8pack.checkpoint.staging import Staging
-from fp8pack.errors import DeadlineError, InputError, OutputError
+from fp8pack.checkpoint.whole import check_whole
+from fp8pack.errors import DeadlineError, InputError, OutputError, VerificationError
 from fp8pack.machine import usable_cores
 from fp8pack.numerics.metrics import sqnr_db
 from fp8pack.packing.bands import Band
@@ -117,15 +118,23 @@ def _side_nbytes(prepared: Prepared) -> int:
 
 
 def _finished_root(prepared: Prepared) -> str | None:
-    """The root of the output, if it is finished and was made from this source by this recipe."""
+    """The root of the output, if it was made from this source by this recipe; OutputError if it is not whole.
+
+    Headers, small files and sizes are compared; weights are not read.
+    """
     try:
         document = json.loads(read_regular(manifest_path(prepared)))
         same_source = document["source"]["fingerprint"] == prepared.source.fingerprint
         recipes = [_decisive(document["recipe"]), _decisive({**prepared.plan.selection, **prepared.plan.recipe_data})]
-        folder, files = manifest_path(prepared).parent, document["files"]
-        whole = all((folder / name).stat().st_size == entry["size"] for name, entry in files.items())
-        same = same_source and recipes[0] == recipes[1] and whole and describes(prepared, files)
-        return str(document["root"]) if same else None
+        if not (same_source and recipes[0] == recipes[1] and describes(prepared, document["files"])):
+            return None
+        check_whole(manifest_path(prepared))
+        return str(document["root"])
+    except VerificationError as error:
+        raise OutputError(
+            f"{prepared.output} is of the same recipe, but damaged: {error}",
+            "--overwrite replaces it, or choose another -o",
+        ) from None
     except (InputError, OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 

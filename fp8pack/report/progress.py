@@ -22,6 +22,7 @@ class Work:
 
 
 PACKING = Work("packing", "B", format_size)
+VERIFYING = Work("verifying", "B", format_size)
 CALIBRATING = Work("calibrating", " tokens", lambda tokens: f"{tokens:.0f} tokens")
 
 

@@ -54,7 +54,7 @@ def _pack_lines(result: PackResult, scheme: SchemeChoice) -> list[str]:
     kept = [entry for entry in result.kept if entry.role != "activation_scale"]
     return [
         f"scheme   {scheme.name} ({scheme.reason}): {parts}",
-        f"{packed}    kept {_kept([entry for entry in kept if entry.action == 'copied'])}",
+        f"{packed}    kept {_kept([entry for entry in kept if entry.action != 'unpacked'])}",
         *_reason_lines(kept),
     ]
 

@@ -48,6 +48,7 @@ def test_documents_of_what_writes_and_reads_checkpoints(make_checkpoint: MakeChe
     compared = printed("diff", tmp_path / "a", source)
     check(compared, "comparison.schema.json")
     assert compared["totals"]["num_tensors"] == fp8pack.diff(tmp_path / "a", source).totals.num_tensors
+    check(printed("verify", tmp_path / "a"), "verification.schema.json")
     again = fp8pack.pack(source, tmp_path / "a", scheme="FP8_DYNAMIC").to_dict()
     assert {key: again[key] for key in ("root", "num_packed", "engines")} == {
         key: done[key] for key in ("root", "num_packed", "engines")

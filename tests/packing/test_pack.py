@@ -403,3 +403,17 @@ def test_schemes_write_what_their_engines_read(make_checkpoint: MakeCheckpoint, 
 def test_pack_is_what_the_package_exports() -> None:
     assert fp8pack.pack is pack.pack
     assert bands.SAMPLE_ROWS > 0
+
+
+@pytest.mark.parametrize("damage", ["config.json", "header", "size"])
+def test_a_damaged_output_is_not_called_complete(damage: str, make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    source, out = make_checkpoint(), tmp_path / "out"
+    fp8pack.pack(source, out)
+    path = out / ("config.json" if damage == "config.json" else "model.safetensors")
+    data = bytearray(path.read_bytes())
+    data[20] ^= 1
+    path.write_bytes(data[:-1] if damage == "size" else data)
+    with pytest.raises(OutputError, match=f"is of the same recipe, but damaged: {path.name}"):
+        fp8pack.pack(source, out)
+    fp8pack.pack(source, out, overwrite=True)
+    assert fp8pack.pack(source, out).already_complete

@@ -1,0 +1,308 @@
+"""`verify`: whether a checkpoint is whole, byte for byte as it was packed."""
+
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from math import prod
+from pathlib import Path
+from threading import Lock
+
+import numpy as np
+from blake3 import blake3
+from numpy.typing import NDArray
+
+from fp8pack.checkpoint.digests import Piece, expected_digests
+from fp8pack.checkpoint.manifest_schema import Entry, Manifest, PackedEntry, find_manifest
+from fp8pack.checkpoint.quantized import read_contents
+from fp8pack.checkpoint.sha256sums import sum_files
+from fp8pack.checkpoint.source import ShardReader, find_checkpoint, open_checkpoint
+from fp8pack.checkpoint.whole import CHANGED, Difference, check_files, other_files
+from fp8pack.errors import InputError, RecipeError, VerificationError
+from fp8pack.inputs import parse_path, parse_switch
+from fp8pack.machine import usable_cores
+from fp8pack.modelfacts.spec import TensorSpec
+from fp8pack.numerics import native
+from fp8pack.numerics.formats import E4M3, FORMATS, Float8Format
+from fp8pack.numerics.metrics import widen
+from fp8pack.packing.workers import Stop, run_threads
+from fp8pack.planning.sizes import SIZES
+from fp8pack.reading.verification import Verification
+
+OnProgress = Callable[[int, int], None]
+Watch = Callable[[NDArray[np.uint8]], str]  # says what is wrong with bytes of a tensor, if anything is
+_STRIP_NBYTES = 1 << 20
+_FORMATS = {format.name: format for format in FORMATS}
+_FLOATS = ("F32", "BF16", "F16")
+_EXPONENTS = ("U8", "F8_E8M0")
+_NO_EXPONENT = 255
+
+
+def verify(
+    checkpoint: str | Path,
+    *,
+    quick: bool = False,
+    sample: str | None = None,
+    strict: bool = False,
+    sha256: bool = False,
+    on_progress: OnProgress | None = None,
+) -> Verification:
+    """Compare every byte of a checkpoint with its manifest, and return every difference.
+
+    checkpoint: what `pack`, `convert` or `unpack` wrote; of what another tool made, headers, scales and NaN bytes are
+    checked. quick: sizes, headers and small files; no weight is read. sample: such as "1/20": the first of 20 parts of
+    the tensors, so that 20 runs read all. strict: files that the manifest does not name are differences. sha256: write
+    SHA256SUMS, or compare with it if it is there. on_progress: is told (bytes done, bytes in all).
+
+    Raises:
+        InputError: there is no such checkpoint.
+        RecipeError: an option is out of range. SpaceError: SHA256SUMS cannot be written.
+    """
+    started, path = time.monotonic(), find_checkpoint(parse_path("checkpoint", checkpoint))
+    part, is_quick = _parse_part(sample), parse_switch("quick", quick)
+    if part and is_quick:
+        raise RecipeError("quick and sample exclude each other", "leave out --quick, or leave out --sample")
+    manifest_path = find_manifest(path)
+    tell = on_progress or (lambda done, total: None)
+    found = _Found()
+    if manifest_path is None:
+        _verify_foreign(path, found, tell, part=part, is_quick=is_quick)
+    else:
+        _verify_packed(manifest_path, found, tell, part=part, is_quick=is_quick)
+        if path.is_dir() and found.manifest is not None:
+            found.others = other_files(path, found.manifest.files, manifest_path.name)
+    if parse_switch("strict", strict):
+        found.differences += [Difference(name, "it is not in fp8pack.json") for name in found.others]
+    if parse_switch("sha256", sha256):
+        found.differences += sum_files(path)
+    return Verification(
+        checkpoint=path,
+        root=found.manifest.root if found.manifest else None,
+        num_files=found.num_files,
+        num_tensors=found.num_tensors,
+        all_tensors=found.all_tensors,
+        nbytes=found.nbytes,
+        differences=tuple(found.differences),
+        other_files=tuple(found.others),
+        unknown=tuple(found.unknown),
+        seconds=time.monotonic() - started,
+    )
+
+
+@dataclass(slots=True)
+class _Found:
+    manifest: Manifest | None = None
+    differences: list[Difference] = field(default_factory=list)
+    others: list[str] = field(default_factory=list)
+    unknown: list[str] = field(default_factory=list)
+    num_files: int = 0
+    num_tensors: int = 0
+    all_tensors: int = 0
+    nbytes: int = 0
+
+
+def _parse_part(text: str | None) -> tuple[int, int] | None:
+    match = re.fullmatch(r"([1-9]\d{0,5})/([1-9]\d{0,5})", str(text)) if text is not None else None
+    if text is not None and (match is None or int(match[1]) > int(match[2])):
+        raise RecipeError(f"sample {text!r} is no part of a whole", "write 1/20, 2/20, … for each of 20 parts")
+    return (int(match[1]), int(match[2])) if match else None
+
+
+def _verify_packed(
+    path: Path, found: _Found, tell: OnProgress, *, part: tuple[int, int] | None, is_quick: bool
+) -> None:
+    files = check_files(path)
+    found.manifest, found.differences = files.manifest, files.differences
+    if files.manifest is None:
+        found.unknown.append(f"{path.name} cannot be read, so nothing else was compared")
+        return
+    if any(difference.file == path.name for difference in found.differences):
+        found.unknown.append(f"{path.name} is damaged, so what it says of other files may be wrong")
+    all_entries, readable = files.manifest.tensors, files.headers.keys()
+    entries = {name: entry for name, entry in all_entries.items() if entry.file in readable}
+    specs = {spec.name: spec for header in files.headers.values() for spec in header.tensors}
+    expected = expected_digests(entries, specs)
+    found.num_files, found.all_tensors = len(files.manifest.files) + 1, len(expected)
+    for file in sorted({entry.file for entry in all_entries.values()} - readable):
+        found.unknown.append(f"the tensors of {file} were not compared")
+    watches: dict[str, Watch] = {}
+    for name, entry in entries.items():
+        if isinstance(entry, PackedEntry):
+            watches[entry.tensor or name] = partial(_problem_of_payload, _FORMATS[entry.format])
+            watches[entry.scale_inv.tensor] = _watch_of_scales(entry.scale_inv.dtype)
+    chosen = _chosen(expected, found, part, is_quick=is_quick)
+    scan = _Scan(files.directory, watches)
+    found.nbytes = scan.run([(expected[name].spec, expected[name].pieces) for name in chosen], tell)
+    for name in chosen:
+        each = expected[name]
+        try:
+            each.check([digest for piece in each.pieces for digest in scan.digests.get((name, piece.begin), ())])
+        except VerificationError:
+            found.differences.append(Difference(each.spec.file, CHANGED, name))
+    found.differences += scan.problems
+    if not is_quick:
+        found.differences += _activation_differences(files.directory, entries.values(), specs)
+
+
+def _verify_foreign(
+    path: Path, found: _Found, tell: OnProgress, *, part: tuple[int, int] | None, is_quick: bool
+) -> None:
+    """Headers, index, and the pairing of weights and scales; then the bytes of those."""
+    found.unknown.append("there is no fp8pack.json, so whether the bytes are those that were written is not known")
+    try:
+        source = open_checkpoint(path)
+        contents = read_contents(source)
+    except InputError as error:
+        found.differences.append(Difference(path.name, str(error)))
+        return
+    found.num_files = len(source.files)
+    specs: dict[str, TensorSpec] = {}
+    watches: dict[str, Watch] = {}
+    stored = {(spec.file, spec.begin): spec for spec in source.specs}
+    for spec in contents.tensors:
+        if (quantized := contents.quantized.get(spec.name)) is None:
+            continue
+        if isinstance(quantized.format, Float8Format):
+            payload = stored[spec.file, spec.begin]
+            specs[payload.name], watches[payload.name] = payload, partial(_problem_of_payload, quantized.format)
+        if quantized.scale is not None and quantized.scale.dtype in (*_FLOATS, *_EXPONENTS):
+            scale = stored.get((quantized.scale.file, quantized.scale.begin), quantized.scale)
+            specs[scale.name], watches[scale.name] = scale, _watch_of_scales(scale.dtype)
+    found.all_tensors = len(specs)
+    chosen = _chosen(specs, found, part, is_quick=is_quick)
+    scan = _Scan(source.directory, watches)
+    found.nbytes = scan.run([(specs[name], tuple(_pieces(specs[name].nbytes))) for name in chosen], tell)
+    found.differences += scan.problems
+
+
+def _chosen(tensors: Mapping[str, object], found: _Found, part: tuple[int, int] | None, *, is_quick: bool) -> list[str]:
+    """The tensors that are read."""
+    names = [] if is_quick else sorted(tensors)
+    if is_quick:
+        found.unknown.append("weights were not read")
+    elif part is not None:
+        names = names[part[0] - 1 :: part[1]]
+        found.unknown.append(f"part {part[0]} of {part[1]} was read: {len(names)} of {len(tensors)} tensors")
+    found.num_tensors = len(names)
+    return names
+
+
+def _pieces(nbytes: int) -> Iterator[Piece]:
+    for begin in range(0, nbytes, SIZES.band):
+        yield Piece(begin, min(SIZES.band, nbytes - begin))
+
+
+class _Scan:
+    """Reads tensors in threads, which digest every piece and look for bytes that its tensor cannot have."""
+
+    def __init__(self, directory: Path, watches: Mapping[str, Watch]) -> None:
+        self.digests: dict[tuple[str, int], list[bytes]] = {}
+        self._directory, self._watches = directory, watches
+        self._problems: dict[str, Difference] = {}
+        self._lock, self._done = Lock(), 0
+
+    @property
+    def problems(self) -> list[Difference]:
+        """What was found in the bytes, by the name of the tensor."""
+        return [self._problems[name] for name in sorted(self._problems)]
+
+    def run(self, tensors: Iterable[tuple[TensorSpec, tuple[Piece, ...]]], tell: OnProgress) -> int:
+        """Read every piece; return the bytes that were read."""
+        files: dict[str, list[tuple[TensorSpec, Piece]]] = {}
+        for spec, pieces in sorted(tensors, key=lambda tensor: tensor[0].begin):
+            files.setdefault(spec.file, []).extend((spec, piece) for piece in pieces)
+        total = sum(piece.nbytes for jobs in files.values() for _, piece in jobs)
+        if total:
+            run_threads(
+                files.values(),
+                self._worker,
+                count=usable_cores(),
+                stop=Stop(),
+                tick=lambda: tell(self._done, total),
+            )
+        tell(self._done, total)
+        return self._done
+
+    @contextmanager
+    def _worker(self) -> Iterator[Callable[[tuple[TensorSpec, Piece]], None]]:
+        readers: dict[str, ShardReader] = {}
+        buffer = memoryview(bytearray(_STRIP_NBYTES))
+
+        def work(job: tuple[TensorSpec, Piece]) -> None:
+            spec, piece = job
+            try:
+                if spec.file not in readers:
+                    for file in list(readers):
+                        readers.pop(file).close()
+                    readers[spec.file] = ShardReader(self._directory / spec.file)
+                self._read(readers[spec.file], spec, piece, buffer)
+            except InputError as error:
+                self._problems[spec.name] = Difference(spec.file, str(error), spec.name)
+            with self._lock:
+                self._done += piece.nbytes
+
+        try:
+            yield work
+        finally:
+            for reader in readers.values():
+                reader.close()
+
+    def _read(self, reader: ShardReader, spec: TensorSpec, piece: Piece, buffer: memoryview) -> None:
+        begin = spec.begin + piece.begin
+        if piece.crops:
+            data = np.empty(piece.nbytes, np.uint8)
+            reader.readinto(data.data, begin)
+            self._watch(spec, data)
+            self.digests[spec.name, piece.begin] = piece.digests(data)
+            return
+        hasher = blake3()
+        for at in range(0, piece.nbytes, _STRIP_NBYTES):
+            strip = buffer[: piece.nbytes - at]
+            reader.readinto(strip, begin + at)
+            hasher.update(strip)
+            self._watch(spec, np.frombuffer(strip, np.uint8))
+        self.digests[spec.name, piece.begin] = [hasher.digest()]
+
+    def _watch(self, spec: TensorSpec, data: NDArray[np.uint8]) -> None:
+        watch = self._watches.get(spec.name)
+        if watch is not None and (problem := watch(data)):
+            self._problems[spec.name] = Difference(spec.file, problem, spec.name)
+
+
+def _problem_of_payload(format: Float8Format, data: NDArray[np.uint8]) -> str:
+    largest = native.largest_codes(data.reshape(1, -1), (1, 1), region=(1, data.size))
+    return "the payload has a NaN or infinity" if largest[0, 0] >= format.nan_codes[0] else ""
+
+
+def _watch_of_scales(dtype: str) -> Watch:
+    return _problem_of_exponents if dtype in _EXPONENTS else partial(_problem_of_scales, dtype)
+
+
+def _problem_of_exponents(data: NDArray[np.uint8]) -> str:
+    return "a scale is NaN (255)" if (data == _NO_EXPONENT).any() else ""
+
+
+def _problem_of_scales(dtype: str, data: NDArray[np.uint8]) -> str:
+    values = widen(data.view(np.uint32 if dtype == "F32" else np.uint16), dtype)
+    if not np.isfinite(values).all():
+        return "a scale is NaN or infinite"
+    if (values < 0).any():
+        return "a scale is negative"
+    if (values == 0).any():
+        return "a scale is zero"
+    with np.errstate(over="ignore"):
+        return "" if np.isfinite(values * np.float32(E4M3.max)).all() else "a scale is too large: its values overflow"
+
+
+def _activation_differences(
+    directory: Path, entries: Iterable[Entry], specs: Mapping[str, TensorSpec]
+) -> Iterator[Difference]:
+    """The stored scales of activations against the values in the manifest."""
+    for scale in (scale for entry in entries for scale in entry.activation_scales):
+        spec, stored = specs[scale.tensor], np.empty(prod(scale.shape), np.float32)
+        with closing(ShardReader(directory / spec.file)) as reader:
+            reader.readinto(stored.data.cast("B"), spec.begin)
+        if not (stored == np.float32(scale.value)).all():
+            yield Difference(spec.file, f"the scale is not {scale.value:g}, as fp8pack.json has it", spec.name)

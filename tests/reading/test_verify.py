@@ -1,0 +1,273 @@
+"""`verify`: every byte of every kind of file counts, and every difference is listed."""
+
+import json
+import random
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import MakeCheckpoint, llama_tensors
+from safetensors.numpy import save_file as save_arrays
+from safetensors.torch import load_file, save_file
+
+import fp8pack
+from fp8pack.checkpoint.header import read_header
+from fp8pack.checkpoint.manifest import canonical, is_as_written, root_of
+from fp8pack.errors import RecipeError, VerificationError
+from fp8pack.reading.verification import Verification
+
+SIDES = {"tokenizer.json": b'{"model": {}}', "assets/chat.jinja": b"{{ messages }}"}
+
+
+@pytest.fixture
+def source(make_checkpoint: MakeCheckpoint) -> Path:
+    """Return a checkpoint in two shards, with side files."""
+    model = make_checkpoint(shards=2)
+    for name, data in SIDES.items():
+        (model / name).parent.mkdir(exist_ok=True)
+        (model / name).write_bytes(data)
+    return model
+
+
+@pytest.fixture
+def packed(source: Path, tmp_path: Path) -> Path:
+    """Return what is packed of it."""
+    fp8pack.pack(source, tmp_path / "packed", scheme="FP8_BLOCK")
+    return tmp_path / "packed"
+
+
+def flip(path: Path, bit: int) -> None:
+    """Flip one bit of a file."""
+    data = bytearray(path.read_bytes())
+    data[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(data)
+
+
+def tensor_at(path: Path, offset: int) -> str | None:
+    """The tensor of a shard that a byte lies in; None in its header."""
+    with path.open("rb") as file:
+        header = read_header(file.fileno(), path.name)
+    return next((spec.name for spec in header.tensors if spec.begin <= offset < spec.end), None)
+
+
+@pytest.mark.parametrize("scheme", ["FP8_BLOCK", "FP8_DYNAMIC", "MXFP8", "FP8_SCALED"])
+def test_what_was_packed_is_whole(scheme: str, source: Path, tmp_path: Path) -> None:
+    result = fp8pack.pack(source, tmp_path / "out", scheme=scheme)
+    found = fp8pack.verify(tmp_path / "out")
+    assert found.ok
+    assert found.root == result.root
+    assert found.num_tensors == found.all_tensors > result.num_packed
+    assert found.nbytes == result.output_nbytes
+    assert not found.unknown
+    assert not found.other_files
+
+
+@pytest.mark.parametrize("kind", ["unpacked", "cast", "converted", "single"])
+def test_every_kind_of_output_is_whole_or_named(kind: str, source: Path, packed: Path, tmp_path: Path) -> None:
+    out = tmp_path / ("out.safetensors" if kind == "single" else "out")
+    match kind:
+        case "unpacked":
+            fp8pack.unpack(packed, out)
+        case "cast":
+            fp8pack.pack(source, out, kept_dtype="float16")
+        case "converted":
+            fp8pack.convert(packed, out, quant_method="compressed-tensors")
+        case _:
+            save_arrays(llama_tensors(), tmp_path / "x.safetensors")
+            fp8pack.pack(tmp_path / "x.safetensors", out, scheme="FP8_SCALED")
+    found = fp8pack.verify(out)
+    assert found.ok
+    assert found.num_tensors == found.all_tensors
+    shard = out if out.is_file() else min(out.glob("*.safetensors"))
+    offset = shard.stat().st_size - 1
+    flip(shard, offset * 8)
+    [difference] = fp8pack.verify(out).differences
+    assert (difference.file, difference.tensor) == (shard.name, tensor_at(shard, offset))
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_flipped_bit_is_found_and_named(seed: int, packed: Path) -> None:
+    chance = random.Random(seed)
+    files = sorted(path for path in packed.rglob("*") if path.is_file())
+    path = files[seed % len(files)]
+    bit = chance.randrange(path.stat().st_size * 8)
+    tensor = tensor_at(path, bit // 8) if path.suffix == ".safetensors" else None
+    flip(path, bit)
+    found = fp8pack.verify(packed)
+    assert not found.ok
+    files = {difference.file for difference in found.differences}
+    assert path.relative_to(packed).as_posix() in files
+    assert len(files) == 1 or "fp8pack.json is damaged, so what it says of other files may be wrong" in found.unknown
+    assert tensor in {difference.tensor for difference in found.differences}
+
+
+def test_a_manifest_that_is_changed_with_its_root_is_found_by_the_files(packed: Path) -> None:
+    path = packed / "fp8pack.json"
+    document = json.loads(path.read_bytes())
+    document["files"]["tokenizer.json"]["size"] += 1
+    document["root"] = root_of(document)
+    path.write_text(json.dumps(document))
+    found = [str(difference) for difference in fp8pack.verify(packed).differences]
+    assert any(line.startswith("fp8pack.json: it is not written as fp8pack writes it") for line in found)
+    assert any(line.startswith("tokenizer.json: it has") for line in found)
+
+
+def test_a_manifest_is_compared_byte_for_byte(packed: Path) -> None:
+    raw = (packed / "fp8pack.json").read_bytes()
+    document = json.loads(raw)
+    assert is_as_written(document, raw)
+    assert not is_as_written(document, raw + b"\n")
+    assert not is_as_written(document, raw[:-1])
+    assert not is_as_written(document, canonical(document).encode())
+    assert not is_as_written({**document, "tensors": 3}, raw)
+
+
+def test_all_differences_are_listed_not_the_first(packed: Path) -> None:
+    shards = sorted(packed.glob("*.safetensors"))
+    for shard in shards:
+        flip(shard, (shard.stat().st_size - 1) * 8)
+    (packed / "tokenizer.json").unlink()
+    (packed / "assets" / "chat.jinja").write_bytes(b"short")
+    (packed / "letter.txt").write_text("extra")
+    found = fp8pack.verify(packed)
+    assert {difference.file for difference in found.differences} == {
+        *(shard.name for shard in shards),
+        "tokenizer.json",
+        "assets/chat.jinja",
+    }
+    assert found.other_files == ("letter.txt",)
+    with pytest.raises(VerificationError, match="has 4 differences"):
+        found.check()
+
+
+def test_files_that_are_not_in_the_manifest_differ_if_asked(packed: Path) -> None:
+    for name in ("letter.txt", ".gitattributes", "SHA256SUMS", ".cache/huggingface/x"):
+        (packed / name).parent.mkdir(parents=True, exist_ok=True)
+        (packed / name).write_text("")
+    assert fp8pack.verify(packed).ok
+    [difference] = fp8pack.verify(packed, strict=True).differences
+    assert difference.file == "letter.txt"
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def another_header(path: Path) -> None:
+    tensors = load_file(path)
+    save_file(tensors, path)
+
+
+@pytest.mark.parametrize("damage", [truncate, another_header, lambda path: path.write_bytes(b"not a shard")])
+def test_a_shard_whose_tensors_cannot_be_found_is_named_and_the_rest_is_read(
+    damage: Callable[[Path], None], packed: Path
+) -> None:
+    first, second = sorted(packed.glob("*.safetensors"))
+    damage(first)
+    flip(second, (second.stat().st_size - 1) * 8)
+    found = fp8pack.verify(packed)
+    assert {difference.file for difference in found.differences} == {first.name, second.name}
+    assert f"the tensors of {first.name} were not compared" in found.unknown
+
+
+def test_quick_reads_no_weight(packed: Path) -> None:
+    shard = min(packed.glob("*.safetensors"))
+    flip(shard, (shard.stat().st_size - 1) * 8)
+    found = fp8pack.verify(packed, quick=True)
+    assert found.ok
+    assert (found.num_tensors, found.nbytes) == (0, 0)
+    assert "weights were not read" in found.unknown
+    flip(packed / "config.json", 9)
+    assert not fp8pack.verify(packed, quick=True).ok
+
+
+def test_the_parts_of_a_sample_read_every_tensor_once(packed: Path) -> None:
+    whole = fp8pack.verify(packed)
+    parts = [fp8pack.verify(packed, sample=f"{i}/7") for i in range(1, 8)]
+    assert sum(part.num_tensors for part in parts) == whole.num_tensors
+    assert sum(part.nbytes for part in parts) == whole.nbytes
+    shard = min(packed.glob("*.safetensors"))
+    flip(shard, (shard.stat().st_size - 1) * 8)
+    assert sum(not fp8pack.verify(packed, sample=f"{i}/7").ok for i in range(1, 8)) == 1
+
+
+@pytest.mark.parametrize("sample", ["0/7", "8/7", "1", "1/0", "a/b", "1/7/7", "-1/7"])
+def test_a_sample_is_a_part_of_a_whole(sample: str, packed: Path) -> None:
+    with pytest.raises(RecipeError, match="is no part of a whole"):
+        fp8pack.verify(packed, sample=sample)
+
+
+def with_scale(packed: Path, value: float, tmp_path: Path) -> Verification:
+    """Verify a copy that another tool might have made: without a manifest, and with a scale of this value."""
+    shutil.copytree(packed, tmp_path / "copy", dirs_exist_ok=True)
+    (tmp_path / "copy" / "fp8pack.json").unlink(missing_ok=True)
+    shard = min((tmp_path / "copy").glob("*.safetensors"))
+    tensors = load_file(shard)
+    name = next(name for name in tensors if name.endswith("_scale_inv"))
+    tensors[name][0, 0] = value
+    save_file(tensors, shard, {"format": "pt"})
+    found = fp8pack.verify(tmp_path / "copy")
+    assert all(difference.tensor == name for difference in found.differences)
+    return found
+
+
+def test_of_another_tools_files_what_can_be_known_is_known(packed: Path, tmp_path: Path) -> None:
+    for value, words in (
+        (float("nan"), "NaN or infinite"),
+        (float("inf"), "NaN or infinite"),
+        (-1.0, "negative"),
+        (0.0, "zero"),
+        (1e38, "overflow"),
+    ):
+        [difference] = with_scale(packed, value, tmp_path).differences
+        assert words in difference.problem
+    assert with_scale(packed, 0.5, tmp_path).ok
+    assert "there is no fp8pack.json" in with_scale(packed, 0.5, tmp_path).unknown[0]
+
+
+def test_a_nan_byte_and_a_missing_scale_of_another_tools_files_are_found(packed: Path, tmp_path: Path) -> None:
+    (packed / "fp8pack.json").unlink()
+    shard = min(packed.glob("*.safetensors"))
+    tensors = load_file(shard)
+    name = next(name for name in tensors if f"{name}_scale_inv" in tensors)
+    tensors[name].view(torch.uint8)[3, 5] = 0x7F
+    save_file(tensors, shard, {"format": "pt"})
+    [difference] = fp8pack.verify(packed).differences
+    assert (difference.tensor, difference.problem) == (name, "the payload has a NaN or infinity")
+    del tensors[f"{name}_scale_inv"]
+    save_file(tensors, shard, {"format": "pt"})
+    [difference] = fp8pack.verify(packed).differences
+    assert name in difference.problem
+
+
+def test_sums_are_written_once_and_then_compared(packed: Path) -> None:
+    assert fp8pack.verify(packed, sha256=True).ok
+    done = subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=packed, check=False)
+    assert done.returncode == 0
+    names = {line.split("  ", 1)[1] for line in (packed / "SHA256SUMS").read_text().splitlines()}
+    assert names == {path.relative_to(packed).as_posix() for path in packed.rglob("*") if path.is_file()} - {
+        "SHA256SUMS"
+    }
+    assert fp8pack.verify(packed, sha256=True).ok
+    (packed / "tokenizer.json").write_text("{}")
+    problems = [str(difference) for difference in fp8pack.verify(packed, sha256=True).differences]
+    assert "tokenizer.json: its SHA-256 is not the one in SHA256SUMS" in problems
+
+
+def test_the_command_lists_differences_and_ends_with_6(packed: Path) -> None:
+    command = [sys.executable, "-m", "fp8pack", "verify", str(packed)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert done.stdout.splitlines()[-1] == "result   no difference"
+    (packed / "tokenizer.json").unlink()
+    (packed / "config.json").write_text("{}")
+    done = subprocess.run([*command, "--json"], capture_output=True, text=True, check=False)
+    assert done.returncode == 6
+    found = {entry["file"]: entry["problem"] for entry in json.loads(done.stdout)["differences"]}
+    assert found["tokenizer.json"] == "it is missing"
+    assert found["config.json"].startswith("it has 2 bytes instead of")
+    assert done.stderr.startswith(f"fp8pack: {packed} has 2 differences")
