@@ -158,6 +158,38 @@ def bench_convert(bench: Bench) -> list[Row]:
     return rows
 
 
+def bench_verify(bench: Bench) -> list[Row]:
+    """Row 12: the whole process `fp8pack verify` against programs that digest the same files, on tmpfs."""
+    _check_memory(bench)
+    forget_all(bench.disk)
+    folder, fp8 = bench.tmpfs, "models/fp8"
+    source = bench.make_llama(folder, bench.size)
+    line = f"fp8pack pack {source} -o {fp8} --scheme FP8_BLOCK -q --overwrite"
+    call(["sh", "-c", line], cwd=folder)
+    bench.commands.setdefault("models", []).append(line)
+    bench.drop(folder / source)
+    others = {"sha256sum": ("sha256sum", 0.5), "b3sum": ("b3sum --num-threads 2", 1.43)}
+    rows = []
+    for program, (other, bound) in others.items():
+        name = f"12. verify / `{other}` of the same files"
+        if shutil.which(program) is None:
+            rows.append(Row(name, f"≤ {bound:.2f}", f"{program} is not installed", "", None))
+            continue
+        commands = (
+            Command(f"fp8pack verify {fp8} -q", folder, PACKED),
+            Command(f"cd {fp8} && {other} *", folder, COPY),
+        )
+        verifies, digests = bench.measure(name, commands, bench.rounds)
+        rows.append(_ratio(name, {"fp8pack": verifies, program: digests}, bound=bound))
+        if program == "sha256sum":
+            peaks = [cost.peak_nbytes / 2**20 for cost in verifies]
+            passed = max(peaks) * 2**20 <= MAX_PEAK_NBYTES
+            rows.append(
+                Row("12. verify: peak memory, MiB", "≤ 300", f"{median(peaks):.0f}", _range(peaks, "{:.0f}"), passed)
+            )
+    return rows
+
+
 def _against_copy(bench: Bench, folder: Path, name: str, flags: str, *, bound: float) -> Row:
     if folder == bench.tmpfs:
         _check_memory(bench)
@@ -321,6 +353,7 @@ def bench_oracle(bench: Bench) -> list[Row]:
 BENCHES: dict[str, Callable[[Bench], list[Row]]] = {
     "tmpfs": bench_tmpfs,
     "convert": bench_convert,
+    "verify": bench_verify,
     "two-pass": bench_two_pass,
     "disk": bench_disk,
     "peer": bench_peer,
