@@ -116,6 +116,20 @@ class CopiedEntry(_Entry):
     digest: Digest
 
 
+class CastEntry(_Entry):
+    """A float that is stored in another dtype than the source has, rounded once; digested as a copy is."""
+
+    action: Literal["cast"]
+    role: str
+    reason: str
+    file: str
+    dtype: Literal["BF16", "F16"]
+    shape: Shape
+    source_dtype: Literal["BF16", "F16", "F32"]
+    activation_scales: tuple[ActivationEntry, ...] = ()
+    digest: Digest
+
+
 class UnpackedEntry(_Entry):
     """A tensor that was quantized, and is stored as its values."""
 
@@ -158,7 +172,7 @@ class Manifest(_Entry):
     fp8pack: Versions
     source: SourceEntry
     recipe: dict[str, Any]
-    tensors: dict[str, Annotated[PackedEntry | CopiedEntry | UnpackedEntry, Field(discriminator="action")]]
+    tensors: dict[str, Annotated[PackedEntry | CopiedEntry | CastEntry | UnpackedEntry, Field(discriminator="action")]]
     files: dict[str, FileEntry]
     root: Digest
 

@@ -35,6 +35,7 @@ def convert(
     ] = None,
     only: options.Only = None,
     pack: options.PackToo = None,
+    kept_dtype: options.KeptDtype = None,
     targets: options.Targets = None,
     tp: options.TensorParallel = None,
     gpu: options.GpuName = None,

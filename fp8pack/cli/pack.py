@@ -36,6 +36,7 @@ def pack(
     pack: options.PackToo = None,
     keep_first_layers: options.KeepFirst = None,
     keep_last_layers: options.KeepLast = None,
+    kept_dtype: options.KeptDtype = None,
     targets: options.Targets = None,
     tp: options.TensorParallel = None,
     gpu: options.GpuName = None,

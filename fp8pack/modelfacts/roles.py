@@ -107,6 +107,7 @@ LINEAR_ROLES = (*_LINEARS, "expert.gate", "expert.up", "expert.down", "expert.ga
 _ROLE_OF_LEAF = {leaf: role for role, leaves in _LINEARS.items() for leaf in leaves.split()}
 _CONV1D_TYPES = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 _CONV1D_LEAVES = ("c_attn", "c_proj", "c_fc", "q_attn")
+_WIDE = re.compile(r"(^|\.)(\w*score_correction_bias|expert_bias|(gate|router)\.bias|A_log|D|dt_bias)$")
 _NARROW = 32  # a kernel of a convolution is narrower
 _OF_TEXT = re.compile(r"((model|language_model|transformer|text_model|thinker)\.)*layers\.\d+\.")
 _NUMBER = re.compile(r"(^|(?<=\.))\d+(?=\.)")
@@ -139,6 +140,11 @@ def judge(spec: TensorSpec, facts: ModelFacts, *, keeps_towers: bool = True) -> 
     if _is_conv1d(module, spec, facts):
         return Verdict("conv1d", False, "policy: Conv1D stores [in, out], which no FP8 kernel reads")
     return _judge_linear(module, facts)
+
+
+def is_wide(name: str) -> bool:
+    """Say whether engines keep a tensor in float32 whatever the model's dtype: biases of routers, states of SSMs."""
+    return _WIDE.search(name) is not None
 
 
 def layer_of(name: str) -> int | None:

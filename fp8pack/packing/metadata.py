@@ -19,7 +19,7 @@ from fp8pack.packing.model_card import CARD_NAME, MAX_CARD_NBYTES, model_card, s
 from fp8pack.packing.prepare import Prepared
 from fp8pack.packing.side_work import SideWork, digest_of, read_side_file
 from fp8pack.planning.activation_scales import ActivationScale
-from fp8pack.planning.plan import Packing, PackPlan, Plan, TensorPlan
+from fp8pack.planning.plan import Action, Packing, PackPlan, Plan, TensorPlan
 
 
 def side_files_to_copy(prepared: Prepared) -> tuple[SideFile, ...]:
@@ -150,6 +150,8 @@ def _entry(tensor: TensorPlan, file: str, results: list[BandResult]) -> dict[str
         entry |= {"dtype": tensor.data.dtype, "shape": list(tensor.data.shape)}
     else:
         entry |= _packed_entry(tensor, tensor.packing, results)
+    if tensor.action == Action.CAST:
+        entry["source_dtype"] = tensor.spec.dtype
     if tensor.quantized:
         entry["from"] = _origin(tensor.quantized)
     if tensor.activations:

@@ -32,6 +32,7 @@ def pack(
     pack: Texts = (),
     keep_first_layers: int = 0,
     keep_last_layers: int = 0,
+    kept_dtype: str | None = None,
     targets: Texts = (),
     tp: int | None = None,
     gpu: str | None = None,
@@ -64,6 +65,8 @@ def pack(
     ignore, only, pack: patterns of tensors to keep in BF16, to quantize alone, to quantize whatever the policy says. A
         pattern is a name, a glob over the whole name, or `re:` and an expression; `?` before it lets it match nothing.
     keep_first_layers, keep_last_layers: so many decoder layers stay in BF16.
+    kept_dtype: bfloat16 or float16: the dtype of floats that are not quantized, rounded once to nearest even; what
+        engines keep in float32 stays. By default that of the source.
     targets, tp, gpu: the engines that must load the output, at which tensor-parallel size, on which GPU. strict_target:
         raise if it is not known whether one does. strip_prefix: prefixes to remove from tensor names: `_orig_mod.`.
     output: by default beside the source, named after the scheme. copy: patterns of side files that are skipped by
@@ -93,6 +96,7 @@ def pack(
         pack=pack,
         keep_first_layers=keep_first_layers,
         keep_last_layers=keep_last_layers,
+        kept_dtype=kept_dtype,
         targets=targets,
         tp=tp,
         gpu=gpu,

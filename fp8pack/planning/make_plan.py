@@ -14,8 +14,8 @@ from fp8pack.modelfacts.experts import JoinedExperts, join_experts
 from fp8pack.modelfacts.fused import fused_module
 from fp8pack.modelfacts.model import ModelFacts
 from fp8pack.modelfacts.patterns import ignoring, star
-from fp8pack.modelfacts.roles import LINEAR_ROLES, UNKNOWN_LINEAR, judge, layer_of
-from fp8pack.modelfacts.spec import ELEMENT_BITS, Stored, TensorSpec
+from fp8pack.modelfacts.roles import LINEAR_ROLES, UNKNOWN_LINEAR, is_wide, judge, layer_of
+from fp8pack.modelfacts.spec import DTYPE_BITS, ELEMENT_BITS, FLOAT_DTYPES, TORCH_NAMES, Stored, TensorSpec
 from fp8pack.modelfacts.storage import Storage
 from fp8pack.numerics.granularity import MX
 from fp8pack.numerics.rounding import ScaleRounding
@@ -140,10 +140,8 @@ class _Planner:
 
     def plan(self, decision: Decision) -> TensorPlan:
         spec, quantized = decision.spec, self.contents.quantized.get(decision.spec.name)
-        if not decision.packed and quantized is None:
-            return _copy(spec, decision.role, decision.reason, self.sizes)
-        if not decision.packed and quantized is not None:
-            return _unpack(spec, decision.role, decision.reason, quantized, quantized.source_dtype, self.sizes)
+        if not decision.packed:
+            return self._keep(decision, quantized)
         granularity = granularity_of(decision, self.recipe)
         format = (decision.rule.format if decision.rule else None) or self.recipe.format
         rounding = self.recipe.scale_rounding
@@ -165,6 +163,32 @@ class _Planner:
             rows, cols = ceil_div(rows, TILE[0]) * TILE[0], spec.shape[1]
         data = self.method.payload(spec, format)
         return TensorPlan(spec, Action.PACKED, decision.role, decision.reason, data, rows, cols, packing, quantized)
+
+    def _keep(self, decision: Decision, quantized: Quantized | None) -> TensorPlan:
+        spec, role, reason, kept = decision.spec, decision.role, decision.reason, self.recipe.kept_dtype
+        before = quantized.source_dtype if quantized else spec.dtype
+        after = TORCH_NAMES[kept] if kept and before in FLOAT_DTYPES else before
+        if after != before and (why := self._why_not_cast(spec, role)):
+            after, reason = before, f"{reason}; not cast: {why}"
+        if quantized is not None:
+            return _unpack(spec, role, reason, quantized, after, self.sizes)
+        return (
+            _copy(spec, role, reason, self.sizes) if after == before else _cast(spec, role, reason, after, self.sizes)
+        )
+
+    def _why_not_cast(self, spec: TensorSpec, role: str) -> str:
+        """Why a float keeps the dtype of the source whatever is asked for, empty if nothing speaks against a cast."""
+        if spec.name in self.contents.other_scales:
+            return "a scale"
+        if module_facts(self.contents.facts).widens(spec.name):
+            return "transformers keeps it in float32"
+        return "engines keep it in float32" if role == "rotary" or is_wide(spec.name) else ""
+
+
+def _cast(spec: TensorSpec, role: str, reason: str, dtype: str, sizes: Sizes) -> TensorPlan:
+    """Cast a tensor; its bands are as long in the output as those of a copy."""
+    data = Stored(spec.name, dtype, spec.shape)
+    return TensorPlan(spec, Action.CAST, role, reason, data, sizes.band * 8 // DTYPE_BITS[dtype])
 
 
 def _copy(spec: TensorSpec, role: str, reason: str, sizes: Sizes) -> TensorPlan:

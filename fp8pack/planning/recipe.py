@@ -14,6 +14,7 @@ from fp8pack.inputs import (
     Texts,
     parse_choice,
     parse_count,
+    parse_dtype,
     parse_number,
     parse_path,
     parse_switch,
@@ -35,6 +36,7 @@ MAX_TP = 1024
 ACTIVATIONS = ("dynamic", "static", "none")
 ROUNDINGS = tuple(rounding.value for rounding in ScaleRounding)
 MAX_MARGIN = 8
+KEPT_DTYPES = ("bfloat16", "float16")
 USUAL_GRANULARITY = {
     "mxfp8": MX,
     "torchao": CHANNEL,
@@ -99,6 +101,7 @@ class Request:
     rules: tuple[Rule, ...]
     keep_first_layers: int
     keep_last_layers: int
+    kept_dtype: str | None
     targets: tuple[str, ...]
     tp: int | None
     gpu: str | None
@@ -125,6 +128,7 @@ class Request:
         rules: Iterable[Rule] = (),
         keep_first_layers: int | str = 0,
         keep_last_layers: int | str = 0,
+        kept_dtype: str | None = None,
         targets: Texts = (),
         tp: int | str | None = None,
         gpu: str | None = None,
@@ -150,6 +154,7 @@ class Request:
         put("rules", tuple(rules))
         put("keep_first_layers", parse_count("keep_first_layers", keep_first_layers))
         put("keep_last_layers", parse_count("keep_last_layers", keep_last_layers))
+        put("kept_dtype", None if kept_dtype is None else parse_dtype("kept_dtype", kept_dtype, KEPT_DTYPES))
         put("targets", parse_targets(parse_texts("targets", targets, commas=True)))
         put("tp", None if tp is None else parse_count("tp", tp, least=1, most=MAX_TP))
         put("strict_target", parse_switch("strict_target", strict_target))
@@ -198,7 +203,10 @@ class ActivationOptions:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """Everything that decides the bytes of the output, resolved; `reason` says why the scheme was chosen."""
+    """Everything that decides the bytes of the output, resolved; `reason` says why the scheme was chosen.
+
+    kept_dtype: of the floats that are not packed, as torch spells it; None is that of the source.
+    """
 
     scheme: str
     reason: str
@@ -212,6 +220,7 @@ class Recipe:
     calibration: "Calibration | None" = None  # if scales of activations are stored
     activation_options: ActivationOptions = field(default_factory=ActivationOptions)
     spelling: str = ""  # see Storage
+    kept_dtype: str | None = None
 
     @property
     def storage(self) -> Storage:
@@ -230,6 +239,7 @@ class Recipe:
             "activations": self.activations,
             "quant_method": self.quant_method,
             **({"spelling": self.spelling} if self.spelling else {}),
+            **({"kept_dtype": self.kept_dtype} if self.kept_dtype else {}),
             **self._calibrated(),
         }
 
@@ -305,7 +315,7 @@ def resolve_conversion(request: Request, storage: Storage, calibration: "Calibra
     """
     scheme = parse_scheme(request.scheme)
     parts = (request.format, request.granularity, request.scale_rounding, request.activations, request.quant_method)
-    others = (request.kv_cache, request.targets, request.ignore, request.only, request.rules)
+    others = (request.kv_cache, request.targets, request.ignore, request.only, request.rules, request.kept_dtype)
     if scheme is None and not any((*parts, *others)):
         raise RecipeError("nothing to convert to", "choose a --scheme, --quant-method, --granularity, or --kv-cache")
     if scheme is None:
@@ -371,6 +381,7 @@ def _override(scheme: Scheme, request: Request, reason: str, calibration: "Calib
         calibration,
         ActivationOptions(request.percentile, request.margin, request.warmup),
         spelling_of(request, method, granularity),
+        request.kept_dtype,
     )
 
 

@@ -22,11 +22,11 @@ from numpy.typing import NDArray
 
 import fp8pack
 from fp8pack.errors import Fp8PackError, InputError, OutputError, RecipeError, SpaceError
+from fp8pack.modelfacts.spec import TORCH_NAMES
 from fp8pack.numerics.formats import parse_format
 from fp8pack.numerics.granularity import parse_granularity
 from fp8pack.numerics.rounding import ScaleRounding
 from fp8pack.packing.options import WriteOptions
-from fp8pack.packing.prepare import UNPACKED_DTYPES
 from fp8pack.planning.recipe import Request
 from fp8pack.planning.sizes import Sizes
 
@@ -527,4 +527,4 @@ def test_memory_does_not_grow_with_the_tensor(shape: tuple[int, int], tmp_path: 
 
 
 def test_every_dtype_is_under_test() -> None:
-    assert set(UNPACKED_DTYPES) == set(DTYPES)
+    assert set(TORCH_NAMES) == set(DTYPES)
