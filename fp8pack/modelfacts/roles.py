@@ -111,6 +111,7 @@ _WIDE = re.compile(r"(^|\.)(\w*score_correction_bias|expert_bias|(gate|router)\.
 _NARROW = 32  # a kernel of a convolution is narrower
 _OF_TEXT = re.compile(r"((model|language_model|transformer|text_model|thinker)\.)*layers\.\d+\.")
 _NUMBER = re.compile(r"(^|(?<=\.))\d+(?=\.)")
+_MIDLAYER = re.compile(r"(model\.)?midlayer\.")  # the first layer of an EAGLE-3 draft: layers.0 in vLLM and SGLang
 _IN_BLOCK = re.compile(r"(^|\.)(\d+)\.[A-Za-z_]\w*\.")  # a number, a name, and a leaf
 
 
@@ -149,6 +150,8 @@ def is_wide(name: str) -> bool:
 
 def layer_of(name: str) -> int | None:
     """Return the number of the block of a tensor, None outside the blocks."""
+    if _MIDLAYER.match(name):
+        return 0
     match = _IN_BLOCK.search(name)
     return int(match[2]) if match and len(match[2]) < 7 else None
 

@@ -357,7 +357,9 @@ def _ignored_modules(tensors: Sequence[TensorPlan], facts: ModelFacts) -> tuple[
     ignored += [name.rpartition(".")[0] for name in ignored if name.rpartition(".")[0].endswith("experts")]
     stored = {tensor.spec.name for tensor in tensors}
     ignored += [head for head in tied_heads(facts) if f"{head}.weight" not in stored]
-    aliased = facts.wrapper or any(tensor.role in ("tower", "projector", "logits") for tensor in tensors)
+    aliased = (
+        facts.wrapper or "fc" in ignored or any(tensor.role in ("tower", "projector", "logits") for tensor in tensors)
+    )
     names = [spelling for name in ignored for spelling in (spellings(name) if aliased else [name])]
     return tuple(dict.fromkeys(names))
 

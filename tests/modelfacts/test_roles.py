@@ -34,6 +34,12 @@ PACKED = {
         "bert.encoder.layer.0.intermediate.dense.weight",
         "bert.encoder.layer.0.output.dense.weight",
     ],
+    "eagle-3 draft": [
+        "midlayer.self_attn.q_proj.weight",
+        "midlayer.self_attn.o_proj.weight",
+        "midlayer.mlp.gate_proj.weight",
+        "midlayer.mlp.down_proj.weight",
+    ],
     "experts": [
         "model.layers.0.block_sparse_moe.experts.7.w1.weight",
         "model.layers.3.mlp.experts.12.gate_proj.weight",
@@ -107,7 +113,7 @@ KEPT = {
         "model.layers.0.self_attn.indexer.weights_proj.weight",
         "model.layers.0.self_attn.indexer.wk.weight",
     ],
-    "other": ["bert.pooler.dense.weight"],
+    "other": ["bert.pooler.dense.weight", "fc.weight"],
 }
 DEEPSEEK = ModelFacts(architecture="DeepseekV3ForCausalLM", model_type="deepseek_v3", num_layers=61)
 

@@ -117,12 +117,13 @@ def test_the_manifest_says_so_and_every_byte_is_verified(float32_model: Path, tm
     assert (entry["action"], entry["dtype"], entry["source_dtype"]) == ("cast", "BF16", "F32")
     assert document["recipe"]["kept_dtype"] == "bfloat16"
     assert result.scheme is not None and result.scheme.kept_dtype == "bfloat16"
-    assert fp8pack.load_packed(out, verify=True)[NORM].dtype == torch.bfloat16
+    assert isinstance(kept := fp8pack.load_packed(out, verify=True)[NORM], torch.Tensor)
+    assert kept.dtype == torch.bfloat16
     shown = fp8pack.inspect(out)
     assert (shown[NORM].action, shown[NORM].dtype) == ("cast", "BF16")
     comparison = {tensor.name: tensor for tensor in fp8pack.diff(float32_model, out).tensors}
     assert comparison[NORM].formats == ("F32", "BF16")
-    assert comparison[NORM].sqnr is not None and comparison[NORM].sqnr > 50
+    assert (comparison[NORM].sqnr or 0) > 50
     card = (out / "README.md").read_text()
     assert "| kept in | bfloat16: 10 tensors, rounded once |" in card
     assert "--kept-dtype bfloat16" in card
@@ -249,7 +250,8 @@ def test_a_conversion_casts_what_is_kept_and_what_it_dequantizes(float32_model: 
     assert (result.num_unpacked, found[STAYING[1]].dtype) == (3, np.float32)
     only_cast = fp8pack.convert(tmp_path / "packed", tmp_path / "cast", kept_dtype="bfloat16")
     assert only_cast.num_carried == only_cast.num_packed > 0
-    assert fp8pack.load_packed(tmp_path / "cast", verify=True)[NORM].dtype == torch.bfloat16
+    assert isinstance(kept := fp8pack.load_packed(tmp_path / "cast", verify=True)[NORM], torch.Tensor)
+    assert kept.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("declared", [True, False])
@@ -263,14 +265,14 @@ def test_transformers_loads_an_embedding_model_in_that_dtype(tmp_path: Path, dec
         "num_attention_heads": 4,
     }
     torch.manual_seed(0)
-    model = BertModel(BertConfig(vocab_size=256, **sizes)).eval()
+    model: Any = BertModel(BertConfig(vocab_size=256, **sizes)).eval()
     model.save_pretrained(tmp_path / "model")
     if not declared:
         config = json.loads((tmp_path / "model" / "config.json").read_text())
         del config["dtype"]
         (tmp_path / "model" / "config.json").write_text(json.dumps(config))
     fp8pack.pack(tmp_path / "model", tmp_path / "out", scheme="FP8_DYNAMIC", kept_dtype="bfloat16")
-    loaded = AutoModel.from_pretrained(tmp_path / "out").eval()
+    loaded: Any = AutoModel.from_pretrained(tmp_path / "out").eval()
     weight = loaded.get_parameter("embeddings.word_embeddings.weight")
     expected = model.get_parameter("embeddings.word_embeddings.weight").to(torch.bfloat16)
     assert weight.dtype == torch.bfloat16
