@@ -204,6 +204,13 @@ def test_a_recipe_and_a_manifest_name_it(float32_model: Path, tmp_path: Path) ->
         pack(float32_model, tmp_path / "other", kept_dtype="float32")
 
 
+def test_the_command_line_says_how_many_are_cast(float32_model: Path, tmp_path: Path) -> None:
+    command = ["-m", "fp8pack", "pack", str(float32_model), "-o", str(tmp_path / "out"), "--kept-dtype", "bfloat16"]
+    done = subprocess.run([sys.executable, *command, "--dry-run"], capture_output=True, text=True, check=True)
+    assert "kept 13 (10 in bfloat16): " in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_transformers_keeps_in_float32_stays(tmp_path: Path) -> None:
     name = "encoder.block.0.layer.1.DenseReluDense.wo.weight"
     tensors = {
