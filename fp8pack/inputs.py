@@ -22,6 +22,8 @@ Duration = float | str | timedelta
 Texts = str | Iterable[str]
 
 _SIZES = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+_DTYPE_ALIASES = {"bf16": "bfloat16", "fp16": "float16", "f16": "float16", "half": "float16"}
+_DTYPE_ALIASES |= {"fp32": "float32", "f32": "float32", "float": "float32"}
 _SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600}
 
 
@@ -61,6 +63,11 @@ def parse_choice(name: str, value: object, choices: Sequence[str]) -> str:
     if found is None:
         raise unknown(name, value, choices)
     return found
+
+
+def parse_dtype(name: str, value: object, choices: Sequence[str]) -> str:
+    """Return a dtype as torch spells it; `bf16`, `fp16`, `half` and the like are taken, too."""
+    return parse_choice(name, _DTYPE_ALIASES.get(str(value).lower(), value), choices)
 
 
 def parse_texts(name: str, value: object, *, commas: bool = False) -> tuple[str, ...]:

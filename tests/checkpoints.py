@@ -74,6 +74,7 @@ _SAFETENSORS: dict[str, Any] = {
     "I8": np.int8,
     "I32": np.int32,
     "I64": np.int64,
+    "BOOL": np.bool_,
 }
 
 

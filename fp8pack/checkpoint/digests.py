@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from fp8pack.checkpoint.manifest import digest_of_bands
 from fp8pack.checkpoint.manifest_schema import (
     ActivationEntry,
-    CastEntry,
     Entry,
     PackedEntry,
     StoredEntry,
@@ -87,10 +86,8 @@ def expected_digests(tensors: Mapping[str, Entry], specs: Mapping[str, TensorSpe
             case UnpackedEntry():
                 found[name] = Expected(specs[name], tuple(_rows(specs[name], entry)), entry.digest)
             case _:
-                size, band = specs[name].nbytes, SIZES.band
-                if isinstance(entry, CastEntry):  # a band is one of the source
-                    band = band * DTYPE_BITS[entry.dtype] // DTYPE_BITS[entry.source_dtype]
-                lengths = [min(band, size - at) for at in range(0, size, band)]
+                size = specs[name].nbytes
+                lengths = [min(SIZES.band, size - at) for at in range(0, size, SIZES.band)]
                 found[name] = Expected(specs[name], tuple(_consecutive(lengths)), entry.digest)
         for stored in small:
             spec = specs[stored.tensor]

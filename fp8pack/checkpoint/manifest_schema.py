@@ -118,7 +118,7 @@ class CopiedEntry(_Entry):
 
 
 class CastEntry(_Entry):
-    """A float tensor that was not quantized, and is stored in another dtype; why it was not."""
+    """A float that is stored in another dtype than the source has, rounded once; digested as a copy is."""
 
     action: Literal["cast"]
     role: str
@@ -178,7 +178,7 @@ class Manifest(_Entry):
     fp8pack: Versions
     source: SourceEntry
     recipe: dict[str, Any]
-    tensors: dict[str, Annotated[Entry, Field(discriminator="action")]]
+    tensors: dict[str, Annotated[PackedEntry | CopiedEntry | CastEntry | UnpackedEntry, Field(discriminator="action")]]
     files: dict[str, FileEntry]
     root: Digest
 

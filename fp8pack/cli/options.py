@@ -9,8 +9,7 @@ import typer
 from fp8pack.engines.gpus import GPUS
 from fp8pack.engines.known import NAMES
 from fp8pack.numerics.formats import FORMATS
-from fp8pack.planning.float_names import KEPT_DTYPES
-from fp8pack.planning.recipe import ACTIVATIONS, ROUNDINGS, SCHEMES, WRITABLE
+from fp8pack.planning.recipe import ACTIVATIONS, KEPT_DTYPES, ROUNDINGS, SCHEMES, WRITABLE
 
 RECIPE, WRITING, OUTPUT = "Recipe", "Writing", "Output"
 SCHEME_NAMES = tuple(scheme.name for scheme in SCHEMES)
@@ -111,6 +110,14 @@ KeepFirst = Annotated[
 KeepLast = Annotated[
     str | None, recipe_option("--keep-last-layers", metavar="N", help="Keep the last N decoder layers unquantized")
 ]
+KeptDtype = Annotated[
+    str | None,
+    recipe_option(
+        "--kept-dtype",
+        help="Store floats that are not quantized in bfloat16 or float16 [default: as the source]",
+        values=KEPT_DTYPES,
+    ),
+]
 Targets = Annotated[
     list[str] | None,
     recipe_option(
@@ -131,10 +138,6 @@ StrictTarget = Annotated[
 StripPrefix = Annotated[
     list[str] | None,
     recipe_option("--strip-prefix", metavar="PREFIX", help="Remove PREFIX from tensor names, e.g. _orig_mod."),
-]
-KeptDtype = Annotated[
-    str | None,
-    recipe_option("--kept-dtype", help="Store unquantized floats as bfloat16 or float16", values=KEPT_DTYPES),
 ]
 Copy = Annotated[
     list[str] | None,

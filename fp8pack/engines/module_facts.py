@@ -51,6 +51,12 @@ class ModuleFacts:
         numbers = [part for part in name.split(".") if part.isdecimal()]
         return tuple(_numbered(path, numbers) for path in find_modules(stem, self.names))
 
+    def widens(self, name: str) -> bool:
+        """Say whether a tensor stays in float32 where the model is loaded in 16 bits; an entry may match anywhere."""
+        stem = name.removesuffix(".weight")
+        names = (name, *(path + name[len(stem) :] for path in self.modules(stem)))
+        return any(re.search(entry.replace("*", ".*"), path) for entry in self.wide for path in names)
+
     @property
     def fused_layouts(self) -> Mapping[str, FusedLayout | None]:
         """The tensors that hold all experts of a layer in the files -> how they lie, None if that is converted."""

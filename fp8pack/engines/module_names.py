@@ -9,8 +9,8 @@ _RENAMED = tuple(
         (r"^language_model\.model\.", "model.language_model."),
         (r"^model\.language_model\.", "language_model.model."),
         (r"^(language_model\.lm_head|embed_out)$", "lm_head"),
-        (r"^fc$", "model.fc"),  # of an EAGLE draft
         (r"^(?!model\.|language_model\.)(?=\w+\.)", "model."),
+        (r"^fc$", "model.fc"),  # of an EAGLE draft: vLLM models/llama_eagle3.py
         (r"^model\.(?!layers\.|language_model\.)", ""),
     )
 )

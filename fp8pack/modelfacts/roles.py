@@ -107,11 +107,12 @@ LINEAR_ROLES = (*_LINEARS, "expert.gate", "expert.up", "expert.down", "expert.ga
 _ROLE_OF_LEAF = {leaf: role for role, leaves in _LINEARS.items() for leaf in leaves.split()}
 _CONV1D_TYPES = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 _CONV1D_LEAVES = ("c_attn", "c_proj", "c_fc", "q_attn")
+_WIDE = re.compile(r"(^|\.)(\w*score_correction_bias|expert_bias|(gate|router)\.bias|A_log|D|dt_bias)$")
 _NARROW = 32  # a kernel of a convolution is narrower
 _OF_TEXT = re.compile(r"((model|language_model|transformer|text_model|thinker)\.)*layers\.\d+\.")
 _NUMBER = re.compile(r"(^|(?<=\.))\d+(?=\.)")
+_MIDLAYER = re.compile(r"(model\.)?midlayer\.")  # the first layer of an EAGLE-3 draft: layers.0 in vLLM and SGLang
 _IN_BLOCK = re.compile(r"(^|\.)(\d+)\.[A-Za-z_]\w*\.")  # a number, a name, and a leaf
-_ONLY_BLOCK = re.compile(r"(^|\.)midlayer\.[A-Za-z_]\w*\.")  # of an EAGLE-3 draft, which has one
 
 
 def judge(spec: TensorSpec, facts: ModelFacts, *, keeps_towers: bool = True) -> Verdict:
@@ -142,9 +143,14 @@ def judge(spec: TensorSpec, facts: ModelFacts, *, keeps_towers: bool = True) -> 
     return _judge_linear(module, facts)
 
 
+def is_wide(name: str) -> bool:
+    """Say whether engines keep a tensor in float32 whatever the model's dtype: biases of routers, states of SSMs."""
+    return _WIDE.search(name) is not None
+
+
 def layer_of(name: str) -> int | None:
     """Return the number of the block of a tensor, None outside the blocks."""
-    if _ONLY_BLOCK.search(name):
+    if _MIDLAYER.match(name):
         return 0
     match = _IN_BLOCK.search(name)
     return int(match[2]) if match and len(match[2]) < 7 else None

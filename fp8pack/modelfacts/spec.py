@@ -32,6 +32,7 @@ DTYPE_BITS = {
 ELEMENT_BITS = DTYPE_BITS | {"I4": 4}  # INT4, for which safetensors has no dtype: it lies in words
 NIBBLE = 4  # bits
 FLOAT_DTYPES = ("BF16", "F16", "F32")
+TORCH_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}  # as torch spells them, and safetensors
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,10 +21,10 @@ from fp8pack.checkpoint.values import dequantize
 from fp8pack.modelfacts.contents import Quantized
 from fp8pack.modelfacts.spec import DTYPE_BITS, ELEMENT_BITS, NIBBLE, TensorSpec
 from fp8pack.numerics import native
-from fp8pack.numerics.cast import cast
 from fp8pack.numerics.formats import Float8Format
 from fp8pack.numerics.granularity import TENSOR
 from fp8pack.numerics.metrics import error_energy, widen
+from fp8pack.numerics.narrow import OVERFLOW, cast, narrow
 from fp8pack.numerics.value_table import value_table
 from fp8pack.packing.codecs import BITS_DTYPE, Codec
 from fp8pack.packing.scales import encode_scales, refine
@@ -32,13 +32,12 @@ from fp8pack.planning.plan import ExpertPart, Packing, TensorPlan
 from fp8pack.units import ceil_div
 
 SAMPLE_ROWS = 8  # rows of each band whose error is measured
-OVERFLOW = {"F16": 65520.0, "BF16": (2 - 2**-8) * 2.0**127, "F32": math.inf}  # what rounds to infinity, and beyond
 _NAN = np.uint32(0x7FC00000)
 
 
 @dataclass(frozen=True, slots=True)
 class Band:
-    """A band of a tensor: rows of a weight that is packed or unpacked, bytes of anything copied."""
+    """A band of a tensor: rows of a weight that is packed or unpacked, bytes or elements of what is copied or cast."""
 
     tensor: TensorPlan
     index: int
@@ -94,35 +93,28 @@ class BandWorker:
 
     def copy(self, band: Band, place: OutputPlace) -> BandResult:
         """Copy a band as it is."""
-        hasher, writer = blake3(), self._open_writer(place.file)
-        for lo, data in self._pieces(band):
+        begin, end = band.rows
+        spec, hasher = band.tensor.spec, blake3()
+        writer = self._open_writer(place.file)
+        for lo in range(begin, end, self._codec.strip_nbytes):
+            data = self._read_bytes(spec, lo, min(self._codec.strip_nbytes, end - lo))
             hasher.update(data)
             writer.write(data, place.payload_begin + lo)
-        return BandResult(band.tensor.spec.name, band.index, hasher.hexdigest())
-
-    def cast(self, band: Band, place: OutputPlace) -> BandResult:
-        """Write the floats of a band in another dtype, each rounded once."""
-        spec, dtype = band.tensor.spec, band.tensor.data.dtype
-        hasher, writer = blake3(), self._open_writer(place.file)
-        for lo, data in self._pieces(band):
-            stored, overflows = cast(np.frombuffer(data, BITS_DTYPE[spec.dtype]), spec.dtype, dtype)
-            if overflows:
-                return BandResult(spec.name, band.index, "", amax=math.nan)
-            rounded = stored.data.cast("B")
-            hasher.update(rounded)
-            writer.write(rounded, place.payload_begin + lo * DTYPE_BITS[dtype] // DTYPE_BITS[spec.dtype])
         return BandResult(spec.name, band.index, hasher.hexdigest())
 
-    def _pieces(self, band: Band) -> Iterator[tuple[int, memoryview]]:
-        """The bytes of a band of a copy, each piece with its offset in the tensor; the next overwrites them."""
-        (begin, end), spec = band.rows, band.tensor.spec
-        for lo in range(begin, end, self._codec.strip_nbytes):
-            data = self._buffer("source", min(self._codec.strip_nbytes, end - lo))
-            if spec.strides is None:
-                self._open_reader(spec.file).readinto(data, spec.begin + lo)
-            else:
-                self._gather_bytes(spec, data, lo)
-            yield lo, data
+    def cast(self, band: Band, place: OutputPlace) -> BandResult:
+        """Round a band of floats once; the amax is NaN if a finite value is out of range of the new dtype."""
+        spec, dtype = band.tensor.spec, band.tensor.data.dtype
+        bits, hasher, writer = BITS_DTYPE[spec.dtype], blake3(), self._open_writer(place.file)
+        for lo, hi in self._strips(band):
+            data = self._read_bytes(spec, lo * bits.itemsize, (hi - lo) * bits.itemsize)
+            rounded = cast(np.frombuffer(data, bits), spec.dtype, dtype)
+            if rounded is None:
+                return BandResult(spec.name, band.index, "", amax=math.nan)
+            stored = rounded.data.cast("B")
+            hasher.update(stored)
+            writer.write(stored, place.payload_begin + lo * rounded.itemsize)
+        return BandResult(spec.name, band.index, hasher.hexdigest())
 
     def pack(self, band: Band, packing: Packing, place: OutputPlace, fixed_scale: np.float32) -> BandResult:
         """Quantize a band; `fixed_scale` is the scale of a two-pass packing, ignored otherwise."""
@@ -189,7 +181,7 @@ class BandWorker:
             amax = found if math.isnan(found) else max(amax, found)
             if not amax < OVERFLOW[dtype]:
                 return BandResult(spec.name, band.index, "", amax=math.nan)
-            stored = weight.view(np.float32).astype(np.float16) if dtype == "F16" else weight
+            stored = narrow(weight.view(np.float32), dtype) if dtype == "F16" else weight
             data = stored.data.cast("B")
             hasher.update(data)
             _move(writer.write, data, band, itemsize=itemsize, begin=place.payload_begin, lo=lo)
@@ -317,6 +309,15 @@ class BandWorker:
 
     def _read_rows(self, spec: TensorSpec, lo: int, hi: int) -> NDArray[Any]:
         return read_rows(self._open_reader(spec.file), spec, lo, hi)
+
+    def _read_bytes(self, spec: TensorSpec, offset: int, nbytes: int) -> memoryview:
+        """Bytes of a tensor, as if they were one range."""
+        data = self._buffer("source", nbytes)
+        if spec.strides is None:
+            self._open_reader(spec.file).readinto(data, spec.begin + offset)
+        else:
+            self._gather_bytes(spec, data, offset)
+        return data
 
     def _gather_bytes(self, spec: TensorSpec, data: memoryview, offset: int) -> None:
         """Bytes of a part of a fused tensor that is kept, from an offset on: whole rows are gathered and cut."""

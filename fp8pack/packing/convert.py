@@ -28,12 +28,12 @@ def convert(
     ignore: Texts = (),
     only: Texts = (),
     pack: Texts = (),
+    kept_dtype: str | None = None,
     targets: Texts = (),
     tp: int | None = None,
     gpu: str | None = None,
     strict_target: bool = False,
     strip_prefix: Texts = (),
-    kept_dtype: str | None = None,
     copy: Texts = (),
     max_shard_size: Size | None = None,
     workers: int | None = None,
@@ -58,8 +58,8 @@ def convert(
     activations: dynamic, static or none. calibration: the file of `fp8pack.calibrate`, for static activations and
         `kv_cache`. percentile: clip activations there instead of at amax. margin: activation scales times 2^margin.
         warmup: skip the first prompts.
-    ignore: patterns of tensors to dequantize to BF16. only, pack, targets, tp, gpu, strict_target, strip_prefix,
-        kept_dtype: as in `pack`.
+    ignore: patterns of tensors to dequantize to BF16, or to `kept_dtype`. only, pack, kept_dtype, targets, tp, gpu,
+        strict_target, strip_prefix: as in `pack`.
     output: by default beside the source, named after the scheme. copy: patterns of side files that are skipped by
         default. max_shard_size: such as "5GB". workers: threads. max_memory: bounds them. device: cpu or cuda; the
         bytes are the same. resume: continue unfinished work. deadline: such as "50m"; the same call continues.
@@ -83,12 +83,12 @@ def convert(
         ignore=ignore,
         only=only,
         pack=pack,
+        kept_dtype=kept_dtype,
         targets=targets,
         tp=tp,
         gpu=gpu,
         strict_target=strict_target,
         strip_prefix=strip_prefix,
-        kept_dtype=kept_dtype,
     )
     how = WriteOptions(
         output=output,

@@ -215,7 +215,12 @@ class Execution:
         raise self._error_of_offenders()
 
     def _error_of_offenders(self) -> InputError:
-        """The error of weights with a NaN or infinity: those that were to be packed can be ignored."""
+        """The error of weights with a NaN or infinity, which can be ignored, and of values out of range."""
+        if beyond := [t for t in self._plan.tensors if t.action == Action.CAST and t.spec.name in self._offenders]:
+            names = ", ".join(sorted(tensor.spec.name for tensor in beyond))
+            dtype = beyond[0].data.dtype
+            remedy = "choose --kept-dtype bfloat16" if dtype == "F16" else "leave out --kept-dtype"
+            return InputError(f"{beyond[0].spec.file}: values out of range of {dtype} in {names}", remedy)
         packed = sorted(
             tensor.spec.name
             for tensor in self._plan.packed
@@ -293,8 +298,7 @@ class Execution:
             name = band.tensor.spec.name
             place, packing = work.places[name], band.tensor.packing
             if packing is None:
-                unquantized = {Action.UNPACKED: worker.unpack, Action.CAST: worker.cast}
-                result = unquantized.get(band.tensor.action, worker.copy)(band, place)
+                result = keep[band.tensor.action](band, place)
             elif packing.carried:
                 result = worker.carry(band, packing, place)
             else:
@@ -306,6 +310,7 @@ class Execution:
                 sync(work, ready)
 
         with closing(BandWorker(codec, self._source, self._folder)) as worker:
+            keep = {Action.COPIED: worker.copy, Action.CAST: worker.cast, Action.UNPACKED: worker.unpack}
             yield do
 
     def _sync(self, stop: Stop, work: ShardWork, results: list[BandResult]) -> None:

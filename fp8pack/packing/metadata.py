@@ -150,10 +150,10 @@ def _entry(tensor: TensorPlan, file: str, results: list[BandResult]) -> dict[str
         entry |= {"dtype": tensor.data.dtype, "shape": list(tensor.data.shape)}
     else:
         entry |= _packed_entry(tensor, tensor.packing, results)
-    if tensor.action == Action.CAST:
-        entry["source_dtype"] = tensor.spec.dtype
     if tensor.action == Action.UNPACKED:
         entry |= _bands(tensor)
+    if tensor.action == Action.CAST:
+        entry["source_dtype"] = tensor.spec.dtype
     if tensor.quantized:
         entry["from"] = _origin(tensor.quantized)
     if tensor.activations:

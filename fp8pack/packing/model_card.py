@@ -131,6 +131,7 @@ def _what(verb: str, plan: PackPlan, model: str) -> str:
     recipe, before, after = plan.recipe, plan.source_nbytes, plan.output_nbytes
     carried = sum(tensor.packing is not None and tensor.packing.carried for tensor in plan.packed)
     unpacked = sum(tensor.action == Action.UNPACKED for tensor in plan.tensors)
+    cast = sum(tensor.action == Action.CAST for tensor in plan.tensors)
     rows = [
         ("weights", f"{recipe.format.name.upper()}, scales: {recipe.granularity}"),
         ("activations", _ACTIVATIONS[recipe.activations]),
@@ -141,7 +142,10 @@ def _what(verb: str, plan: PackPlan, model: str) -> str:
     if carried:
         rows.insert(1, ("passed through", f"{carried} weights: their FP8 bytes are those of the source"))
     if unpacked:
-        rows.insert(1, ("dequantized", f"{unpacked} weights, quantized in the source, are BF16"))
+        into = recipe.kept_dtype or "BF16"
+        rows.insert(1, ("dequantized", f"{unpacked} weights, quantized in the source, are {into}"))
+    if cast:
+        rows.insert(1, ("kept in", f"{recipe.kept_dtype}: {cast} tensors, rounded once"))
     table = "\n".join(f"| {key} | {value} |" for key, value in rows)
     return (
         f"{_escape(model) or 'The base model'}, quantized with fp8pack.\n\n| | |\n|---|---|\n{table}\n\n"
@@ -161,6 +165,8 @@ def _command(verb: str, plan: PackPlan, model: str) -> str:
         words += ["--quant-method", recipe.quant_method]
     if recipe.spelling:
         words += ["--target", recipe.spelling]
+    if recipe.kept_dtype:
+        words += ["--kept-dtype", recipe.kept_dtype]
     if recipe.calibration is not None:
         options = recipe.activation_options
         words += ["--calibration", "FILE", *(["--kv-cache"] if recipe.kv_cache else [])]
@@ -170,7 +176,6 @@ def _command(verb: str, plan: PackPlan, model: str) -> str:
     for flag in ("ignore", "only", "pack"):
         words += [word for pattern in selection.get(flag, ()) for word in (f"--{flag}", pattern)]
     words += [word for prefix in selection.get("strip_prefix", ()) for word in ("--strip-prefix", prefix)]
-    words += ["--kept-dtype", selection["kept_dtype"]] if "kept_dtype" in selection else []
     if selection.keys() & {"rules", "keep_first_layers", "keep_last_layers"}:
         words += ["--recipe", "FILE"]
     return shlex.join(words)
@@ -178,15 +183,17 @@ def _command(verb: str, plan: PackPlan, model: str) -> str:
 
 def _ignored(plan: PackPlan) -> str:
     kept = [tensor for tensor in plan.tensors if tensor.action in (Action.COPIED, Action.CAST)]
-    dtype = plan.selection.get("kept_dtype")
-    how = f"Their floats are stored in {dtype}." if dtype else "These tensors are copied as they are."
     counts = Counter((tensor.role, tensor.reason) for tensor in kept if tensor.role != "activation_scale")
     lines = [
         f"| {role} | {count} | {_escape(reason.removeprefix('policy: '))} |" for (role, reason), count in counts.items()
     ]
     if not lines:
         return ""
-    return f"## What was ignored\n\n{how}\n\n| role | tensors | why |\n|---|---|---|\n" + "\n".join(lines)
+    dtype = plan.recipe.kept_dtype
+    how = f"not quantized; floats are rounded to {dtype} unless it says why not" if dtype else "copied as they are"
+    return f"## What was ignored\n\nThese tensors are {how}.\n\n| role | tensors | why |\n|---|---|---|\n" + "\n".join(
+        lines
+    )
 
 
 def _escape(text: str) -> str:

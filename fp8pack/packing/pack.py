@@ -32,12 +32,12 @@ def pack(
     pack: Texts = (),
     keep_first_layers: int = 0,
     keep_last_layers: int = 0,
+    kept_dtype: str | None = None,
     targets: Texts = (),
     tp: int | None = None,
     gpu: str | None = None,
     strict_target: bool = False,
     strip_prefix: Texts = (),
-    kept_dtype: str | None = None,
     copy: Texts = (),
     max_shard_size: Size | None = None,
     workers: int | None = None,
@@ -65,9 +65,10 @@ def pack(
     ignore, only, pack: patterns of tensors to keep in BF16, to quantize alone, to quantize whatever the policy says. A
         pattern is a name, a glob over the whole name, or `re:` and an expression; `?` before it lets it match nothing.
     keep_first_layers, keep_last_layers: so many decoder layers stay in BF16.
+    kept_dtype: bfloat16 or float16: the dtype of floats that are not quantized, rounded once to nearest even; what
+        engines keep in float32 stays. By default that of the source.
     targets, tp, gpu: the engines that must load the output, at which tensor-parallel size, on which GPU. strict_target:
         raise if it is not known whether one does. strip_prefix: prefixes to remove from tensor names: `_orig_mod.`.
-    kept_dtype: bfloat16 or float16: store the floats that are not quantized in it, rounded to nearest even.
     output: by default beside the source, named after the scheme. copy: patterns of side files that are skipped by
         default. max_shard_size: such as "5GB". workers: threads. max_memory: bounds them. device: cpu or cuda; the
         bytes are the same. resume: continue unfinished work. deadline: such as "50m"; the same call continues.
@@ -95,12 +96,12 @@ def pack(
         pack=pack,
         keep_first_layers=keep_first_layers,
         keep_last_layers=keep_last_layers,
+        kept_dtype=kept_dtype,
         targets=targets,
         tp=tp,
         gpu=gpu,
         strict_target=strict_target,
         strip_prefix=strip_prefix,
-        kept_dtype=kept_dtype,
     )
     how = WriteOptions(
         output=output,

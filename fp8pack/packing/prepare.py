@@ -17,15 +17,16 @@ from fp8pack.checkpoint.side_files import SideFile, list_side_files
 from fp8pack.checkpoint.source import Source, beside, check_floats, open_checkpoint, read_json
 from fp8pack.checkpoint.staging import check_output, check_output_file
 from fp8pack.errors import InputError, RecipeError
+from fp8pack.inputs import parse_dtype
 from fp8pack.modelfacts.contents import Contents
 from fp8pack.modelfacts.experts import split_experts
 from fp8pack.modelfacts.gathered import ungathered
 from fp8pack.modelfacts.prefixes import strip_prefixes
+from fp8pack.modelfacts.spec import TORCH_NAMES
 from fp8pack.modelfacts.storage import Storage
 from fp8pack.packing.options import WriteOptions
 from fp8pack.planning.calibration import Calibration
 from fp8pack.planning.decide import decide
-from fp8pack.planning.float_names import FLOAT_NAMES, parse_float_name
 from fp8pack.planning.make_plan import choose_recipe, make_plan, make_unpack_plan
 from fp8pack.planning.plan import Plan
 from fp8pack.planning.recipe import WRITABLE, Recipe, Request, parse_scheme, resolve_conversion
@@ -98,7 +99,7 @@ def prepare_pack(model: Path, request: Request, options: WriteOptions) -> Prepar
     dropped = f"{len(contents.kv_scales)} scales of K and V are dropped, which a conversion keeps"
     notes = (*source.notes, dropped) if contents.kv_scales else source.notes
     plan = replace(plan, warnings=(*plan.warnings, *notes))
-    return _place(source, plan, announcement, _Job("pack", recipe.suffix, request.kept_dtype or ""), options)
+    return _place(source, plan, announcement, _Job("pack", recipe.suffix, recipe.kept_dtype or ""), options)
 
 
 def prepare_convert(checkpoint: Path, request: Request, options: WriteOptions) -> Prepared:
@@ -124,7 +125,7 @@ def prepare_convert(checkpoint: Path, request: Request, options: WriteOptions) -
     )
     announcement = _Announcement(method.config(plan), method.files(plan))
     suffix = f"{recipe.suffix}-{recipe.quant_method}" if request.quant_method else recipe.suffix
-    return _place(source, plan, announcement, _Job("convert", suffix, request.kept_dtype or ""), options)
+    return _place(source, plan, announcement, _Job("convert", suffix, recipe.kept_dtype or ""), options)
 
 
 def _resolve(request: Request, storage: Storage, calibration: Calibration | None) -> Recipe:
@@ -144,21 +145,24 @@ def _resolve(request: Request, storage: Storage, calibration: Calibration | None
 def prepare_unpack(checkpoint: Path, dtype: str | None, options: WriteOptions) -> Prepared:
     """Look at a quantized checkpoint and decide how to turn it into floats.
 
-    dtype: bfloat16, float16 or float32; None is that of most weights before they were packed.
+    dtype: bfloat16, float16 or float32; None is that of floats that were kept in another than the source's, or else of
+        most weights before they were packed.
 
     Raises:
         InputError: the checkpoint is refused, or holds nothing that is quantized.
         OutputError, SpaceError: the output cannot stand where it is asked for.
     """
     if dtype is not None:
-        dtype = parse_float_name("dtype", dtype)
+        dtype = parse_dtype("dtype", dtype, tuple(TORCH_NAMES))
     source, contents = _open_quantized(checkpoint)
     if not contents.quantized:
         raise InputError(f"{source.path} has no quantized weight to unpack")
-    dtype = dtype or next(name for name, stored in FLOAT_NAMES.items() if stored == contents.source_dtype)
+    recorded = source.manifest.recipe.get("kept_dtype") if source.manifest else None
+    dtype = dtype or (recorded if recorded in TORCH_NAMES else None)
+    dtype = dtype or next(name for name, stored in TORCH_NAMES.items() if stored == contents.source_dtype)
     limit = _shard_limit(source, options)
-    plan = make_unpack_plan(contents, FLOAT_NAMES[dtype], max_shard_nbytes=limit, sizes=options.sizes)
-    job = _Job("unpack", FLOAT_NAMES[dtype], dtype)
+    plan = make_unpack_plan(contents, TORCH_NAMES[dtype], max_shard_nbytes=limit, sizes=options.sizes)
+    job = _Job("unpack", TORCH_NAMES[dtype], dtype)
     return _place(source, plan, _Announcement(), job, options)
 
 

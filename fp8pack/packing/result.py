@@ -15,7 +15,7 @@ from fp8pack.units import format_seconds, format_size
 
 @dataclass(frozen=True, slots=True)
 class PlannedTensor:
-    """What becomes of a tensor: `packed`, `copied` or `unpacked`, and why.
+    """What becomes of a tensor: `packed`, `copied`, `cast` or `unpacked`, and why.
 
     dtype: of the source, as safetensors spells it. format, granularity, scale: of a packed weight; `scale` is the name
     of its scale tensor. carried: the FP8 bytes are those of the source.
@@ -45,7 +45,7 @@ class SkippedFile:
 
 @dataclass(frozen=True, slots=True)
 class SchemeChoice:
-    """The scheme of a packed checkpoint, and why it was chosen."""
+    """The scheme of a packed checkpoint, and why it was chosen; `kept_dtype`: as asked, None is that of the source."""
 
     name: str
     reason: str
@@ -55,6 +55,7 @@ class SchemeChoice:
     activations: str
     quant_method: str
     kv_cache: bool
+    kept_dtype: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +189,7 @@ def _scheme(recipe: Recipe) -> SchemeChoice:
         activations=recipe.activations,
         quant_method=recipe.quant_method,
         kv_cache=recipe.kv_cache,
+        kept_dtype=recipe.kept_dtype,
     )
 
 

@@ -27,7 +27,8 @@ def unpack(
     """Dequantize an FP8, FP4 or integer checkpoint into BF16, FP16 or FP32.
 
     checkpoint: a directory or `.safetensors` file of any convention that is read, from any tool.
-    dtype: bfloat16, float16 or float32; by default that of most weights before they were packed.
+    dtype: bfloat16, float16 or float32; by default the `kept_dtype` of `pack`, or else that of most weights before they
+        were packed.
     Numerics: value = (element - zero point) * scale in float32, rounded once to nearest even.
     output: by default beside the source. copy: patterns of side files that are skipped by default. max_shard_size: such
         as "5GB". workers: threads. max_memory: bounds them. resume: continue unfinished work. deadline: such as "50m";

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 
 from fp8pack.engines.case import make_case
 from fp8pack.engines.judge import check_targets, judge_engines, module_facts, tied_heads
-from fp8pack.engines.module_facts import is_kept
 from fp8pack.engines.module_names import spellings
 from fp8pack.errors import InputError, RecipeError
 from fp8pack.modelfacts.contents import Contents, Quantized
@@ -15,8 +14,8 @@ from fp8pack.modelfacts.experts import JoinedExperts, join_experts
 from fp8pack.modelfacts.fused import fused_module
 from fp8pack.modelfacts.model import ModelFacts
 from fp8pack.modelfacts.patterns import ignoring, star
-from fp8pack.modelfacts.roles import LINEAR_ROLES, UNKNOWN_LINEAR, judge, layer_of
-from fp8pack.modelfacts.spec import ELEMENT_BITS, FLOAT_DTYPES, Stored, TensorSpec
+from fp8pack.modelfacts.roles import LINEAR_ROLES, UNKNOWN_LINEAR, is_wide, judge, layer_of
+from fp8pack.modelfacts.spec import DTYPE_BITS, ELEMENT_BITS, FLOAT_DTYPES, TORCH_NAMES, Stored, TensorSpec
 from fp8pack.modelfacts.storage import Storage
 from fp8pack.numerics.granularity import MX
 from fp8pack.numerics.rounding import ScaleRounding
@@ -26,7 +25,6 @@ from fp8pack.planning.calibration import Calibration
 from fp8pack.planning.carry import activation_scales, agree, can_carry
 from fp8pack.planning.choose_scheme import choose_scheme
 from fp8pack.planning.decide import Decision, granularity_of, not_quantized, settle
-from fp8pack.planning.float_names import FLOAT_NAMES
 from fp8pack.planning.layout import Output, arrange
 from fp8pack.planning.plan import Action, ExpertPart, Packing, PackPlan, Plan, QuantMethod, TensorPlan
 from fp8pack.planning.recipe import USUAL_GRANULARITY, Recipe, Request, parse_scheme, resolve, selection_of
@@ -34,8 +32,6 @@ from fp8pack.planning.sizes import SIZES, Sizes
 from fp8pack.units import ceil_div
 
 UNKNOWN_SHARE = 0.05
-# What engines hold in float32 whatever the model's dtype: biases of routers, states of Mamba, tables of rotary.
-_STAYS_WIDE = re.compile(r"(^|\.)(e_score_correction_bias|expert_bias|A_log|dt_bias|D|inv_freq)$")
 
 
 def choose_recipe(
@@ -72,7 +68,7 @@ def make_plan(  # noqa: PLR0913
         RecipeError: nothing is left to pack, or a named target cannot load the result.
         InputError: the source already has a tensor with the name of a scale, or the calibration lacks a weight.
     """
-    planner = _Planner(recipe, method, contents, sizes, FLOAT_NAMES.get(request.kept_dtype or "", ""))
+    planner = _Planner(recipe, method, contents, sizes)
     tensors = agree([planner.plan(decision) for decision in settle(decisions, contents, recipe, method, sizes)])
     if not any(tensor.packing for tensor in tensors):
         raise _nothing_to_pack(tensors)
@@ -141,16 +137,11 @@ class _Planner:
     method: QuantMethod
     contents: Contents
     sizes: Sizes
-    kept_dtype: str
 
     def plan(self, decision: Decision) -> TensorPlan:
         spec, quantized = decision.spec, self.contents.quantized.get(decision.spec.name)
-        if not decision.packed and quantized is None:
-            copied = _copy(spec, decision.role, decision.reason, self.sizes)
-            return _cast(copied, self.kept_dtype) if self.kept_dtype and self._may_cast(spec) else copied
-        if not decision.packed and quantized is not None:
-            dtype = self.kept_dtype or quantized.source_dtype
-            return _unpack(spec, decision.role, decision.reason, quantized, dtype, self.sizes)
+        if not decision.packed:
+            return self._keep(decision, quantized)
         granularity = granularity_of(decision, self.recipe)
         format = (decision.rule.format if decision.rule else None) or self.recipe.format
         rounding = self.recipe.scale_rounding
@@ -173,21 +164,35 @@ class _Planner:
         data = self.method.payload(spec, format)
         return TensorPlan(spec, Action.PACKED, decision.role, decision.reason, data, rows, cols, packing, quantized)
 
-    def _may_cast(self, spec: TensorSpec) -> bool:
-        """Say whether engines and the class take a float tensor in fewer bits."""
-        name = spec.name.removesuffix(".weight")
-        if spec.dtype not in FLOAT_DTYPES or spec.dtype == self.kept_dtype or _STAYS_WIDE.search(name):
-            return False
-        built = module_facts(self.contents.facts)
-        return not any(is_kept(path, built.wide) for path in built.modules(name))
+    def _keep(self, decision: Decision, quantized: Quantized | None) -> TensorPlan:
+        spec, role, reason, kept = decision.spec, decision.role, decision.reason, self.recipe.kept_dtype
+        before = quantized.source_dtype if quantized else spec.dtype
+        after = TORCH_NAMES[kept] if kept and before in FLOAT_DTYPES else before
+        if after != before and (why := self._why_not_cast(spec, role)):
+            after, reason = before, f"{reason}; not cast: {why}"
+        if quantized is not None:
+            return _unpack(spec, role, reason, quantized, after, self.sizes)
+        return (
+            _copy(spec, role, reason, self.sizes) if after == before else _cast(spec, role, reason, after, self.sizes)
+        )
+
+    def _why_not_cast(self, spec: TensorSpec, role: str) -> str:
+        """Why a float keeps the dtype of the source whatever is asked for, empty if nothing speaks against a cast."""
+        if spec.name in self.contents.other_scales:
+            return "a scale"
+        if module_facts(self.contents.facts).widens(spec.name):
+            return "transformers keeps it in float32"
+        return "engines keep it in float32" if role == "rotary" or is_wide(spec.name) else ""
+
+
+def _cast(spec: TensorSpec, role: str, reason: str, dtype: str, sizes: Sizes) -> TensorPlan:
+    """Cast a tensor; its bands are as long in the output as those of a copy."""
+    data = Stored(spec.name, dtype, spec.shape)
+    return TensorPlan(spec, Action.CAST, role, reason, data, sizes.band * 8 // DTYPE_BITS[dtype])
 
 
 def _copy(spec: TensorSpec, role: str, reason: str, sizes: Sizes) -> TensorPlan:
     return TensorPlan(spec, Action.COPIED, role, reason, Stored(spec.name, spec.dtype, spec.shape), sizes.band)
-
-
-def _cast(copied: TensorPlan, dtype: str) -> TensorPlan:
-    return replace(copied, action=Action.CAST, data=replace(copied.data, dtype=dtype))
 
 
 def _unpack(spec: TensorSpec, role: str, reason: str, quantized: Quantized, dtype: str, sizes: Sizes) -> TensorPlan:
@@ -352,7 +357,9 @@ def _ignored_modules(tensors: Sequence[TensorPlan], facts: ModelFacts) -> tuple[
     ignored += [name.rpartition(".")[0] for name in ignored if name.rpartition(".")[0].endswith("experts")]
     stored = {tensor.spec.name for tensor in tensors}
     ignored += [head for head in tied_heads(facts) if f"{head}.weight" not in stored]
-    aliased = facts.wrapper or any(tensor.role in ("tower", "projector", "logits") for tensor in tensors)
+    aliased = (
+        facts.wrapper or "fc" in ignored or any(tensor.role in ("tower", "projector", "logits") for tensor in tensors)
+    )
     names = [spelling for name in ignored for spelling in (spellings(name) if aliased else [name])]
     return tuple(dict.fromkeys(names))
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from math import prod
 from typing import Any, Protocol
 
 from fp8pack.engines.judge import EngineVerdict
@@ -24,8 +25,8 @@ class Action(StrEnum):
 
     PACKED = "packed"
     COPIED = "copied"
-    CAST = "cast"
     UNPACKED = "unpacked"
+    CAST = "cast"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +65,9 @@ class TensorPlan:
     """The decision about one tensor, and its bands: the units of work, digest and resume.
 
     A band has `band_rows` rows and `band_cols` columns of a weight, all columns unless its rows are very long; of
-    anything copied or cast, `band_rows` bytes of source. `data` is the payload or copy as it is stored; `quantized`
-    says how FP8 bytes of the source are dequantized, None if they are floats or are copied. `beside` names a weight
-    whose shard it shares. `parts` are the weights that a fused tensor of experts is put together from.
+    anything copied, `band_rows` bytes, and of anything cast, elements. `data` is the payload or copy as it is stored;
+    `quantized` says how FP8 bytes of the source are dequantized, None if they are floats or are copied. `beside` names
+    a weight whose shard it shares. `parts` are the weights that a fused tensor of experts is put together from.
     """
 
     spec: TensorSpec
@@ -85,8 +86,14 @@ class TensorPlan:
 
     @property
     def matrix(self) -> tuple[int, int]:
-        """Rows and columns of a weight that is packed or unpacked, bytes and 1 of anything copied or cast."""
-        return (self.spec.nbytes, 1) if self.action in (Action.COPIED, Action.CAST) else self.spec.matrix
+        """Rows and columns of a weight that is packed or unpacked; bytes and 1 of a copy, elements and 1 of a cast."""
+        match self.action:
+            case Action.COPIED:
+                return self.spec.nbytes, 1
+            case Action.CAST:
+                return prod(self.spec.shape), 1
+            case _:
+                return self.spec.matrix
 
     @property
     def num_bands(self) -> int:

@@ -14,6 +14,7 @@ from fp8pack.inputs import (
     Texts,
     parse_choice,
     parse_count,
+    parse_dtype,
     parse_number,
     parse_path,
     parse_switch,
@@ -25,7 +26,6 @@ from fp8pack.modelfacts.storage import Storage
 from fp8pack.numerics.formats import E4M3, Float8Format, parse_format
 from fp8pack.numerics.granularity import BLOCK_128, CHANNEL, MX, TENSOR, Granularity, parse_granularity
 from fp8pack.numerics.rounding import ScaleRounding
-from fp8pack.planning.float_names import KEPT_DTYPES, parse_float_name
 
 if TYPE_CHECKING:
     from fp8pack.planning.calibration import Calibration  # NumPy, which --help must not wait for
@@ -36,6 +36,7 @@ MAX_TP = 1024
 ACTIVATIONS = ("dynamic", "static", "none")
 ROUNDINGS = tuple(rounding.value for rounding in ScaleRounding)
 MAX_MARGIN = 8
+KEPT_DTYPES = ("bfloat16", "float16")
 USUAL_GRANULARITY = {
     "mxfp8": MX,
     "torchao": CHANNEL,
@@ -100,12 +101,12 @@ class Request:
     rules: tuple[Rule, ...]
     keep_first_layers: int
     keep_last_layers: int
+    kept_dtype: str | None
     targets: tuple[str, ...]
     tp: int | None
     gpu: str | None
     strict_target: bool
     strip_prefix: tuple[str, ...]
-    kept_dtype: str | None
 
     def __init__(
         self,
@@ -127,12 +128,12 @@ class Request:
         rules: Iterable[Rule] = (),
         keep_first_layers: int | str = 0,
         keep_last_layers: int | str = 0,
+        kept_dtype: str | None = None,
         targets: Texts = (),
         tp: int | str | None = None,
         gpu: str | None = None,
         strict_target: bool = False,
         strip_prefix: Texts = (),
-        kept_dtype: str | None = None,
     ) -> None:
         put = partial(object.__setattr__, self)
         put("scheme", "auto" if scheme is None else parse_scheme_name(scheme))
@@ -153,11 +154,11 @@ class Request:
         put("rules", tuple(rules))
         put("keep_first_layers", parse_count("keep_first_layers", keep_first_layers))
         put("keep_last_layers", parse_count("keep_last_layers", keep_last_layers))
+        put("kept_dtype", None if kept_dtype is None else parse_dtype("kept_dtype", kept_dtype, KEPT_DTYPES))
         put("targets", parse_targets(parse_texts("targets", targets, commas=True)))
         put("tp", None if tp is None else parse_count("tp", tp, least=1, most=MAX_TP))
         put("strict_target", parse_switch("strict_target", strict_target))
         put("strip_prefix", parse_texts("strip_prefix", strip_prefix))
-        put("kept_dtype", None if kept_dtype is None else parse_float_name("kept_dtype", kept_dtype, KEPT_DTYPES))
         put("gpu", None if (known := parse_gpu(gpu)) is None else known.name)
 
 
@@ -202,7 +203,10 @@ class ActivationOptions:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """Everything that decides the bytes of the output, resolved; `reason` says why the scheme was chosen."""
+    """Everything that decides the bytes of the output, resolved; `reason` says why the scheme was chosen.
+
+    kept_dtype: of the floats that are not packed, as torch spells it; None is that of the source.
+    """
 
     scheme: str
     reason: str
@@ -216,6 +220,7 @@ class Recipe:
     calibration: "Calibration | None" = None  # if scales of activations are stored
     activation_options: ActivationOptions = field(default_factory=ActivationOptions)
     spelling: str = ""  # see Storage
+    kept_dtype: str | None = None
 
     @property
     def storage(self) -> Storage:
@@ -234,6 +239,7 @@ class Recipe:
             "activations": self.activations,
             "quant_method": self.quant_method,
             **({"spelling": self.spelling} if self.spelling else {}),
+            **({"kept_dtype": self.kept_dtype} if self.kept_dtype else {}),
             **self._calibrated(),
         }
 
@@ -268,8 +274,6 @@ def selection_of(request: Request) -> dict[str, Any]:
         ]
     if request.strip_prefix:
         selection["strip_prefix"] = list(request.strip_prefix)
-    if request.kept_dtype:
-        selection["kept_dtype"] = request.kept_dtype
     layers = {"keep_first_layers": request.keep_first_layers, "keep_last_layers": request.keep_last_layers}
     return selection | {key: count for key, count in layers.items() if count}
 
@@ -311,7 +315,7 @@ def resolve_conversion(request: Request, storage: Storage, calibration: "Calibra
     """
     scheme = parse_scheme(request.scheme)
     parts = (request.format, request.granularity, request.scale_rounding, request.activations, request.quant_method)
-    others = (request.kv_cache, request.targets, request.ignore, request.only, request.rules)
+    others = (request.kv_cache, request.targets, request.ignore, request.only, request.rules, request.kept_dtype)
     if scheme is None and not any((*parts, *others)):
         raise RecipeError("nothing to convert to", "choose a --scheme, --quant-method, --granularity, or --kv-cache")
     if scheme is None:
@@ -377,6 +381,7 @@ def _override(scheme: Scheme, request: Request, reason: str, calibration: "Calib
         calibration,
         ActivationOptions(request.percentile, request.margin, request.warmup),
         spelling_of(request, method, granularity),
+        request.kept_dtype,
     )
 
 

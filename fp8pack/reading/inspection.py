@@ -22,7 +22,7 @@ class ScaleRange:
 class TensorInspection:
     """A tensor of a checkpoint.
 
-    action: `packed`, `copied` or `unpacked` in the manifest, `stored` without one. dtype, shape, nbytes:
+    action: `packed`, `copied`, `cast` or `unpacked` in the manifest, `stored` without one. dtype, shape, nbytes:
     as stored. format, granularity, scale: of an FP8 weight. amax: of its source, as recorded. activation_scales: by
     kind, `input`, `k` or `v`. sqnr: in dB against the source over all elements, if it was measured.
     """

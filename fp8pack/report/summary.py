@@ -52,9 +52,11 @@ def _pack_lines(result: PackResult, scheme: SchemeChoice) -> list[str]:
     if result.num_unpacked:
         packed += f"    dequantized {result.num_unpacked}"
     kept = [entry for entry in result.kept if entry.role != "activation_scale"]
+    cast = sum(entry.action == "cast" for entry in kept)
+    into = f" ({cast} in {scheme.kept_dtype})" if cast else ""
     return [
         f"scheme   {scheme.name} ({scheme.reason}): {parts}",
-        f"{packed}    kept {_kept([entry for entry in kept if entry.action != 'unpacked'])}",
+        f"{packed}    kept {_kept([entry for entry in kept if entry.action != 'unpacked'], into)}",
         *_reason_lines(kept),
     ]
 
@@ -94,13 +96,13 @@ def _next(result: PackResult) -> str:
     return f"fp8pack inspect {shlex.quote(path)}"
 
 
-def _kept(kept: Sequence[PlannedTensor]) -> str:
+def _kept(kept: Sequence[PlannedTensor], into: str) -> str:
     policy = [entry for entry in kept if entry.reason.startswith("policy")]
     counts = Counter(entry.role for entry in policy)
     singles = {entry.role: entry.name.removesuffix(".weight").rsplit(".", 1)[-1] for entry in policy}
     words = [singles[role] if count == 1 else f"{count} {_PLURALS.get(role, role)}" for role, count in counts.items()]
     words += [f"{len(kept) - len(policy)} for other reasons"] if len(kept) > len(policy) else []
-    return f"{len(kept)}: {', '.join(words)}" if words else str(len(kept))
+    return f"{len(kept)}{into}: {', '.join(words)}" if words else f"{len(kept)}{into}"
 
 
 def _reason_lines(kept: Sequence[PlannedTensor]) -> list[str]:

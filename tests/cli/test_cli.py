@@ -14,7 +14,7 @@ from fp8pack.cli.app import app
 PACK_OPTIONS = {
     *("--output", "--scheme", "--format", "--granularity", "--quant-method", "--scale-rounding", "--activations"),
     *("--calibration", "--kv-cache", "--percentile", "--margin", "--warmup"),
-    *("--keep-first-layers", "--keep-last-layers", "--targets"),
+    *("--keep-first-layers", "--keep-last-layers", "--kept-dtype", "--targets"),
     *(
         "--recipe",
         "--ignore",

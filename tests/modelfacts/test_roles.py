@@ -5,7 +5,7 @@ import pytest
 from fp8pack.engines.module_names import spellings
 from fp8pack.modelfacts.fused import fused_module, is_part_of, storage_key, together
 from fp8pack.modelfacts.model import ModelFacts
-from fp8pack.modelfacts.roles import judge, layer_of
+from fp8pack.modelfacts.roles import is_wide, judge, layer_of
 from fp8pack.modelfacts.spec import TensorSpec
 
 PACKED = {
@@ -111,7 +111,7 @@ KEPT = {
         "model.layers.0.self_attn.indexer.weights_proj.weight",
         "model.layers.0.self_attn.indexer.wk.weight",
     ],
-    "other": ["bert.pooler.dense.weight"],
+    "other": ["bert.pooler.dense.weight", "fc.weight"],
 }
 DEEPSEEK = ModelFacts(architecture="DeepseekV3ForCausalLM", model_type="deepseek_v3", num_layers=61)
 
@@ -132,6 +132,22 @@ def test_what_must_stay_stays_with_its_role(role: str, name: str) -> None:
     verdict = judge(spec(name), DEEPSEEK)
     assert (verdict.packed, verdict.role) == (False, role)
     assert verdict.reason.startswith("policy: ")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.3.mlp.gate.e_score_correction_bias",
+        "layers.3.ffn.gate.bias",
+        "model.layers.3.feed_forward.expert_bias",
+        "backbone.layers.0.mixer.A_log",
+        "backbone.layers.0.mixer.D",
+        "model.layers.0.linear_attn.dt_bias",
+    ],
+)
+def test_what_engines_keep_in_float32_is_known_by_its_name(name: str) -> None:
+    assert is_wide(name)
+    assert not is_wide(name + "_proj.weight")
 
 
 def test_only_the_experts_gate_projection_is_no_router() -> None:

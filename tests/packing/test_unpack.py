@@ -17,16 +17,26 @@ import oracle
 import pytest
 import torch
 import verbs
-from checkpoints import Tensors, llama_config, random_weight, read_tensors, write_model, write_shard
+from checkpoints import (
+    MakeCheckpoint,
+    Tensors,
+    llama_config,
+    llama_tensors,
+    random_weight,
+    read_tensors,
+    write_model,
+    write_shard,
+)
 from numpy.typing import NDArray
+from safetensors import safe_open
 
 import fp8pack
 from fp8pack.errors import Fp8PackError, InputError, OutputError, RecipeError, SpaceError
+from fp8pack.modelfacts.spec import TORCH_NAMES
 from fp8pack.numerics.formats import parse_format
 from fp8pack.numerics.granularity import parse_granularity
 from fp8pack.numerics.rounding import ScaleRounding
 from fp8pack.packing.options import WriteOptions
-from fp8pack.planning.float_names import FLOAT_NAMES
 from fp8pack.planning.recipe import Request
 from fp8pack.planning.sizes import Sizes
 
@@ -527,4 +537,15 @@ def test_memory_does_not_grow_with_the_tensor(shape: tuple[int, int], tmp_path: 
 
 
 def test_every_dtype_is_under_test() -> None:
-    assert set(FLOAT_NAMES) == set(DTYPES)
+    assert set(TORCH_NAMES) == set(DTYPES)
+
+
+def test_a_buffer_in_float64_is_copied(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    """Its dtype begins as those of six bits do."""
+    table = np.arange(6, dtype=np.float64)
+    source = make_checkpoint(llama_tensors() | {"model.table": table})
+    fp8pack.pack(source, tmp_path / "packed")
+    fp8pack.convert(tmp_path / "packed", tmp_path / "converted", quant_method="fp8pack")
+    fp8pack.unpack(tmp_path / "converted", tmp_path / "unpacked")
+    with safe_open(tmp_path / "unpacked" / "model.safetensors", "np") as opened:
+        assert (opened.get_tensor("model.table") == table).all()

@@ -259,7 +259,7 @@ private:
     void add(const std::string& name, const detail::Entry& entry) {
         detail::check_name(manifest_, name);
         const bool is_packed = entry.action == "packed";
-        if (!is_packed && entry.action != "copied" && entry.action != "unpacked") {
+        if (!is_packed && entry.action != "copied" && entry.action != "cast" && entry.action != "unpacked") {
             refuse(name, "has an action that is not known: " + detail::quoted(entry.action));
         }
         if (is_packed && entry.format != "e4m3" && entry.format != "e5m2") {
