@@ -9,9 +9,11 @@ FLOORS = {
     "errors": -1,  # which everything may raise
     "units": 0,
     "inputs": 0,
+    "limits": 0,
     "documents": 0,
     "machine": 0,
     "quiet": 0,
+    "regular_files": 0,
     "numerics": 1,
     "modelfacts": 2,
     "engines": 3,

@@ -5,9 +5,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from fp8pack.checkpoint.regular_files import read_regular
 from fp8pack.checkpoint.shard_writer import writing
 from fp8pack.errors import OutputError
+from fp8pack.regular_files import read_regular
 
 _VERSION = 1
 _HEAD = {

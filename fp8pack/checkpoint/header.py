@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any, NoReturn
 
-from fp8pack.checkpoint.regular_files import read_range
 from fp8pack.errors import InputError
 from fp8pack.modelfacts.spec import DTYPE_BITS, Stored, TensorSpec, nbytes_of
+from fp8pack.regular_files import read_range
 
 MAX_HEADER_NBYTES = 100_000_000  # the safetensors library's own limit
 DATA_ALIGNMENT = 4096

@@ -16,9 +16,9 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from fp8pack.checkpoint.regular_files import open_regular
 from fp8pack.checkpoint.shard_writer import writing
 from fp8pack.errors import InputError, OutputError
+from fp8pack.regular_files import open_regular
 
 _VERSION = 1
 _MAX_HEAD_NBYTES = 1 << 24

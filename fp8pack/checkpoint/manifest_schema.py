@@ -8,10 +8,10 @@ from blake3 import blake3
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fp8pack.checkpoint.manifest import MANIFEST_NAME, SCHEMA_VERSION
-from fp8pack.checkpoint.regular_files import read_regular
 from fp8pack.errors import InputError, VerificationError
 from fp8pack.modelfacts.spec import TensorSpec
 from fp8pack.numerics.formats import FORMATS
+from fp8pack.regular_files import read_regular
 
 _COPY_AGAIN = "copy the files again from where they were packed"
 _DTYPES = {format.name: format.dtype for format in FORMATS}

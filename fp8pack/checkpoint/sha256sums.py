@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from fp8pack.checkpoint.regular_files import open_regular, read_regular
 from fp8pack.checkpoint.shard_writer import sync_directory, write_file, writing
 from fp8pack.checkpoint.whole import Difference, other_files
 from fp8pack.errors import InputError
 from fp8pack.machine import usable_cores
+from fp8pack.regular_files import open_regular, read_regular
 
 SUMS_NAME = "SHA256SUMS"
 _LINE = re.compile(r"([0-9a-f]{64}) [ *](.+)")

@@ -11,9 +11,9 @@ from fnmatch import fnmatchcase
 from glob import escape
 from pathlib import Path
 
-from fp8pack.checkpoint.regular_files import FileVersion, check_link, read_regular, version_of
 from fp8pack.checkpoint.source import ShardReader
 from fp8pack.errors import InputError
+from fp8pack.regular_files import FileVersion, check_link, read_regular, version_of
 
 _LEFT_OUT = tuple(
     (re.compile(pattern), rule)

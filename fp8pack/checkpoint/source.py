@@ -17,12 +17,12 @@ from numpy.typing import NDArray
 
 from fp8pack.checkpoint.header import Header, read_header
 from fp8pack.checkpoint.manifest_schema import Manifest, find_manifest, read_manifest
-from fp8pack.checkpoint.regular_files import FileVersion, check_link, fill, open_regular, read_range, version_of
 from fp8pack.errors import InputError
 from fp8pack.machine import check_system
 from fp8pack.modelfacts.model import ModelFacts, read_facts
 from fp8pack.modelfacts.spec import ELEMENT_BITS, NIBBLE, TensorSpec
 from fp8pack.numerics.table_codec import split_nibbles
+from fp8pack.regular_files import FileVersion, check_link, fill, open_regular, read_range, version_of
 from fp8pack.units import ceil_div
 
 _PACK_ORIGINAL = "pack the BF16, FP16 or FP32 original"

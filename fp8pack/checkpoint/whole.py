@@ -15,9 +15,9 @@ from blake3 import blake3
 from fp8pack.checkpoint.header import Header
 from fp8pack.checkpoint.manifest import is_as_written, root_of
 from fp8pack.checkpoint.manifest_schema import FileEntry, Manifest, digest_of_header, header_differences, parse_manifest
-from fp8pack.checkpoint.regular_files import read_regular
 from fp8pack.checkpoint.source import ShardReader
 from fp8pack.errors import InputError, VerificationError
+from fp8pack.regular_files import read_regular
 
 _PIECE_NBYTES = 1 << 20
 _COPY_AGAIN = "copy the file again"

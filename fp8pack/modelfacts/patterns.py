@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -10,8 +11,10 @@ from glob import escape
 
 from fp8pack.errors import RecipeError
 from fp8pack.inputs import parse_texts
+from fp8pack.limits import time_limit
 
 _OPTIONS = ("ignore", "only", "pack")
+_MAX_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +85,7 @@ class Matcher:
             else:
                 self._patterns.append((rank, pattern, pattern.compile()))
         self._option = option
+        self._seconds: dict[str, float] = {}
         self._unused = {pattern.text for pattern in patterns if not pattern.optional}
         self._asked: list[tuple[str, ...]] = []
 
@@ -93,9 +97,26 @@ class Matcher:
         self._asked.append(names)
         candidates = _names_of(names)
         hits = [hit for candidate in candidates for hit in self._exact.get(candidate, ())]
-        hits += [(rank, pattern) for rank, pattern, regex in self._patterns if any(map(regex.match, candidates))]
+        hits += [
+            (rank, pattern) for rank, pattern, regex in self._patterns if self._matches(pattern, regex, candidates)
+        ]
         self._unused.difference_update(hit.text for _, hit in hits)
         return min(hits, key=lambda hit: hit[0])[1] if hits else None
+
+    def _matches(self, pattern: Pattern, regex: re.Pattern[str], names: Iterable[str]) -> bool:
+        """Match within the time that is left for a pattern over all names: one expression can take years."""
+        if not pattern.text.removeprefix("?").startswith("re:"):
+            return any(map(regex.match, names))
+        started, spent = time.perf_counter(), self._seconds.get(pattern.text, 0.0)
+        try:
+            with time_limit(max(1e-3, _MAX_SECONDS - spent)):
+                return any(map(regex.match, names))
+        except TimeoutError:
+            raise RecipeError(
+                f"{self._option} pattern {pattern.text!r} takes longer than {_MAX_SECONDS:.0f} s", "write a glob"
+            ) from None
+        finally:
+            self._seconds[pattern.text] = spent + time.perf_counter() - started
 
     def check(self) -> None:
         """Raise RecipeError if a pattern matched no tensor, with the nearest one that does."""

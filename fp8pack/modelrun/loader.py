@@ -15,6 +15,7 @@ from fp8pack.checkpoint.quantized import read_contents
 from fp8pack.checkpoint.source import Source
 from fp8pack.checkpoint.values import ValueReader
 from fp8pack.errors import InputError
+from fp8pack.modelfacts.believable import unbelievable
 from fp8pack.modelfacts.contents import Contents
 from fp8pack.modelfacts.spec import TensorSpec
 from fp8pack.modelrun.names import Names, names_of
@@ -39,6 +40,8 @@ class ModelLoader:
 
     def __init__(self, source: Source, *, trust_remote_code: bool, device: torch.device) -> None:
         self._source, self.device = source, device
+        if reason := unbelievable(source.config or {}, source.specs):
+            raise InputError(f"config.json of {source.path} {reason}")
         config = _read_config(source, trust_remote_code)
         model_class = _find_class(source, config, trust_remote_code)
         text = config.get_text_config()

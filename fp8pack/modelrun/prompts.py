@@ -4,12 +4,12 @@ import glob
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
 from fp8pack.errors import InputError
+from fp8pack.modelrun.chat import Prompt, render
 
 BUILT_IN = "built-in"
 _REPOSITORY = Path(__file__).parents[2] / "calib_prompts" / "prompts.jsonl"
@@ -18,22 +18,8 @@ _LOADERS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".txt": "text",
 _JSON = (".jsonl", ".ndjson", ".json")
 _ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
 _MORE_KEYS = ("name", "tool_calls", "tool_call_id", "reasoning_content")  # of a message, beside role and content
-_PROBE = "fp8pack-probe"
+_MAX_CHARS_PER_TOKEN = 256  # a tokenizer of a text takes many times its size, and no token is as long
 _SHAPES = "text, article, prompt (and completion), messages, conversations, or instruction (and output)"
-
-Messages = list[dict[str, Any]]
-
-
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """A prompt as text, or as a conversation of {role, content, …}; `name` is its file and line, or data set and row.
-
-    tools: the functions that a conversation may call, as a chat template takes them.
-    """
-
-    name: str
-    content: str | Messages
-    tools: list[Any] | None = None
 
 
 def load_prompts(places: Sequence[str], count: int, *, text_column: str | None = None) -> list[Prompt]:
@@ -87,21 +73,30 @@ def tokenize(prompts: Iterable[Prompt], tokenizer: Any, max_length: int) -> list
     Raises:
         InputError: the template refuses a conversation, or nothing is left of a prompt.
     """
-    reads_strings = not tokenizer.chat_template or _reads_strings(tokenizer)
-    return [_tokenize(prompt, tokenizer, max_length, reads_strings) for prompt in prompts]
+    prompts, has_template = list(prompts), bool(tokenizer.chat_template)
+    asked = [prompt for prompt in prompts if has_template and isinstance(prompt.content, list)]
+    texts = iter(render(asked, tokenizer, max_length * _MAX_CHARS_PER_TOKEN))
+    found = []
+    for prompt in prompts:
+        rendered = next(texts) if has_template and isinstance(prompt.content, list) else None
+        found.append(_tokenize(prompt, rendered, tokenizer, max_length))
+    return found
 
 
-def _tokenize(prompt: Prompt, tokenizer: Any, max_length: int, reads_strings: bool) -> tuple[list[int], bool]:
-    templated = isinstance(prompt.content, list) and bool(tokenizer.chat_template)
-    if isinstance(prompt.content, str):
+def _tokenize(prompt: Prompt, rendered: str | None, tokenizer: Any, max_length: int) -> tuple[list[int], bool]:
+    templated = rendered is not None
+    if rendered is not None:
+        text = rendered
+    elif isinstance(prompt.content, str):
         text = prompt.content
-    elif templated:
-        text = _render(prompt, tokenizer, reads_strings)
     else:
         text = "\n\n".join(filter(None, map(_plain_text, prompt.content)))
+    longest = max_length * _MAX_CHARS_PER_TOKEN
+    is_long, text = len(text) > longest, text[:longest]
     try:
         ids = tokenizer(text, add_special_tokens=not templated, truncation=True, max_length=max_length)["input_ids"]
-        cut = len(ids) >= max_length and len(tokenizer(text, add_special_tokens=not templated)["input_ids"]) > len(ids)
+        full = tokenizer(text, add_special_tokens=not templated)["input_ids"] if len(ids) >= max_length else ids
+        cut = is_long or len(full) > len(ids)
     except (TypeError, UnicodeError):  # of half a surrogate pair
         raise InputError(f"{prompt.name} cannot be tokenized") from None
     if not ids:
@@ -113,47 +108,6 @@ def _plain_text(message: Mapping[str, Any]) -> str:
     """A message where there is no template: its content, and the calls in it as JSON."""
     calls = message.get("tool_calls")
     return "\n".join(filter(None, [message.get("content"), json.dumps(calls, ensure_ascii=False) if calls else ""]))
-
-
-def _reads_strings(tokenizer: Any) -> bool:
-    """Whether a chat template takes content as a string; those of some multimodal models take lists of parts only."""
-
-    def shows(content: Any) -> bool:
-        try:
-            asked = [{"role": "user", "content": content}]
-            return _PROBE in str(tokenizer.apply_chat_template(asked, tokenize=False))
-        except Exception:  # whatever a template raises
-            return False
-
-    return shows(_PROBE) or not shows([{"type": "text", "text": _PROBE}])
-
-
-def _render(prompt: Prompt, tokenizer: Any, reads_strings: bool) -> str:
-    messages = list(prompt.content) if isinstance(prompt.content, list) else []
-    with_content = [{"content": "", **message} for message in messages]  # some templates fail on a call without
-    failure: Exception | None = None
-    for form in (messages, with_content, _fold_system(with_content)):
-        shaped = form if reads_strings else [_in_parts(message) for message in form]
-        asking = form[-1]["role"] == "user"
-        try:
-            template = tokenizer.apply_chat_template
-            return str(template(shaped, prompt.tools, tokenize=False, add_generation_prompt=asking))
-        except Exception as error:  # whatever a template raises; it is a program that came with the model
-            failure = failure or error
-    reason = " ".join(f"{type(failure).__name__}: {failure}".split())[:200]
-    raise InputError(f"{prompt.name}: the tokenizer's chat template fails on it: {reason}")
-
-
-def _fold_system(messages: Messages) -> Messages:
-    """For templates without a system role: its content goes before the first question."""
-    if len(messages) < 2 or messages[0]["role"] != "system":
-        return messages
-    first = {**messages[1], "content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}
-    return [first, *messages[2:]]
-
-
-def _in_parts(message: dict[str, Any]) -> dict[str, Any]:
-    return {**message, "content": [{"type": "text", "text": message.get("content", "")}]}
 
 
 def _conversation(messages: Sequence[Any], row: Mapping[str, Any], name: str) -> Prompt:

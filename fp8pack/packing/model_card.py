@@ -15,6 +15,7 @@ import yaml
 from fp8pack.checkpoint.source import Source
 from fp8pack.engines.known import NAMES
 from fp8pack.engines.serve import load_code, serve_command
+from fp8pack.limits import MAX_DEPTH, depth_of
 from fp8pack.numerics.metrics import sqnr_db
 from fp8pack.planning.plan import Action, PackPlan
 from fp8pack.planning.recipe import WRITABLE
@@ -73,7 +74,7 @@ def strip_card(text: str) -> str:
 def _split(text: str) -> tuple[dict[str, Any], str]:
     """The front matter of a card, as far as it is one, all scalars as text, and the text below it."""
     match = re.match(r"---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", text[: 2 * _MAX_HEAD], re.DOTALL)
-    if match is None or len(match[1]) > _MAX_HEAD:
+    if match is None or len(match[1]) > _MAX_HEAD or depth_of(match[1]) > MAX_DEPTH:
         return {}, text
     try:
         if any(map(_is_more_than_text, yaml.parse(match[1], Loader=yaml.BaseLoader))):

@@ -12,7 +12,6 @@ from fp8pack.checkpoint.calibration_file import read_calibration
 from fp8pack.checkpoint.config import set_dtype, set_quantization_config
 from fp8pack.checkpoint.quant_methods import find_method
 from fp8pack.checkpoint.quantized import read_contents, read_low_bits
-from fp8pack.checkpoint.regular_files import read_regular
 from fp8pack.checkpoint.side_files import SideFile, list_side_files
 from fp8pack.checkpoint.source import Source, beside, check_floats, open_checkpoint, read_json
 from fp8pack.checkpoint.staging import check_output, check_output_file
@@ -30,6 +29,7 @@ from fp8pack.planning.decide import decide
 from fp8pack.planning.make_plan import choose_recipe, make_plan, make_unpack_plan
 from fp8pack.planning.plan import Plan
 from fp8pack.planning.recipe import WRITABLE, Recipe, Request, parse_scheme, resolve_conversion
+from fp8pack.regular_files import read_regular
 
 _MISTRAL_CONFIG = "params.json"
 

@@ -8,7 +8,6 @@ from contextlib import closing
 from typing import Any
 
 from fp8pack.checkpoint.journal import Journal, read_head
-from fp8pack.checkpoint.regular_files import read_regular
 from fp8pack.checkpoint.shard_writer import check_space, writing
 from fp8pack.checkpoint.staging import Staging
 from fp8pack.checkpoint.whole import check_whole
@@ -23,6 +22,7 @@ from fp8pack.packing.prepare import Prepared
 from fp8pack.packing.result import PackResult, Sqnr, Written, make_result
 from fp8pack.packing.side_work import SideWork
 from fp8pack.packing.workers import Stop
+from fp8pack.regular_files import read_regular
 from fp8pack.units import format_size
 
 _BASE_MEMORY = 100 << 20  # interpreter and libraries
@@ -135,7 +135,7 @@ def _finished_root(prepared: Prepared) -> str | None:
             f"{prepared.output} is of the same recipe, but damaged: {error}",
             "--overwrite replaces it, or choose another -o",
         ) from None
-    except (InputError, OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (InputError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 

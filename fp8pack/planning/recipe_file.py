@@ -7,16 +7,19 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
-from fp8pack.errors import RecipeError
+from fp8pack.errors import InputError, RecipeError
 from fp8pack.inputs import parse_path
+from fp8pack.limits import MAX_DEPTH, depth_of
 from fp8pack.modelfacts.patterns import Pattern
 from fp8pack.numerics.formats import parse_format
 from fp8pack.numerics.granularity import parse_granularity
 from fp8pack.planning.recipe import SCHEMES, Request, Rule, RuleAction
+from fp8pack.regular_files import read_regular
 
 DEFAULTS: dict[str, object] = {name: given.default for name, given in signature(Request).parameters.items()}
 _RULE_KEYS = ("match", "action", "format", "granularity")
-_MAX_NBYTES = 1 << 30
+_MAX_NBYTES = 1 << 30  # of a manifest
+_MAX_YAML = 1 << 20
 _OF_A_RESULT = ("reason", "spelling", "calibration", "unpack")  # in the recipe of a manifest, but no keyword
 
 
@@ -42,7 +45,9 @@ def read_recipe(path: Path) -> Mapping[str, object]:
     try:
         if path.stat().st_size > _MAX_NBYTES:
             raise RecipeError(f"{path} is too large for a recipe")
-        text = path.read_text(encoding="utf-8")
+        text = read_regular(path).decode()
+    except InputError as error:
+        raise RecipeError(str(error)) from None
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     document = _parse(text, path.name)
@@ -64,6 +69,8 @@ def _parse(text: str, name: str) -> Any:
             return json.loads(text)
         except (ValueError, RecursionError) as error:
             raise RecipeError(f"{name} is not valid JSON: {error}") from None
+    if len(text) > _MAX_YAML or depth_of(text) > MAX_DEPTH:
+        raise RecipeError(f"{name} is too large, or nested too deeply, for a recipe in YAML")
     import yaml  # for this option alone
 
     try:

@@ -9,11 +9,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fp8pack.checkpoint.regular_files import open_regular
 from fp8pack.errors import InputError
 from fp8pack.modelfacts.spec import TensorSpec
 from fp8pack.modelfacts.tensor_parallel import Part
 from fp8pack.numerics.torch_dtypes import TORCH_DTYPES
+from fp8pack.regular_files import open_regular
 from fp8pack.runtime.placement import BufferPlace
 
 

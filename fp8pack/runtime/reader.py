@@ -16,8 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fp8pack.checkpoint.regular_files import open_regular
 from fp8pack.checkpoint.source import ShardReader
+from fp8pack.regular_files import open_regular
 from fp8pack.runtime.placement import Cut, Read
 
 _PAGE = 4096

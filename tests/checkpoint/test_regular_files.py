@@ -12,7 +12,6 @@ from checkpoints import MakeCheckpoint
 from fp8pack.checkpoint.calibration_file import read_calibration, write_calibration
 from fp8pack.checkpoint.header import Header
 from fp8pack.checkpoint.manifest_schema import read_manifest
-from fp8pack.checkpoint.regular_files import open_regular, read_regular, version_of
 from fp8pack.checkpoint.side_files import list_side_files
 from fp8pack.checkpoint.source import ShardReader
 from fp8pack.errors import InputError
@@ -20,6 +19,7 @@ from fp8pack.packing.prepare import WriteOptions, prepare_pack
 from fp8pack.packing.write import carry_out
 from fp8pack.planning.calibration import Calibration
 from fp8pack.planning.recipe import Request
+from fp8pack.regular_files import open_regular, read_regular, version_of
 
 
 @pytest.mark.parametrize("kind", ["fifo", "directory", "device", "socket", "link to a fifo"])
