@@ -27,7 +27,7 @@ def merge(calibrations: Paths, output: str | Path, *, overwrite: bool = False) -
     Raises:
         InputError: a file is not a calibration file, two files are of different models or options, or contain the same
             prompt.
-        OutputError: the output exists. RecipeError: the output is not a .safetensors file.
+        OutputError: the output exists, and is no merge of these. RecipeError: the output is not a .safetensors file.
     """
     files = [calibrations] if isinstance(calibrations, str | Path) else list(calibrations)
     paths = [parse_path("calibrations", file) for file in files]
@@ -35,11 +35,22 @@ def merge(calibrations: Paths, output: str | Path, *, overwrite: bool = False) -
     if target.suffix != ".safetensors":
         raise RecipeError(f"output {target.name} is not a .safetensors file")
     check_output_file(target, None, overwrite=overwrite)
-    if target.exists() and not overwrite:
-        raise OutputError(f"{target} exists", "choose another -o, or --overwrite replaces it")
     joined = join([(path.name, read_calibration(path)) for path in paths])
-    write_calibration(target, joined)
-    return replace(summarize(joined, output=target), num_merged=len(paths))
+    is_there = target.exists() and not overwrite
+    if is_there and not _is_same(target, joined):
+        raise OutputError(f"{target} exists", "choose another -o, or --overwrite replaces it")
+    if not is_there:
+        write_calibration(target, joined)
+    return replace(summarize(joined, output=target), num_merged=len(paths), already_complete=is_there)
+
+
+def _is_same(target: Path, joined: Calibration) -> bool:
+    """Say whether a file is of the same model, options and prompts: a merge that was killed at its very end."""
+    try:
+        found = read_calibration(target)
+    except InputError:
+        return False
+    return (found.fingerprint, found.options, found.prompts) == (joined.fingerprint, joined.options, joined.prompts)
 
 
 def join(calibrations: Sequence[tuple[str, Calibration]]) -> Calibration:

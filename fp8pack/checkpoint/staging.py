@@ -245,7 +245,8 @@ class Staging:
         age = time.time() - os.fstat(self._fd).st_mtime
         if owner and owner != host:
             if age < _STALE_SECONDS:
-                raise OutputError(f"{self.output} is being written on {owner}", "wait for it, or choose another -o")
+                remedy = f"wait for it, or choose another -o; if it has ended, remove {self._lock_path}"
+                raise OutputError(f"{self.output} is being written on {owner}", remedy)
             self.notes.append(f"took over the lock that {owner} left {age / 60:.0f} min ago")
         os.ftruncate(self._fd, 0)
         os.pwrite(self._fd, json.dumps({"host": host, "pid": os.getpid()}).encode(), 0)

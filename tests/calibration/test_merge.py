@@ -256,6 +256,10 @@ def test_an_output_that_exists_is_left_alone_unless_it_is_to_be_replaced(tmp_pat
         merge([a, b], out)
     assert out.read_text() == "mine"
     merge([a, b], out, overwrite=True)
+    again = merge([a, b], out)  # as after a kill at the very end
+    assert again.already_complete
+    with pytest.raises(OutputError, match="exists"):
+        merge([a], out)
     merge([a, b], a, overwrite=True)  # over one of them
     assert a.read_bytes() == out.read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", "b.safetensors", "out.safetensors"]

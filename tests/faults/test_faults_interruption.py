@@ -8,6 +8,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -88,7 +89,10 @@ def test_a_replacement_killed_anywhere_leaves_the_old_output_or_the_new_one(
 # Asked to stop.
 
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"])
+STOPS = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+
+
+@pytest.mark.parametrize(("signum", "code"), STOPS, ids=[signum.name for signum, _ in STOPS])
 @pytest.mark.parametrize("lines", [1, 60])
 def test_a_pack_that_is_asked_to_stop_says_so_and_continues(
     signum: signal.Signals, code: int, lines: int, bench: Any
@@ -103,6 +107,29 @@ def test_a_pack_that_is_asked_to_stop_says_so_and_continues(
     ran = bench.run("-q")
     bench.check_complete(ran)
     assert lines == 1 or ran.facts["resumed_nbytes"] > 0
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("milliseconds", [60, 120, 200, 300, 450, 700])
+def test_a_signal_at_any_moment_leaves_no_traceback(
+    signum: signal.Signals, milliseconds: int, small_bench: Any
+) -> None:
+    command = [sys.executable, "-m", "fp8pack", "pack", str(small_bench.model), "-o", str(small_bench.output), "-q"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        time.sleep(milliseconds / 1000)
+        process.send_signal(signum)
+        _, errors = process.communicate()
+    assert "/cli/" not in errors, "our code has begun"  # before, Python itself shows where it was
+    assert process.returncode in (0, -signum, 128 + signum)
+    assert not small_bench.output.exists() or process.returncode == 0
+    small_bench.check_complete(small_bench.run())
+
+
+def test_a_hangup_that_is_ignored_stays_so(bench: Any) -> None:
+    running = bench.start("-q", extra="import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n")
+    assert running.reach(1)
+    running.process.send_signal(signal.SIGHUP)
+    bench.check_complete(running.end())
 
 
 def test_a_deadline_ends_with_code_7_and_the_same_command_continues(bench: Any) -> None:
@@ -396,6 +423,15 @@ def leave_lock(bench: Any, text: bytes, *, age: float = 0.0) -> None:
 
 
 ELSEWHERE = json.dumps({"host": "another-host", "pid": 1}).encode()
+
+
+def test_a_lock_of_a_clock_ahead_names_the_way_out(small_bench: Any) -> None:
+    leave_lock(small_bench, ELSEWHERE, age=-86_400.0)
+    ended = small_bench.run()
+    assert ended.code == 4
+    small_bench.check_message(ended, f"remove {small_bench.staging / 'lock'}")
+    (small_bench.staging / "lock").unlink()
+    small_bench.finish_here()
 
 
 def test_a_young_lock_of_another_host_is_respected(small_bench: Any) -> None:
