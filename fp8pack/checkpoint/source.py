@@ -317,7 +317,10 @@ def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def find_checkpoint(path: Path) -> Path:
     """Return the path, or of the id of a cached repository its snapshot; InputError if there is neither."""
-    return path if path.exists() else _find_in_hub_cache(path)
+    try:
+        return path if path.exists() else _find_in_hub_cache(path)
+    except OSError as error:  # a name that is too long, say
+        raise InputError(f"{str(path)[:200]} cannot be read: {str(error.strerror).lower()}") from None
 
 
 def _find_in_hub_cache(path: Path) -> Path:

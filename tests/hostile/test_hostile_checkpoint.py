@@ -14,6 +14,7 @@ import verbs
 from hostile.hostile_models import FIRST, NAME, Cli, Refused, pack_into, points_to
 from safetensors import safe_open
 
+import fp8pack
 from fp8pack.errors import Fp8PackError, InputError
 from fp8pack.modelfacts.patterns import Pattern
 from fp8pack.numerics.granularity import BLOCK_128, CHANNEL, MX, TENSOR, Granularity
@@ -200,3 +201,9 @@ def test_what_was_packed_from_an_odd_checkpoint_opens_in_the_safetensors_library
     pack_into(built.single(tmp_path / "model", tensors), tmp_path / "out")
     with safe_open(tmp_path / "out" / "model.safetensors", framework="numpy") as opened:
         assert set(opened.keys()) >= set(tensors)
+
+
+@pytest.mark.parametrize("read", [fp8pack.inspect, fp8pack.unpack, fp8pack.verify, fp8pack.load_packed])
+def test_a_path_that_no_file_system_has_is_refused(read: Any) -> None:
+    with pytest.raises(InputError, match="file name too long"):
+        read("x" * 300)

@@ -169,3 +169,13 @@ def test_a_directory_that_cannot_be_read_is_refused(
     monkeypatch.setattr(os, "scandir", without_permission)
     with pytest.raises(InputError, match=r"^assets/ of .* cannot be read: permission denied$"):
         list_side_files(model, ["model.safetensors"])
+
+
+@pytest.mark.parametrize("name", [b"\xff\xfe.txt", b"\xff/a.txt", b"\xff.bin"])
+def test_a_name_that_is_not_in_utf8_is_refused(name: bytes, make_checkpoint: MakeCheckpoint) -> None:
+    model = make_checkpoint()
+    place = Path(os.fsdecode(os.fsencode(model) + b"/" + name))
+    place.parent.mkdir(exist_ok=True)
+    place.write_bytes(b"x")
+    with pytest.raises(InputError, match="is not a name in UTF-8"):
+        list_side_files(model, ["model.safetensors"])
