@@ -10,7 +10,7 @@ import numpy as np
 from fp8pack.checkpoint.calibration_file import is_calibration, read_calibration
 from fp8pack.checkpoint.manifest_schema import Manifest, PackedEntry, check_headers
 from fp8pack.checkpoint.quantized import read_contents
-from fp8pack.checkpoint.source import Source, open_checkpoint
+from fp8pack.checkpoint.source import Source, find_checkpoint, open_checkpoint
 from fp8pack.checkpoint.values import ValueReader, strips
 from fp8pack.engines.case import make_case
 from fp8pack.engines.judge import EngineVerdict, judge_engines
@@ -66,7 +66,7 @@ def look(
     gpu: str | None = None,
 ) -> Inspection:
     """Return what `inspect` does, without checking bounds."""
-    path = parse_path("checkpoint", checkpoint)
+    path = find_checkpoint(parse_path("checkpoint", checkpoint))
     if path.is_file() and is_calibration(path):
         raise InputError(f"{path} is a calibration file, not a checkpoint", "fp8pack.inspect_calibration() reads it")
     size = None if tp is None else parse_count("tp", tp, least=1, most=MAX_TP)
