@@ -1,0 +1,281 @@
+"""Make every call of every command fail in every way, and look at what it leaves.
+
+    python tests/faults/run_faults.py            every point: some hours on two cores
+    python tests/faults/run_faults.py --every 7  each seventh
+
+Nothing in the product takes part: shim.c stands between the process and the C library. After each fault there must be
+no output, the one from before, or the whole new one; the error is a sentence; and the same command then ends in the
+same root.
+"""
+
+import argparse
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+
+import numpy as np
+from checkpoints import llama_config, llama_tensors
+from safetensors.numpy import save_file
+
+import fp8pack
+from fp8pack.errors import Fp8PackError
+
+SHIM = Path(__file__).with_name("shim.c")
+KINDS = {
+    "open": ("kill", errno.EACCES, errno.EMFILE, errno.EIO),
+    "read": ("kill", "short", errno.EIO, errno.EINTR, errno.ESTALE),
+    "write": ("kill", "short", errno.ENOSPC, errno.EIO, errno.EINTR),
+    "sync": ("kill", errno.EIO, errno.ENOSPC),
+    "rename": ("kill", errno.EACCES, errno.EIO),
+    "mkdir": ("kill", errno.EACCES, errno.ENOSPC),
+    "unlink": ("kill", errno.EACCES, errno.EIO),
+    "truncate": ("kill", errno.ENOSPC, errno.EIO),
+}
+HARMLESS = ("short", errno.EINTR)  # what a call may do any time: the command goes on
+EXPECTED = range(1, 8)  # exit codes of failures that are a sentence
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command line in a directory, and the output that it makes there."""
+
+    name: str
+    words: tuple[str, ...]
+    output: str
+    before: tuple[str, ...] = ()  # what makes the output that is there already
+
+    @property
+    def overwrites(self) -> bool:
+        """Whether an output is there before."""
+        return bool(self.before)
+
+
+PACK = ("pack", "model", "--scheme", "FP8_DYNAMIC")
+COMMANDS = (
+    Command("pack", (*PACK, "-o", "out"), "out"),
+    Command("pack --overwrite", (*PACK, "-o", "out", "--overwrite"), "out", ("pack", "other", "-o", "out")),
+    Command("pack, two passes", ("pack", "model", "--scheme", "FP8_SCALED", "-o", "out"), "out"),
+    Command("pack, a single file", ("pack", "single.safetensors", "-o", "out.safetensors"), "out.safetensors"),
+    Command("convert", ("convert", "fp8", "--quant-method", "fp8pack", "-o", "out"), "out"),
+    Command("unpack", ("unpack", "fp8", "-o", "out"), "out"),
+    Command("merge", ("merge", "a.safetensors", "b.safetensors", "-o", "out.safetensors"), "out.safetensors"),
+)
+
+
+@dataclass(frozen=True)
+class Point:
+    """The call of a command that fails, and how."""
+
+    command: Command
+    kind: str
+    action: str | int
+    at: int
+
+
+@dataclass
+class Bench:
+    """Sources, the roots that commands end in, and the library that makes calls fail."""
+
+    place: Path
+    roots: dict[str, str] = field(default_factory=dict)
+
+    def prepare(self) -> None:
+        """Write the sources, compile the library, and run every command undisturbed."""
+        compiler = ["cc", "-shared", "-fPIC", "-O1", "-o", str(self.place / "shim.so"), str(SHIM), "-ldl"]
+        subprocess.run(compiler, check=True)
+        source = self.place / "source"
+        for name, layers in (("model", 2), ("other", 1)):
+            write_model(source / name, layers)
+        save_file(llama_tensors(1), source / "single.safetensors")
+        fp8pack.pack(source / "model", source / "fp8", scheme="FP8_BLOCK")
+        write_calibrations(source)
+        for command in COMMANDS:
+            folder = self.fresh(command)
+            ended = self.run(command, folder)
+            assert ended.returncode == 0, ended.stderr
+            self.roots[command.name] = root_of(folder / command.output)
+            shutil.rmtree(folder)
+
+    def fresh(self, command: Command) -> Path:
+        """Return a directory with the sources, and the output that is there before, if one is."""
+        folder = Path(tempfile.mkdtemp(dir=self.place))
+        shutil.copytree(self.place / "source", folder, dirs_exist_ok=True)
+        if command.overwrites:
+            subprocess.run(fp8pack_command(*command.before), cwd=folder, check=True, capture_output=True)
+        return folder
+
+    def run(self, command: Command, folder: Path, **fault: object) -> subprocess.CompletedProcess[str]:
+        """Run a command, with a fault if one is given."""
+        settings = {f"FAULT_{name.upper()}": str(value) for name, value in fault.items()}
+        if fault:
+            settings |= {"LD_PRELOAD": str(self.place / "shim.so"), "FAULT_DIR": str(folder)}
+        return subprocess.run(
+            fp8pack_command(*command.words),
+            cwd=folder,
+            env={**os.environ, **settings},
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=False,
+            timeout=300,
+        )
+
+    def count(self, command: Command, kind: str) -> int:
+        """Return how many calls of a kind an undisturbed run makes."""
+        folder = self.fresh(command)
+        log = folder.with_suffix(".log")
+        self.run(command, folder, calls=kind, at=0, log=log)
+        shutil.rmtree(folder)
+        return int(log.read_text().split()[-1])
+
+    def check(self, point: Point) -> str:
+        """Make a call fail; return what is wrong with what is left, empty if nothing is, or `-` if it was not made."""
+        folder = self.fresh(point.command)
+        log, output = folder.with_suffix(".log"), folder / point.command.output
+        before = root_of(output) if point.command.overwrites else ""
+        fault = {"calls": point.kind, "at": point.at, "action": point.action, "log": log}
+        ended = self.run(point.command, folder, **fault)
+        try:
+            if "hit" not in log.read_text():
+                return "-"
+            if problem := self._problem(point, ended, output, before):
+                return problem
+            again = self.run(point.command, folder)
+            if again.returncode:
+                return f"the same command then ends with {again.returncode}: {last_line(again.stderr)}"
+            if root_of(output) != self.roots[point.command.name]:
+                return "the same command then ends in another root"
+            left = {path.name for path in folder.iterdir() if path.name.startswith(".")}
+            return f"{left} are left" if left else ""
+        finally:
+            shutil.rmtree(folder)
+
+    def _problem(self, point: Point, ended: subprocess.CompletedProcess[str], output: Path, before: str) -> str:
+        if "Traceback" in ended.stderr:
+            return f"a traceback: {last_line(ended.stderr)}"
+        if point.action in HARMLESS and ended.returncode:
+            return f"it ends with {ended.returncode}: {last_line(ended.stderr)}"
+        if point.action != "kill" and ended.returncode not in (0, *EXPECTED):
+            return f"it ends with {ended.returncode}"
+        found = root_of(output) if output.exists() else ""
+        allowed = {self.roots[point.command.name], before} | ({""} if not before or point.action == "kill" else set())
+        if ended.returncode == 0:
+            allowed = {self.roots[point.command.name]}
+        return "" if found in allowed else f"the output has the root {found or 'of nothing'}"
+
+
+def fp8pack_command(*words: str) -> list[str]:
+    """Return the command line of fp8pack."""
+    return [sys.executable, "-m", "fp8pack", *words, *(() if words[0] == "merge" else ("--workers", "1"))]
+
+
+def write_model(folder: Path, layers: int) -> None:
+    """Write a small model with an index and side files."""
+    folder.mkdir(parents=True)
+    tensors = llama_tensors(layers)
+    half = len(tensors) // 2
+    files = [f"model-{i + 1:05}-of-00002.safetensors" for i in range(2)]
+    parts = [dict(list(tensors.items())[:half]), dict(list(tensors.items())[half:])]
+    for file, part in zip(files, parts, strict=True):
+        save_file(part, folder / file, {"format": "pt"})
+    weight_map = {name: file for file, part in zip(files, parts, strict=True) for name in part}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / "config.json").write_text(json.dumps(llama_config(layers=layers), indent=2))
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "assets").mkdir()
+    (folder / "assets" / "chat.txt").write_text("hello")
+
+
+def write_calibrations(folder: Path) -> None:
+    """Write two calibrations of one model, over other prompts."""
+    import torch
+
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64, bias=False)).to(torch.bfloat16)
+    for seed, name in enumerate("ab"):
+        torch.manual_seed(seed)
+        with torch.no_grad(), fp8pack.observe(model) as observation:
+            model(torch.randn(8, 64, dtype=torch.bfloat16))
+        observation.save(folder / f"{name}.safetensors")
+
+
+def root_of(output: Path) -> str:
+    """Return the root of an output that is whole, byte for byte; the bytes of a calibration; else what is wrong."""
+    manifest = output / "fp8pack.json" if output.is_dir() else output.with_suffix(".fp8pack.json")
+    if not output.exists():
+        return ""
+    if not manifest.exists():
+        return f"bytes {hash(output.read_bytes())}" if output.is_file() else "no manifest"
+    try:
+        found = fp8pack.verify(output)
+    except Fp8PackError as error:
+        return str(error)
+    return str(found.root) if found.ok and not found.other_files else f"differs: {found.differences[:1]}"
+
+
+def last_line(text: str) -> str:
+    """Return the end of what was printed."""
+    return text.strip().splitlines()[-1][:200] if text.strip() else ""
+
+
+def points(bench: Bench, commands: Sequence[Command], every: int) -> Iterator[Point]:
+    """Yield each point, or each n-th of all."""
+    index = 0
+    for command in commands:
+        for kind, actions in KINDS.items():
+            count = bench.count(command, kind)
+            for at in range(1, count + 1):
+                for action in actions:
+                    if index % every == 0:
+                        yield Point(command, kind, action, at)
+                    index += 1
+
+
+def table(found: dict[Point, str]) -> str:
+    """Return the counts of each command as a table."""
+    lines = [f"{'command':24} {'points':>7} {'right':>7} {'wrong':>7}"]
+    for name in dict.fromkeys(point.command.name for point in found):
+        answers = [answer for point, answer in found.items() if point.command.name == name and answer != "-"]
+        counts = Counter(bool(answer) for answer in answers)
+        lines.append(f"{name:24} {len(answers):7} {counts[False]:7} {counts[True]:7}")
+    answers = [answer for answer in found.values() if answer != "-"]
+    lines.append(f"{'all':24} {len(answers):7} {answers.count(''):7} {sum(map(bool, answers)):7}")
+    return "\n".join(lines)
+
+
+def check_all(every: int, commands: Sequence[Command] = COMMANDS) -> dict[Point, str]:
+    """Check the points of some commands; return what is wrong with each, empty if nothing is."""
+    with tempfile.TemporaryDirectory() as place:
+        bench = Bench(Path(place))
+        bench.prepare()
+        chosen = list(points(bench, commands, every))
+        with ThreadPool(os.cpu_count()) as pool:
+            return dict(zip(chosen, pool.map(bench.check, chosen, chunksize=1), strict=True))
+
+
+def main() -> int:
+    """Print the table and every point that went wrong; the exit status says whether one did."""
+    parser = argparse.ArgumentParser(description="Make every call of every command fail, and look at what is left.")
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="take each N-th point")
+    parser.add_argument("--only", metavar="COMMAND", help="one command")
+    asked = parser.parse_args()
+    commands = [command for command in COMMANDS if asked.only in (None, command.name)]
+    found = check_all(asked.every, commands)
+    for point, answer in found.items():
+        if answer not in ("", "-"):
+            print(f"{point.command.name}: {point.kind} {point.at} {point.action}: {answer}")
+    print(table(found))
+    return int(any(answer not in ("", "-") for answer in found.values()))
+
+
+if __name__ == "__main__":
+    np.random.seed(0)
+    sys.exit(main())
