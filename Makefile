@@ -8,7 +8,7 @@ NVIDIA_ROOT ?= $(wildcard build/cuda/lib/python3*/site-packages/nvidia/cu13)
 NVIDIA_PACKAGES = nvidia-cublas nvidia-cuda-runtime nvidia-cuda-crt nvidia-cuda-cccl
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast test-families test-newest test-oldest test-vllm lock check lint format types golden docs dist site links bench bench-calibrate bench-load bench-gpu cpp test-gpu clean
+.PHONY: help install demo test test-fast test-families test-faults test-newest test-oldest test-vllm lock check lint format types golden docs dist site links bench bench-calibrate bench-load bench-gpu cpp test-gpu clean
 
 help: ## print every target
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-16s %s\n", $$1, $$2}'
@@ -39,6 +39,9 @@ LIBRARIES = tests/api tests/calibration tests/cli tests/interop tests/modelrun t
 
 test-families: install ## run every model type that transformers has, about an hour on two cores, and write docs/families.md
 	PYTHONPATH=tests $(BIN)/python tests/families/run_families.py
+
+test-faults: install ## make every call of every command fail, from outside, and look at what it leaves (hours; EVERY=13 takes each 13th)
+	PYTHONPATH=tests $(BIN)/python tests/faults/run_faults.py --every $(or $(EVERY),1)
 
 build/%/installed: pyproject.toml $(wildcard constraints*.txt)
 	rm -rf build/$*

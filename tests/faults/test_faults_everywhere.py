@@ -1,0 +1,14 @@
+"""A sample of the points that `make test-faults` checks: calls that fail from outside, in every command."""
+
+import shutil
+
+import pytest
+from faults.run_faults import COMMANDS, check_all
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+def test_a_call_that_fails_leaves_no_output_or_a_whole_one_and_the_same_command_ends_in_the_same_root() -> None:
+    found = check_all(every=101, commands=COMMANDS)
+    assert {point: answer for point, answer in found.items() if answer not in ("", "-")} == {}
+    assert sum(answer == "" for answer in found.values()) >= 30
