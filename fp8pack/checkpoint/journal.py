@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, Protocol
 
 from fp8pack.checkpoint.shard_writer import writing
 from fp8pack.errors import InputError, OutputError
@@ -55,6 +55,42 @@ class Progress:
     bands: dict[tuple[str, str], list[BandResult]] = field(default_factory=dict)
     done: set[tuple[str, str]] = field(default_factory=set)
     sides: dict[tuple[str, tuple[int, ...]], str] = field(default_factory=dict)
+
+
+class Record(Protocol):
+    """What is told which work is finished."""
+
+    def add_amax(self, amax: dict[str, float]) -> None:
+        """Record finished tensors of the amax pass."""
+        ...
+
+    def add_bands(self, file: str, plan: str, results: Iterable[BandResult]) -> None:
+        """Record bands; their bytes must be on the disk already."""
+        ...
+
+    def add_done(self, file: str, plan: str) -> None:
+        """Record a finished shard."""
+        ...
+
+    def add_side(self, file: str, version: tuple[int, ...], digest: str) -> None:
+        """Record a copied side file; its bytes must be on the disk already."""
+        ...
+
+
+class NoRecord:
+    """Keeps nothing, of work that is not continued."""
+
+    def add_amax(self, amax: dict[str, float]) -> None:
+        """Do nothing."""
+
+    def add_bands(self, file: str, plan: str, results: Iterable[BandResult]) -> None:
+        """Do nothing."""
+
+    def add_done(self, file: str, plan: str) -> None:
+        """Do nothing."""
+
+    def add_side(self, file: str, version: tuple[int, ...], digest: str) -> None:
+        """Do nothing."""
 
 
 class Journal:

@@ -21,6 +21,12 @@ def verify(
     sha256: Annotated[
         bool, typer.Option("--sha256", help="Write SHA256SUMS, or compare with it if it is there")
     ] = False,
+    against: Annotated[
+        Path | None, typer.Option("--against", metavar="SOURCE", help="Pack SOURCE again, unwritten, and compare")
+    ] = None,
+    calibration: Annotated[
+        Path | None, typer.Option("--calibration", metavar="FILE", help="Calibration file that --against needs")
+    ] = None,
     as_json: options.AsJson = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -34,7 +40,14 @@ def verify(
 
     with showing_progress(VERIFYING, quiet) as on_progress:
         found = verify_checkpoint(
-            checkpoint, quick=quick, sample=sample, strict=strict, sha256=sha256, on_progress=on_progress
+            checkpoint,
+            quick=quick,
+            sample=sample,
+            strict=strict,
+            sha256=sha256,
+            against=against,
+            calibration=calibration,
+            on_progress=on_progress,
         )
     if as_json:
         emit_document(found)

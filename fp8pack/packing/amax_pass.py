@@ -3,7 +3,7 @@
 import math
 from threading import Lock
 
-from fp8pack.checkpoint.journal import Journal
+from fp8pack.checkpoint.journal import Record
 from fp8pack.packing.bands import Band
 
 
@@ -13,7 +13,7 @@ class AmaxCollector:
     `amax` holds the finished tensors. They go to the journal whenever they make up `checkpoint_nbytes` of source.
     """
 
-    def __init__(self, journal: Journal, checkpoint_nbytes: int) -> None:
+    def __init__(self, journal: Record, checkpoint_nbytes: int) -> None:
         self.amax: dict[str, float] = {}
         self._journal, self._checkpoint_nbytes = journal, checkpoint_nbytes
         self._partial: dict[str, list[float]] = {}

@@ -6,7 +6,6 @@ A band is worked in strips: what is read, quantized, digested and written at a t
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,6 @@ from numpy.typing import NDArray
 
 from fp8pack.checkpoint.journal import BandResult
 from fp8pack.checkpoint.scales import offset_in_region, read_scales
-from fp8pack.checkpoint.shard_writer import ShardWriter
 from fp8pack.checkpoint.source import ShardReader, Source, gather, read_rows
 from fp8pack.checkpoint.values import dequantize
 from fp8pack.modelfacts.contents import Quantized
@@ -28,6 +26,7 @@ from fp8pack.numerics.narrow import OVERFLOW, cast, narrow
 from fp8pack.numerics.value_table import value_table
 from fp8pack.packing.codecs import BITS_DTYPE, Codec
 from fp8pack.packing.scales import encode_scales, refine
+from fp8pack.packing.target import Target, Writer
 from fp8pack.planning.plan import ExpertPart, Packing, TensorPlan
 from fp8pack.units import ceil_div
 
@@ -73,12 +72,13 @@ class OutputPlace:
 class BandWorker:
     """Works bands with buffers and open files of its own; one for each thread."""
 
-    def __init__(self, codec: Codec, source: Source, output: Path) -> None:
+    def __init__(self, codec: Codec, source: Source, target: Target) -> None:
         self._codec = codec
-        self._source, self._output = source, output
+        self._source, self._target = source, target
         self._buffers: dict[str, NDArray[np.uint8]] = {}
         self._reader: ShardReader | None = None
-        self._writer: ShardWriter | None = None
+        self._writer: Writer | None = None
+        self._written = ""
 
     def amax(self, band: Band) -> float:
         """Return the amax of a band, NaN if it holds a NaN or infinity."""
@@ -238,12 +238,11 @@ class BandWorker:
             self._reader = self._source.open_file(file)
         return self._reader
 
-    def _open_writer(self, file: str) -> ShardWriter:
-        path = self._output / file
-        if self._writer is None or self._writer.path != path:
+    def _open_writer(self, file: str) -> Writer:
+        if self._writer is None or self._written != file:
             if self._writer is not None:
                 self._writer.close()
-            self._writer = ShardWriter(path)
+            self._writer, self._written = self._target.open(file), file
         return self._writer
 
     def _scales(self, band: Band, packing: Packing, fixed_scale: np.float32) -> NDArray[np.float32]:

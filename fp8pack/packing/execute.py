@@ -16,8 +16,8 @@ from blake3 import blake3
 
 from fp8pack.checkpoint.announcement import plain_metadata
 from fp8pack.checkpoint.header import build_header
-from fp8pack.checkpoint.journal import BandResult, Journal, Progress
-from fp8pack.checkpoint.shard_writer import ShardWriter, check_shard, sync_file
+from fp8pack.checkpoint.journal import BandResult, Progress, Record
+from fp8pack.checkpoint.shard_writer import sync_file
 from fp8pack.checkpoint.source import Source
 from fp8pack.errors import InputError
 from fp8pack.modelfacts.patterns import ignoring
@@ -26,6 +26,7 @@ from fp8pack.packing.amax_pass import AmaxCollector
 from fp8pack.packing.bands import Band, BandWorker, OutputPlace
 from fp8pack.packing.codecs import Codec
 from fp8pack.packing.side_work import SideWork
+from fp8pack.packing.target import Folder, Target
 from fp8pack.packing.workers import Stop, run_threads
 from fp8pack.planning.layout import ShardPlan
 from fp8pack.planning.plan import Action, Plan, TensorPlan
@@ -126,14 +127,15 @@ def plan_work(plan: Plan, source: Source) -> tuple[ShardWork, ...]:
 class Execution:
     """One run over the shards of a plan. Every finished piece goes to the journal, so that another run can go on."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913
         self,
         plan: Plan,
         source: Source,
         sides: Sequence[SideWork],
         *,
         folder: Path,
-        journal: Journal,
+        journal: Record,
+        target: Target | None = None,
         checkpoint_nbytes: int,
     ) -> None:
         self._plan, self._sides = plan, sides
@@ -142,6 +144,7 @@ class Execution:
         side_nbytes = sum(work.side.size for work in sides)
         self.counters = Counters(plan.source_nbytes + sum(t.spec.nbytes for t in self._two_pass) + side_nbytes)
         self._source, self._folder, self._journal = source, folder, journal
+        self._target = target or Folder(folder)
         self._checkpoint_nbytes = checkpoint_nbytes
         self._amax: dict[str, float] = {}
         self._offenders: set[str] = set()
@@ -188,7 +191,7 @@ class Execution:
         """
         for work in self.works:
             if not work.results:
-                _start(self._folder / work.plan.file, work)
+                self._target.start(work.plan.file, work.header, work.size, work.constants)
         self._find_amax(codec, workers, stop, tick)
         scales = self._scales()
         copies = (iter([work]) for work in self._sides if not work.digest)
@@ -253,7 +256,7 @@ class Execution:
                 collector.add(band, worker.amax(band))
                 self.counters.add(band.nbytes)
 
-            with closing(BandWorker(codec, self._source, self._folder)) as worker:
+            with closing(BandWorker(codec, self._source, self._target)) as worker:
                 yield work
 
         files = [list(members) for _, members in groupby(todo, key=lambda tensor: tensor.spec.file)]
@@ -309,7 +312,7 @@ class Execution:
             elif ready := work.record(result, band.nbytes, self._checkpoint_nbytes):
                 sync(work, ready)
 
-        with closing(BandWorker(codec, self._source, self._folder)) as worker:
+        with closing(BandWorker(codec, self._source, self._target)) as worker:
             keep = {Action.COPIED: worker.copy, Action.CAST: worker.cast, Action.UNPACKED: worker.unpack}
             yield do
 
@@ -318,16 +321,15 @@ class Execution:
 
         One thread does this for all shards, so that the workers never wait for a disk. An error stops everything.
         """
-        path = self._folder / work.plan.file
         try:
             if results and not work.is_lost:
                 work.is_lost = True  # unless the sync succeeds: the kernel drops pages that it failed to write
-                sync_file(path)
+                self._target.sync(work.plan.file)
                 work.is_lost = False
                 self._journal.add_bands(work.plan.file, work.digest, results)
                 work.num_synced += len(results)
             if work.num_synced == work.num_bands and not work.is_done:
-                check_shard(path, work.plan)
+                self._target.check(work.plan)
                 self._journal.add_done(work.plan.file, work.digest)
                 work.is_done = True
         except BaseException as error:
@@ -345,16 +347,6 @@ class Execution:
 
 def _bands(tensors: list[TensorPlan]) -> Iterator[Band]:
     return (Band(tensor, index) for tensor in tensors for index in range(tensor.num_bands))
-
-
-def _start(path: Path, work: ShardWork) -> None:
-    writer = ShardWriter(path, create=True)
-    try:
-        writer.start(work.header, work.size)
-        for offset, data in work.constants:
-            writer.write(memoryview(data), offset)
-    finally:
-        writer.close()
 
 
 def _digest(

@@ -46,7 +46,7 @@ def write_metadata(prepared: Prepared, works: tuple[ShardWork, ...], sides: tupl
     name = (
         prepared.output.name.removesuffix(".safetensors") + ".fp8pack.json" if source.is_single_file else MANIFEST_NAME
     )
-    return write_manifest(folder / name, _head(prepared, files), _tensors(works))
+    return write_manifest(folder / name, _head(prepared, files), tensor_entries(works))
 
 
 def energies_of(works: tuple[ShardWork, ...]) -> dict[str, tuple[float, float]]:
@@ -95,15 +95,21 @@ def describes(prepared: Prepared, files: dict[str, Any]) -> bool:
     """
     sizes = {name: entry["size"] for name, entry in files.items() if "header" in entry}
     digests = {name: entry["digest"] for name, entry in files.items() if "header" not in entry}
-    expected = {name: f"blake3:{blake3(content).hexdigest()}" for name, content in _contents(prepared).items()}
-    for side in prepared.side_files:
-        if side.rule is None:
-            expected[side.name] = digest_of(side, prepared.source.directory)
+    expected = small_digests(prepared)
     if not prepared.source.is_single_file:
         digests.pop(CARD_NAME, None)
         expected.pop(CARD_NAME, None)
     shards = {shard.file: shard.nbytes for shard in prepared.plan.shards}
     return digests == expected and sizes.keys() == shards.keys() and all(sizes[file] > shards[file] for file in shards)
+
+
+def small_digests(prepared: Prepared) -> dict[str, str]:
+    """Return the digests of the files that are no shards, but for the model card where it is written anew."""
+    found = {name: f"blake3:{blake3(content).hexdigest()}" for name, content in _contents(prepared).items()}
+    for side in prepared.side_files:
+        if side.rule is None:
+            found[side.name] = digest_of(side, prepared.source.directory)
+    return found
 
 
 def manifest_path(prepared: Prepared) -> Path:
@@ -135,7 +141,8 @@ def _head(prepared: Prepared, files: dict[str, dict[str, Any]]) -> dict[str, dic
     }
 
 
-def _tensors(works: tuple[ShardWork, ...]) -> Iterator[tuple[str, dict[str, Any]]]:
+def tensor_entries(works: tuple[ShardWork, ...]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the entry of each tensor in the manifest, by name."""
     located = sorted(
         ((tensor.spec.name, tensor, work) for work in works for tensor in work.tensors), key=lambda item: item[0]
     )

@@ -1,5 +1,6 @@
 """`verify`: whether a checkpoint is whole, byte for byte as it was packed."""
 
+import json
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -27,9 +28,11 @@ from fp8pack.modelfacts.spec import TensorSpec
 from fp8pack.numerics import native
 from fp8pack.numerics.formats import E4M3, FORMATS, Float8Format
 from fp8pack.numerics.metrics import widen
+from fp8pack.packing.recompute import Packed, recompute
 from fp8pack.packing.workers import Stop, run_threads
 from fp8pack.planning.sizes import SIZES
 from fp8pack.reading.verification import Verification
+from fp8pack.regular_files import read_regular
 
 OnProgress = Callable[[int, int], None]
 Watch = Callable[[NDArray[np.uint8]], str]  # says what is wrong with bytes of a tensor, if anything is
@@ -40,13 +43,15 @@ _EXPONENTS = ("U8", "F8_E8M0")
 _NO_EXPONENT = 255
 
 
-def verify(
+def verify(  # noqa: PLR0913
     checkpoint: str | Path,
     *,
     quick: bool = False,
     sample: str | None = None,
     strict: bool = False,
     sha256: bool = False,
+    against: str | Path | None = None,
+    calibration: str | Path | None = None,
     on_progress: OnProgress | None = None,
 ) -> Verification:
     """Compare every byte of a checkpoint with its manifest, and return every difference.
@@ -54,11 +59,14 @@ def verify(
     checkpoint: what `pack`, `convert` or `unpack` wrote; of what another tool made, headers, scales and NaN bytes are
     checked. quick: sizes, headers and small files; no weight is read. sample: such as "1/20": the first of 20 parts of
     the tensors, so that 20 runs read all. strict: files that the manifest does not name are differences. sha256: write
-    SHA256SUMS, or compare with it if it is there. on_progress: is told (bytes done, bytes in all).
+    SHA256SUMS, or compare with it if it is there. against: the source: pack it again, without writing, and compare
+    every scale and byte by its digest. calibration: the file of `fp8pack.calibrate`, for scales of activations.
+    on_progress: is told (bytes done, bytes in all).
 
     Raises:
-        InputError: there is no such checkpoint.
-        RecipeError: an option is out of range. SpaceError: SHA256SUMS cannot be written.
+        InputError: there is no such checkpoint, or `against` is not what it was packed from.
+        RecipeError: an option is out of range, or `against` needs a calibration.
+        SpaceError: SHA256SUMS cannot be written.
     """
     started, path = time.monotonic(), find_checkpoint(parse_path("checkpoint", checkpoint))
     part, is_quick = _parse_part(sample), parse_switch("quick", quick)
@@ -73,6 +81,13 @@ def verify(
         _verify_packed(manifest_path, found, tell, part=part, is_quick=is_quick)
         if path.is_dir() and found.manifest is not None:
             found.others = other_files(path, found.manifest.files, manifest_path.name)
+    if against is not None:
+        if manifest_path is None or found.manifest is None:
+            raise InputError(f"{path} has no fp8pack.json that says how it was packed", "leave out --against")
+        packed = Packed(path, manifest_path, json.loads(read_regular(manifest_path)))
+        file = None if calibration is None else parse_path("calibration", calibration)
+        found.differences += recompute(packed, parse_path("against", against), file, tell)
+        found.unknown.append("README.md was not recomputed: it says where the source lies")
     if parse_switch("strict", strict):
         found.differences += [Difference(name, "it is not in fp8pack.json") for name in found.others]
     if parse_switch("sha256", sha256):

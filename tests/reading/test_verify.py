@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from blake3 import blake3
 from checkpoints import MakeCheckpoint, llama_tensors
 from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 
 import fp8pack
 from fp8pack.checkpoint.header import read_header
-from fp8pack.checkpoint.manifest import canonical, is_as_written, root_of
+from fp8pack.checkpoint.manifest import canonical, digest_of_bands, is_as_written, root_of, write_manifest
 from fp8pack.errors import RecipeError, VerificationError
 from fp8pack.reading.verification import Verification
 
@@ -305,3 +306,71 @@ def bounds_of(path: Path) -> list[tuple[int, int, str | None]]:
         header = read_header(file.fileno(), path.name)
     tensors: list[tuple[int, int, str | None]] = [(spec.begin, spec.end, spec.name) for spec in header.tensors]
     return [(0, header.data_begin, None), *tensors]
+
+
+# Against the source.
+
+
+def pack_otherwise(packed: Path, tensor: str) -> None:
+    """Change a byte of a tensor, and write a manifest that says so: whole in itself, and not what packing gives."""
+    manifest = json.loads((packed / "fp8pack.json").read_bytes())
+    shard = packed / manifest["tensors"][tensor]["file"]
+    begin = next(begin for begin, _, name in bounds_of(shard) if name == tensor)
+    flip(shard, begin * 8)
+    entry = manifest["tensors"][tensor]
+    for difference in fp8pack.verify(packed).differences:
+        assert difference.tensor == tensor
+    with shard.open("rb") as file:
+        spec = next(spec for spec in read_header(file.fileno(), shard.name).tensors if spec.name == tensor)
+        file.seek(spec.begin)
+        data = file.read(spec.nbytes)
+    entry["digest"] = digest_of_bands([blake3(data).hexdigest()])
+    head = {name: section for name, section in manifest.items() if name not in ("tensors", "root")}
+    write_manifest(packed / "fp8pack.json", head, sorted(manifest["tensors"].items()))
+
+
+@pytest.mark.parametrize("scheme", ["FP8_BLOCK", "FP8_DYNAMIC", "MXFP8", "FP8_SCALED"])
+def test_what_was_packed_is_what_packing_gives(scheme: str, source: Path, tmp_path: Path) -> None:
+    fp8pack.pack(source, tmp_path / "out", scheme=scheme, ignore="*.0.mlp.up_proj", kept_dtype="float16")
+    found = fp8pack.verify(tmp_path / "out", against=source)
+    assert found.ok
+    assert "README.md was not recomputed: it says where the source lies" in found.unknown
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir() if path.is_file()}
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir() if path.is_file()}
+
+
+@pytest.mark.parametrize("kind", ["converted", "unpacked", "single", "resharded"])
+def test_every_kind_of_output_is_recomputed(kind: str, source: Path, packed: Path, tmp_path: Path) -> None:
+    out, origin = tmp_path / "out", packed
+    match kind:
+        case "converted":
+            fp8pack.convert(packed, out, scheme="FP8_DYNAMIC")
+        case "unpacked":
+            fp8pack.unpack(packed, out)
+        case "resharded":
+            fp8pack.pack(source, out, max_shard_size="100kB")
+            origin = source
+        case _:
+            out, origin = tmp_path / "out.safetensors", tmp_path / "x.safetensors"
+            save_arrays(llama_tensors(), origin)
+            fp8pack.pack(origin, out, scheme="FP8_SCALED")
+    assert fp8pack.verify(out, against=origin).ok
+
+
+@pytest.mark.parametrize("tensor", ["model.layers.0.mlp.up_proj.weight", "model.norm.weight"])
+def test_a_byte_that_packing_does_not_give_is_found_although_the_manifest_has_it(
+    tensor: str, source: Path, packed: Path
+) -> None:
+    pack_otherwise(packed, tensor)
+    assert fp8pack.verify(packed).ok
+    [difference] = fp8pack.verify(packed, against=source).differences
+    assert (difference.tensor, difference.problem) == (tensor, "it is not what packing the source gives, by digest")
+
+
+def test_another_source_is_refused(source: Path, packed: Path, make_checkpoint: MakeCheckpoint) -> None:
+    other = make_checkpoint(llama_tensors(1), name="other")
+    with pytest.raises(fp8pack.InputError, match=r"is not what .* was packed from"):
+        fp8pack.verify(packed, against=other)
+    (packed / "fp8pack.json").unlink()
+    with pytest.raises(fp8pack.InputError, match=r"has no fp8pack\.json"):
+        fp8pack.verify(packed, against=source)
