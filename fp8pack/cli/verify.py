@@ -27,6 +27,9 @@ def verify(
     calibration: Annotated[
         Path | None, typer.Option("--calibration", metavar="FILE", help="Calibration file that --against needs")
     ] = None,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Write what differs again, in place, from the source of --against")
+    ] = False,
     as_json: options.AsJson = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -47,6 +50,7 @@ def verify(
             sha256=sha256,
             against=against,
             calibration=calibration,
+            repair=repair,
             on_progress=on_progress,
         )
     if as_json:

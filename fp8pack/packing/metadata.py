@@ -1,7 +1,7 @@
 """All that is no shard: config.json, the index, side files, and last the manifest."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +110,19 @@ def small_digests(prepared: Prepared) -> dict[str, str]:
         if side.rule is None:
             found[side.name] = digest_of(side, prepared.source.directory)
     return found
+
+
+def small_files(
+    prepared: Prepared, names: Collection[str], energies: Callable[[], dict[str, tuple[float, float]]]
+) -> Iterator[tuple[str, bytes]]:
+    """Yield the content of files that are no shards, by name; the energies are asked for if the model card is one."""
+    contents = _contents(prepared)
+    if CARD_NAME in names and (card := _card(prepared, energies())) is not None:
+        contents[CARD_NAME] = card
+    for side in prepared.side_files:
+        if side.name in names and side.name not in contents and side.rule is None:
+            yield side.name, read_side_file(side, prepared.source.directory)
+    yield from ((name, contents[name]) for name in names if name in contents)
 
 
 def manifest_path(prepared: Prepared) -> Path:

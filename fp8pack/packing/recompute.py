@@ -12,8 +12,8 @@ from fp8pack.checkpoint.whole import Difference
 from fp8pack.errors import InputError, RecipeError
 from fp8pack.machine import usable_cores
 from fp8pack.packing.codecs import make_codec
-from fp8pack.packing.execute import Execution
-from fp8pack.packing.metadata import small_digests, tensor_entries
+from fp8pack.packing.execute import Execution, ShardWork
+from fp8pack.packing.metadata import energies_of, small_digests, tensor_entries
 from fp8pack.packing.model_card import CARD_NAME
 from fp8pack.packing.options import WriteOptions
 from fp8pack.packing.prepare import Prepared, prepare_convert, prepare_pack, prepare_unpack
@@ -42,9 +42,26 @@ def recompute(
         InputError: the source is not the one that was packed.
         RecipeError: the recipe needs the calibration file, or is not one of this version.
     """
+    prepared = prepare_again(packed, source, calibration)
+    works = _run(prepared, packed, tell)
+    yield from _tensor_differences(dict(tensor_entries(works)), packed)
+    yield from _file_differences(prepared, packed)
+
+
+def energies(prepared: Prepared, packed: Packed) -> dict[str, tuple[float, float]]:
+    """Return the energies of each weight, as packing the source again measures them; the model card shows them."""
+    return energies_of(_run(prepared, packed, lambda done, total: None))
+
+
+def prepare_again(packed: Packed, source: Path, calibration: Path | None) -> Prepared:
+    """Return the plan of packing a source by the recipe of a manifest; raises as `recompute` does."""
     prepared = _prepare(packed, source, calibration)
     if prepared.source.fingerprint != packed.document["source"]["fingerprint"]:
         raise InputError(f"{source} is not what {packed.checkpoint} was packed from", "choose its source")
+    return prepared
+
+
+def _run(prepared: Prepared, packed: Packed, tell: Callable[[int, int], None]) -> tuple[ShardWork, ...]:
     options = prepared.options
     execution = Execution(
         *(prepared.plan, prepared.source, ()),
@@ -59,8 +76,7 @@ def recompute(
 
     codec = make_codec(options.device, options.sizes.strip)
     execution.run(codec, workers=usable_cores(), stop=Stop(), tick=tick)
-    yield from _tensor_differences(dict(tensor_entries(execution.works)), packed)
-    yield from _file_differences(prepared, packed)
+    return execution.works
 
 
 def _prepare(packed: Packed, source: Path, calibration: Path | None) -> Prepared:

@@ -14,7 +14,7 @@ class Verification(Document):
 
     root: of the manifest, None without one. num_files: that were compared. num_tensors: whose bytes were digested, of
     all_tensors. nbytes: that were read. other_files: that the manifest does not name. unknown: what cannot be known of
-    this checkpoint.
+    this checkpoint. repaired: what differed before a repair, and does not now.
     """
 
     checkpoint: Path
@@ -27,6 +27,7 @@ class Verification(Document):
     other_files: tuple[str, ...]
     unknown: tuple[str, ...]
     seconds: float
+    repaired: tuple[Difference, ...] = ()
 
     @property
     def ok(self) -> bool:

@@ -29,6 +29,7 @@ from fp8pack.numerics import native
 from fp8pack.numerics.formats import E4M3, FORMATS, Float8Format
 from fp8pack.numerics.metrics import widen
 from fp8pack.packing.recompute import Packed, recompute
+from fp8pack.packing.repair import repair as repair_checkpoint
 from fp8pack.packing.workers import Stop, run_threads
 from fp8pack.planning.sizes import SIZES
 from fp8pack.reading.verification import Verification
@@ -52,6 +53,7 @@ def verify(  # noqa: PLR0913
     sha256: bool = False,
     against: str | Path | None = None,
     calibration: str | Path | None = None,
+    repair: bool = False,
     on_progress: OnProgress | None = None,
 ) -> Verification:
     """Compare every byte of a checkpoint with its manifest, and return every difference.
@@ -61,7 +63,7 @@ def verify(  # noqa: PLR0913
     the tensors, so that 20 runs read all. strict: files that the manifest does not name are differences. sha256: write
     SHA256SUMS, or compare with it if it is there. against: the source: pack it again, without writing, and compare
     every scale and byte by its digest. calibration: the file of `fp8pack.calibrate`, for scales of activations.
-    on_progress: is told (bytes done, bytes in all).
+    repair: write what differs again, from `against`, in place. on_progress: is told (bytes done, bytes in all).
 
     Raises:
         InputError: there is no such checkpoint, or `against` is not what it was packed from.
@@ -81,12 +83,22 @@ def verify(  # noqa: PLR0913
         _verify_packed(manifest_path, found, tell, part=part, is_quick=is_quick)
         if path.is_dir() and found.manifest is not None:
             found.others = other_files(path, found.manifest.files, manifest_path.name)
+    repaired: list[Difference] = []
+    if parse_switch("repair", repair) and against is None:
+        raise RecipeError("a repair needs the source", "add --against SOURCE")
     if against is not None:
-        if manifest_path is None or found.manifest is None:
+        manifest = found.manifest
+        if manifest_path is None or manifest is None:
             raise InputError(f"{path} has no fp8pack.json that says how it was packed", "leave out --against")
         packed = Packed(path, manifest_path, json.loads(read_regular(manifest_path)))
+        source = parse_path("against", against)
         file = None if calibration is None else parse_path("calibration", calibration)
-        found.differences += recompute(packed, parse_path("against", against), file, tell)
+        if repair and found.differences:
+            before, found = found, _Found(others=found.others)
+            repair_checkpoint(packed, manifest, before.differences, source, file, tell)
+            _verify_packed(manifest_path, found, tell, part=None, is_quick=False)
+            repaired = [difference for difference in before.differences if difference not in found.differences]
+        found.differences += recompute(packed, source, file, tell)
         found.unknown.append("README.md was not recomputed: it says where the source lies")
     if parse_switch("strict", strict):
         found.differences += [Difference(name, "it is not in fp8pack.json") for name in found.others]
@@ -103,6 +115,7 @@ def verify(  # noqa: PLR0913
         other_files=tuple(found.others),
         unknown=tuple(found.unknown),
         seconds=time.monotonic() - started,
+        repaired=tuple(repaired),
     )
 
 

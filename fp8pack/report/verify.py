@@ -10,6 +10,8 @@ _MAX_OTHERS = 5
 def print_verification(found: Verification) -> None:
     """Print a verification to stdout."""
     console = make_console([])
+    for difference in found.repaired:
+        print_line(console, f"repaired {difference}")
     for difference in found.differences:
         print_line(console, f"differs  {difference}")
     others = list(found.other_files[:_MAX_OTHERS])

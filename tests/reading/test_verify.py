@@ -275,8 +275,11 @@ def test_the_command_lists_differences_and_ends_with_6(packed: Path) -> None:
 
 
 @pytest.mark.slow
-def test_of_two_thousand_flipped_bits_every_one_is_found_and_named(packed: Path) -> None:
-    """Over every kind of file, and in shards over headers, payloads, scales and kept tensors alike."""
+def test_of_two_thousand_flipped_bits_every_one_is_found_and_named(source: Path, packed: Path) -> None:
+    """Over every kind of file, and in shards over headers, payloads, scales and kept tensors alike.
+
+    Every tenth is repaired.
+    """
     chance = random.Random(13)
     files = sorted(path for path in packed.rglob("*") if path.is_file())
     shards = {path: bounds_of(path) for path in files if path.suffix == ".safetensors"}
@@ -293,7 +296,11 @@ def test_of_two_thousand_flipped_bits_every_one_is_found_and_named(packed: Path)
         found = {(difference.file, difference.tensor) for difference in fp8pack.verify(packed).differences}
         if (path.relative_to(packed).as_posix(), tensor) not in found:
             missed.append((path.name, place, bit, found))
+        if i % 10 == 0 and path.name != "fp8pack.json":
+            assert fp8pack.verify(packed, against=source, repair=True).ok
         with path.open("r+b") as file:
+            file.seek(place)
+            assert i % 10 or path.name == "fp8pack.json" or file.read(1) == bytes([byte])
             file.seek(place)
             file.write(bytes([byte]))
     assert not missed
@@ -374,3 +381,67 @@ def test_another_source_is_refused(source: Path, packed: Path, make_checkpoint: 
     (packed / "fp8pack.json").unlink()
     with pytest.raises(fp8pack.InputError, match=r"has no fp8pack\.json"):
         fp8pack.verify(packed, against=source)
+
+
+# Repaired from the source.
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_a_flipped_bit_is_repaired_in_place(seed: int, source: Path, packed: Path) -> None:
+    before = contents(packed)
+    files = sorted(name for name in before if name != "fp8pack.json")
+    path, chance = packed / files[seed % len(files)], random.Random(seed)
+    flip(path, chance.randrange(path.stat().st_size * 8))
+    found = fp8pack.verify(packed, against=source, repair=True)
+    assert found.ok
+    assert {difference.file for difference in found.repaired} == {path.relative_to(packed).as_posix()}
+    assert contents(packed) == before
+
+
+@pytest.mark.parametrize("scheme", ["FP8_SCALED", "MXFP8"])
+@pytest.mark.parametrize("kind", ["missing", "short", "long", "header", "everything"])
+def test_what_is_missing_or_of_another_size_is_repaired(kind: str, scheme: str, source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    fp8pack.pack(source, out, scheme=scheme)
+    before, shard = contents(out), min(out.glob("*.safetensors"))
+    match kind:
+        case "missing":
+            shard.unlink()
+        case "short":
+            truncate(shard)
+        case "long":
+            shard.write_bytes(shard.read_bytes() + b"x")
+        case "header":
+            another_header(shard)
+        case _:
+            for path in sorted(out.rglob("*"), reverse=True):
+                if path.is_file() and path.name != "fp8pack.json":
+                    path.unlink()
+    assert fp8pack.verify(out, against=source, repair=True).ok
+    assert contents(out) == before
+
+
+def test_a_repair_is_refused_where_it_cannot_be_right(
+    source: Path, packed: Path, make_checkpoint: MakeCheckpoint
+) -> None:
+    (packed / "config.json").write_text("{}")
+    with pytest.raises(RecipeError, match="a repair needs the source"):
+        fp8pack.verify(packed, repair=True)
+    with pytest.raises(fp8pack.InputError, match=r"is not what .* was packed from"):
+        fp8pack.verify(packed, against=make_checkpoint(llama_tensors(1), name="other"), repair=True)
+    flip(packed / "fp8pack.json", 99)
+    with pytest.raises(fp8pack.InputError, match=r"fp8pack\.json"):
+        fp8pack.verify(packed, against=source, repair=True)
+    assert (packed / "config.json").read_text() == "{}"
+
+
+def test_the_command_says_what_it_repaired(source: Path, packed: Path) -> None:
+    (packed / "tokenizer.json").unlink()
+    command = [sys.executable, "-m", "fp8pack", "verify", str(packed), "--against", str(source), "--repair"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[0] == "repaired tokenizer.json: it is missing"
