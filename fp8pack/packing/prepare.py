@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from fp8pack.checkpoint.calibration_file import read_calibration
 from fp8pack.checkpoint.config import set_dtype, set_quantization_config
+from fp8pack.checkpoint.manifest_schema import check_headers
 from fp8pack.checkpoint.quant_methods import find_method
 from fp8pack.checkpoint.quantized import read_contents, read_low_bits
 from fp8pack.checkpoint.side_files import SideFile, list_side_files
@@ -174,6 +175,8 @@ def _with_plain_names(source: Source, request: Request) -> Source:
 
 def _open_quantized(checkpoint: Path, request: Request | None = None) -> tuple[Source, Contents]:
     source = open_checkpoint(checkpoint)
+    if source.manifest is not None:
+        check_headers(source.specs, source.manifest)
     source = _with_plain_names(source, request) if request else source
     contents = read_contents(source)
     if contents.unread:

@@ -207,3 +207,16 @@ def test_what_was_packed_from_an_odd_checkpoint_opens_in_the_safetensors_library
 def test_a_path_that_no_file_system_has_is_refused(read: Any) -> None:
     with pytest.raises(InputError, match="file name too long"):
         read("x" * 300)
+
+
+@pytest.mark.parametrize("read", [fp8pack.inspect, fp8pack.unpack, fp8pack.load_packed, fp8pack.convert])
+def test_a_manifest_that_contradicts_the_files_is_refused(read: Any, built: Any, tmp_path: Path) -> None:
+    pack_into(built.single(tmp_path / "model"), tmp_path / "out")
+    path = tmp_path / "out" / "fp8pack.json"
+    document = json.loads(path.read_bytes())
+    name = next(name for name, entry in document["tensors"].items() if entry["action"] == "packed")
+    del document["tensors"][name]
+    path.write_text(json.dumps(document))
+    options = {"quant_method": "fp8pack"} if read is fp8pack.convert else {}
+    with pytest.raises(Fp8PackError, match=r"is not in fp8pack\.json"):
+        read(tmp_path / "out", **options)
