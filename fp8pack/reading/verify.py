@@ -3,19 +3,16 @@
 import json
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from math import prod
 from pathlib import Path
-from threading import Lock
 
 import numpy as np
-from blake3 import blake3
-from numpy.typing import NDArray
 
-from fp8pack.checkpoint.digests import Piece, expected_digests
+from fp8pack.checkpoint.digests import expected_digests
 from fp8pack.checkpoint.manifest_schema import Entry, Manifest, PackedEntry, find_manifest
 from fp8pack.checkpoint.quantized import read_contents
 from fp8pack.checkpoint.sha256sums import sum_files
@@ -23,25 +20,24 @@ from fp8pack.checkpoint.source import ShardReader, find_checkpoint, open_checkpo
 from fp8pack.checkpoint.whole import CHANGED, Difference, check_files, other_files
 from fp8pack.errors import InputError, RecipeError, VerificationError
 from fp8pack.inputs import parse_path, parse_switch
-from fp8pack.machine import usable_cores
 from fp8pack.modelfacts.spec import TensorSpec
-from fp8pack.numerics import native
-from fp8pack.numerics.formats import E4M3, FORMATS, Float8Format
-from fp8pack.numerics.metrics import widen
+from fp8pack.numerics.formats import FORMATS, Float8Format
 from fp8pack.packing.recompute import Packed, recompute
 from fp8pack.packing.repair import repair as repair_checkpoint
-from fp8pack.packing.workers import Stop, run_threads
-from fp8pack.planning.sizes import SIZES
+from fp8pack.reading.scan import (
+    EXPONENTS,
+    FLOATS,
+    OnProgress,
+    Scan,
+    Watch,
+    pieces_of,
+    problem_of_payload,
+    watch_of_scales,
+)
 from fp8pack.reading.verification import Verification
 from fp8pack.regular_files import read_regular
 
-OnProgress = Callable[[int, int], None]
-Watch = Callable[[NDArray[np.uint8]], str]  # says what is wrong with bytes of a tensor, if anything is
-_STRIP_NBYTES = 1 << 20
 _FORMATS = {format.name: format for format in FORMATS}
-_FLOATS = ("F32", "BF16", "F16")
-_EXPONENTS = ("U8", "F8_E8M0")
-_NO_EXPONENT = 255
 
 
 def verify(  # noqa: PLR0913
@@ -74,6 +70,9 @@ def verify(  # noqa: PLR0913
     part, is_quick = _parse_part(sample), parse_switch("quick", quick)
     if part and is_quick:
         raise RecipeError("quick and sample exclude each other", "leave out --quick, or leave out --sample")
+    repairs = parse_switch("repair", repair)
+    if repairs and against is None:
+        raise RecipeError("a repair needs the source", "add --against SOURCE")
     manifest_path = find_manifest(path)
     tell = on_progress or (lambda done, total: None)
     found = _Found()
@@ -83,23 +82,9 @@ def verify(  # noqa: PLR0913
         _verify_packed(manifest_path, found, tell, part=part, is_quick=is_quick)
         if path.is_dir() and found.manifest is not None:
             found.others = other_files(path, found.manifest.files, manifest_path.name)
-    repaired: list[Difference] = []
-    if parse_switch("repair", repair) and against is None:
-        raise RecipeError("a repair needs the source", "add --against SOURCE")
     if against is not None:
-        manifest = found.manifest
-        if manifest_path is None or manifest is None:
-            raise InputError(f"{path} has no fp8pack.json that says how it was packed", "leave out --against")
-        packed = Packed(path, manifest_path, json.loads(read_regular(manifest_path)))
-        source = parse_path("against", against)
         file = None if calibration is None else parse_path("calibration", calibration)
-        if repair and found.differences:
-            before, found = found, _Found(others=found.others)
-            repair_checkpoint(packed, manifest, before.differences, source, file, tell)
-            _verify_packed(manifest_path, found, tell, part=None, is_quick=False)
-            repaired = [difference for difference in before.differences if difference not in found.differences]
-        found.differences += recompute(packed, source, file, tell)
-        found.unknown.append("README.md was not recomputed: it says where the source lies")
+        found = _against(path, found, parse_path("against", against), file, tell, repairs=repairs)
     if parse_switch("strict", strict):
         found.differences += [Difference(name, "it is not in fp8pack.json") for name in found.others]
     if parse_switch("sha256", sha256):
@@ -115,7 +100,7 @@ def verify(  # noqa: PLR0913
         other_files=tuple(found.others),
         unknown=tuple(found.unknown),
         seconds=time.monotonic() - started,
-        repaired=tuple(repaired),
+        repaired=tuple(found.repaired),
     )
 
 
@@ -125,10 +110,29 @@ class _Found:
     differences: list[Difference] = field(default_factory=list)
     others: list[str] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)
+    repaired: list[Difference] = field(default_factory=list)
     num_files: int = 0
     num_tensors: int = 0
     all_tensors: int = 0
     nbytes: int = 0
+
+
+def _against(
+    path: Path, found: _Found, source: Path, calibration: Path | None, tell: OnProgress, *, repairs: bool
+) -> _Found:
+    """Compare with what packing the source gives, after a repair if one is asked for and needed."""
+    place, manifest = find_manifest(path), found.manifest
+    if place is None or manifest is None:
+        raise InputError(f"{path} has no fp8pack.json that says how it was packed", "leave out --against")
+    packed = Packed(path, place, json.loads(read_regular(place)))
+    if repairs and found.differences:
+        before, found = found.differences, _Found(others=found.others)
+        repair_checkpoint(packed, manifest, before, source, calibration, tell)
+        _verify_packed(place, found, tell, part=None, is_quick=False)
+        found.repaired = [difference for difference in before if difference not in found.differences]
+    found.differences += recompute(packed, source, calibration, tell)
+    found.unknown.append("README.md was not recomputed: it says where the source lies")
+    return found
 
 
 def _parse_part(text: str | None) -> tuple[int, int] | None:
@@ -158,10 +162,10 @@ def _verify_packed(
     watches: dict[str, Watch] = {}
     for name, entry in entries.items():
         if isinstance(entry, PackedEntry):
-            watches[entry.tensor or name] = partial(_problem_of_payload, _FORMATS[entry.format])
-            watches[entry.scale_inv.tensor] = _watch_of_scales(entry.scale_inv.dtype)
+            watches[entry.tensor or name] = partial(problem_of_payload, _FORMATS[entry.format])
+            watches[entry.scale_inv.tensor] = watch_of_scales(entry.scale_inv.dtype)
     chosen = _chosen(expected, found, part, is_quick=is_quick)
-    scan = _Scan(files.directory, watches)
+    scan = Scan(files.directory, watches)
     found.nbytes = scan.run([(expected[name].spec, expected[name].pieces) for name in chosen], tell)
     for name in chosen:
         each = expected[name]
@@ -194,14 +198,14 @@ def _verify_foreign(
             continue
         if isinstance(quantized.format, Float8Format):
             payload = stored[spec.file, spec.begin]
-            specs[payload.name], watches[payload.name] = payload, partial(_problem_of_payload, quantized.format)
-        if quantized.scale is not None and quantized.scale.dtype in (*_FLOATS, *_EXPONENTS):
+            specs[payload.name], watches[payload.name] = payload, partial(problem_of_payload, quantized.format)
+        if quantized.scale is not None and quantized.scale.dtype in (*FLOATS, *EXPONENTS):
             scale = stored.get((quantized.scale.file, quantized.scale.begin), quantized.scale)
-            specs[scale.name], watches[scale.name] = scale, _watch_of_scales(scale.dtype)
+            specs[scale.name], watches[scale.name] = scale, watch_of_scales(scale.dtype)
     found.all_tensors = len(specs)
     chosen = _chosen(specs, found, part, is_quick=is_quick)
-    scan = _Scan(source.directory, watches)
-    found.nbytes = scan.run([(specs[name], tuple(_pieces(specs[name].nbytes))) for name in chosen], tell)
+    scan = Scan(source.directory, watches)
+    found.nbytes = scan.run([(specs[name], tuple(pieces_of(specs[name].nbytes))) for name in chosen], tell)
     found.differences += scan.problems
 
 
@@ -215,113 +219,6 @@ def _chosen(tensors: Mapping[str, object], found: _Found, part: tuple[int, int] 
         found.unknown.append(f"part {part[0]} of {part[1]} was read: {len(names)} of {len(tensors)} tensors")
     found.num_tensors = len(names)
     return names
-
-
-def _pieces(nbytes: int) -> Iterator[Piece]:
-    for begin in range(0, nbytes, SIZES.band):
-        yield Piece(begin, min(SIZES.band, nbytes - begin))
-
-
-class _Scan:
-    """Reads tensors in threads, which digest every piece and look for bytes that its tensor cannot have."""
-
-    def __init__(self, directory: Path, watches: Mapping[str, Watch]) -> None:
-        self.digests: dict[tuple[str, int], list[bytes]] = {}
-        self._directory, self._watches = directory, watches
-        self._problems: dict[str, Difference] = {}
-        self._lock, self._done = Lock(), 0
-
-    @property
-    def problems(self) -> list[Difference]:
-        """What was found in the bytes, by the name of the tensor."""
-        return [self._problems[name] for name in sorted(self._problems)]
-
-    def run(self, tensors: Iterable[tuple[TensorSpec, tuple[Piece, ...]]], tell: OnProgress) -> int:
-        """Read every piece; return the bytes that were read."""
-        files: dict[str, list[tuple[TensorSpec, Piece]]] = {}
-        for spec, pieces in sorted(tensors, key=lambda tensor: tensor[0].begin):
-            files.setdefault(spec.file, []).extend((spec, piece) for piece in pieces)
-        total = sum(piece.nbytes for jobs in files.values() for _, piece in jobs)
-        if total:
-            run_threads(
-                files.values(),
-                self._worker,
-                count=usable_cores(),
-                stop=Stop(),
-                tick=lambda: tell(self._done, total),
-            )
-        tell(self._done, total)
-        return self._done
-
-    @contextmanager
-    def _worker(self) -> Iterator[Callable[[tuple[TensorSpec, Piece]], None]]:
-        readers: dict[str, ShardReader] = {}
-        buffer = memoryview(bytearray(_STRIP_NBYTES))
-
-        def work(job: tuple[TensorSpec, Piece]) -> None:
-            spec, piece = job
-            try:
-                if spec.file not in readers:
-                    for file in list(readers):
-                        readers.pop(file).close()
-                    readers[spec.file] = ShardReader(self._directory / spec.file)
-                self._read(readers[spec.file], spec, piece, buffer)
-            except InputError as error:
-                self._problems[spec.name] = Difference(spec.file, str(error), spec.name)
-            with self._lock:
-                self._done += piece.nbytes
-
-        try:
-            yield work
-        finally:
-            for reader in readers.values():
-                reader.close()
-
-    def _read(self, reader: ShardReader, spec: TensorSpec, piece: Piece, buffer: memoryview) -> None:
-        begin = spec.begin + piece.begin
-        if piece.crops:
-            data = np.empty(piece.nbytes, np.uint8)
-            reader.readinto(data.data, begin)
-            self._watch(spec, data)
-            self.digests[spec.name, piece.begin] = piece.digests(data)
-            return
-        hasher = blake3()
-        for at in range(0, piece.nbytes, _STRIP_NBYTES):
-            strip = buffer[: piece.nbytes - at]
-            reader.readinto(strip, begin + at)
-            hasher.update(strip)
-            self._watch(spec, np.frombuffer(strip, np.uint8))
-        self.digests[spec.name, piece.begin] = [hasher.digest()]
-
-    def _watch(self, spec: TensorSpec, data: NDArray[np.uint8]) -> None:
-        watch = self._watches.get(spec.name)
-        if watch is not None and (problem := watch(data)):
-            self._problems[spec.name] = Difference(spec.file, problem, spec.name)
-
-
-def _problem_of_payload(format: Float8Format, data: NDArray[np.uint8]) -> str:
-    largest = native.largest_codes(data.reshape(1, -1), (1, 1), region=(1, data.size))
-    return "the payload has a NaN or infinity" if largest[0, 0] >= format.nan_codes[0] else ""
-
-
-def _watch_of_scales(dtype: str) -> Watch:
-    return _problem_of_exponents if dtype in _EXPONENTS else partial(_problem_of_scales, dtype)
-
-
-def _problem_of_exponents(data: NDArray[np.uint8]) -> str:
-    return "a scale is NaN (255)" if (data == _NO_EXPONENT).any() else ""
-
-
-def _problem_of_scales(dtype: str, data: NDArray[np.uint8]) -> str:
-    values = widen(data.view(np.uint32 if dtype == "F32" else np.uint16), dtype)
-    if not np.isfinite(values).all():
-        return "a scale is NaN or infinite"
-    if (values < 0).any():
-        return "a scale is negative"
-    if (values == 0).any():
-        return "a scale is zero"
-    with np.errstate(over="ignore"):
-        return "" if np.isfinite(values * np.float32(E4M3.max)).all() else "a scale is too large: its values overflow"
 
 
 def _activation_differences(
