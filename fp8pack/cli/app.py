@@ -76,6 +76,11 @@ def main() -> NoReturn:
         drop_stdout()
         say(f"fp8pack: {error.filename or 'input or output'}: {str(error.strerror or error).lower()}")
         sys.exit(1)
+    except (MemoryError, RuntimeError) as error:  # also of a thread that finds no room for its stack
+        if isinstance(error, RuntimeError) and "start new thread" not in str(error):
+            raise
+        say("fp8pack: this process is not given enough memory: raise its limit (ulimit -d, ulimit -v)")
+        sys.exit(1)
     except Signalled as signalled:
         if signalled.signum != signal.SIGPIPE:
             say("fp8pack: interrupted; finished work is kept, the same command continues")

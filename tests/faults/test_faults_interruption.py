@@ -712,3 +712,16 @@ def test_the_source_is_never_written_to(small_bench: Any) -> None:
     before = {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in small_bench.model.rglob("*")}
     assert small_bench.run().code == 0
     assert {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in small_bench.model.rglob("*")} == before
+
+
+@pytest.mark.parametrize("descriptors", [12, 32])
+def test_few_descriptors_are_enough(descriptors: int, small_bench: Any) -> None:
+    limit = f"import resource; resource.setrlimit(resource.RLIMIT_NOFILE, ({descriptors}, {descriptors}))\n"
+    small_bench.check_complete(small_bench.run(extra=limit))
+
+
+def test_too_little_memory_for_a_thread_is_a_sentence(small_bench: Any) -> None:
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_DATA, (100 << 20, 100 << 20))\n"
+    ended = small_bench.run(extra=limit)
+    assert "Traceback" not in ended.stderr
+    assert ended.code in (0, 1)
