@@ -59,21 +59,20 @@ def _root(hasher: blake3) -> str:
     return f"blake3:{hasher.hexdigest()}"
 
 
-def is_as_written(document: dict[str, Any], raw: bytes) -> bool:
-    """Say whether a parsed manifest has its root, and is written as `write_manifest` writes it.
+def compare_written(document: dict[str, Any], raw: bytes) -> tuple[bool, str]:
+    """Say whether a manifest is written as `write_manifest` writes what it says; return also the root of that.
 
-    One flipped bit may leave the same JSON value, and another may change a value and its root alike.
+    One flipped bit may leave the same JSON value.
     """
     head = {name: section for name, section in document.items() if name not in ("tensors", "root")}
     tensors = document.get("tensors")
     if not isinstance(tensors, dict) or not all(isinstance(section, dict) for section in head.values()):
-        return False
-    at = 0
-    for piece in _pieces(head, sorted(tensors.items()), blake3()):
-        if raw[at : at + len(piece)] != piece:
-            return False
+        return False, ""
+    at, is_same, hasher = 0, True, blake3()
+    for piece in _pieces(head, sorted(tensors.items()), hasher):
+        is_same = is_same and raw[at : at + len(piece)] == piece
         at += len(piece)
-    return at == len(raw)
+    return is_same and at == len(raw), _root(hasher)
 
 
 def canonical(value: Any) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 from blake3 import blake3
 
 from fp8pack.checkpoint.header import Header
-from fp8pack.checkpoint.manifest import is_as_written, root_of
+from fp8pack.checkpoint.manifest import compare_written
 from fp8pack.checkpoint.manifest_schema import FileEntry, Manifest, digest_of_header, header_differences, parse_manifest
 from fp8pack.checkpoint.source import ShardReader
 from fp8pack.errors import InputError, VerificationError
@@ -60,10 +60,12 @@ def check_files(path: Path) -> Files:
         found.differences.append(Difference(path.name, f"it is not JSON: {error}"))
     if found.manifest is None:
         return found
-    if root_of(document) != found.manifest.root:
+    is_as_written, root = compare_written(document, raw)
+    if root != found.manifest.root:
         found.differences.append(Difference(path.name, "its root is not that of its content"))
-    elif not is_as_written(document, raw):
+    elif not is_as_written:
         found.differences.append(Difference(path.name, "it is not written as fp8pack writes it"))
+    del document, raw  # as large as the manifest, which is parsed by now
     for name, entry in found.manifest.files.items():
         found.differences += _check_file(found, name, entry)
     specs = [spec for header in found.headers.values() for spec in header.tensors]

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import fp8pack
 from fp8pack.checkpoint.header import read_header
-from fp8pack.checkpoint.manifest import canonical, digest_of_bands, is_as_written, root_of, write_manifest
+from fp8pack.checkpoint.manifest import canonical, compare_written, digest_of_bands, root_of, write_manifest
 from fp8pack.errors import RecipeError, VerificationError
 from fp8pack.reading.verification import Verification
 
@@ -120,11 +120,12 @@ def test_a_manifest_that_is_changed_with_its_root_is_found_by_the_files(packed: 
 def test_a_manifest_is_compared_byte_for_byte(packed: Path) -> None:
     raw = (packed / "fp8pack.json").read_bytes()
     document = json.loads(raw)
-    assert is_as_written(document, raw)
-    assert not is_as_written(document, raw + b"\n")
-    assert not is_as_written(document, raw[:-1])
-    assert not is_as_written(document, canonical(document).encode())
-    assert not is_as_written({**document, "tensors": 3}, raw)
+    assert compare_written(document, raw) == (True, document["root"])
+    for other in (raw + b"\n", raw[:-1], canonical(document).encode()):
+        assert compare_written(document, other) == (False, document["root"])
+    assert compare_written({**document, "tensors": 3}, raw) == (False, "")
+    changed = {**document, "source": {**document["source"], "fingerprint": "blake3:" + "0" * 64}}
+    assert compare_written(changed, raw) == (False, root_of(changed))
 
 
 def test_all_differences_are_listed_not_the_first(packed: Path) -> None:
