@@ -1,7 +1,11 @@
 """An independent answer to what the bytes must be: ml_dtypes casts, NumPy float32 division, no code of fp8pack."""
 
+import json
+from typing import Any
+
 import ml_dtypes
 import numpy as np
+from blake3 import blake3
 from numpy.typing import NDArray
 
 ELEMENT = {
@@ -60,3 +64,10 @@ def scale(amax: np.float32, largest: np.float32, emax: int, rounding: str) -> np
     if rounding == "floor":
         return np.float32(2.0 ** max(int(np.frexp(amax)[1]) - 1 - emax, -126))
     return np.float32(exact)
+
+
+def root_of(document: dict[str, Any]) -> str:
+    """The root that a parsed manifest must carry: BLAKE3 of the canonical JSON of all the rest."""
+    body = {key: value for key, value in document.items() if key != "root"}
+    text = json.dumps(body, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+    return f"blake3:{blake3(text.encode()).hexdigest()}"

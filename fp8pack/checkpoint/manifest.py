@@ -80,12 +80,6 @@ def canonical(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
 
 
-def root_of(document: dict[str, Any]) -> str:
-    """Return the root digest that a parsed manifest must carry."""
-    body = {key: value for key, value in document.items() if key != "root"}
-    return f"blake3:{blake3(canonical(body).encode()).hexdigest()}"
-
-
 def digest_of_bands(digests: Iterable[str]) -> str:
     """Return the digest of a tensor: BLAKE3 over the BLAKE3 digests of its bands, in order."""
     hasher = blake3()

@@ -88,7 +88,7 @@ class Bench:
     place: Path
     roots: dict[str, str] = field(default_factory=dict)
 
-    def prepare(self) -> None:
+    def prepare(self, commands: Sequence[Command]) -> None:
         """Write the sources, compile the library, and run every command undisturbed."""
         compiler = ["cc", "-shared", "-fPIC", "-O1", "-o", str(self.place / "shim.so"), str(SHIM), "-ldl"]
         subprocess.run(compiler, check=True)
@@ -98,7 +98,7 @@ class Bench:
         save_file(llama_tensors(1), source / "single.safetensors")
         fp8pack.pack(source / "model", source / "fp8", scheme="FP8_BLOCK")
         write_calibrations(source)
-        for command in COMMANDS:
+        for command in commands:
             folder = self.fresh(command)
             ended = self.run(command, folder)
             assert ended.returncode == 0, ended.stderr
@@ -129,13 +129,13 @@ class Bench:
             timeout=300,
         )
 
-    def count(self, command: Command, kind: str) -> int:
-        """Return how many calls of a kind an undisturbed run makes."""
+    def count(self, command: Command) -> Counter[str]:
+        """Return how many calls of each kind an undisturbed run makes."""
         folder = self.fresh(command)
         log = folder.with_suffix(".log")
-        self.run(command, folder, calls=kind, at=0, log=log)
+        self.run(command, folder, calls=",".join(KINDS), at=0, log=log)
         shutil.rmtree(folder)
-        return int(log.read_text().split()[-1])
+        return Counter(line.split()[1] for line in log.read_text().splitlines())
 
     def check(self, point: Point) -> str:
         """Make a call fail; return what is wrong with what is left, empty if nothing is, or `-` if it was not made."""
@@ -145,7 +145,7 @@ class Bench:
         fault = {"calls": point.kind, "at": point.at, "action": point.action, "log": log}
         ended = self.run(point.command, folder, **fault)
         try:
-            if "hit" not in log.read_text():
+            if not log.exists():
                 return "-"
             if problem := self._problem(point, ended, output, before):
                 return problem
@@ -230,9 +230,9 @@ def points(bench: Bench, commands: Sequence[Command], every: int) -> Iterator[Po
     """Yield each point, or each n-th of all."""
     index = 0
     for command in commands:
+        counts = bench.count(command)
         for kind, actions in KINDS.items():
-            count = bench.count(command, kind)
-            for at in range(1, count + 1):
+            for at in range(1, counts[kind] + 1):
                 for action in actions:
                     if index % every == 0:
                         yield Point(command, kind, action, at)
@@ -255,7 +255,7 @@ def check_all(every: int, commands: Sequence[Command] = COMMANDS) -> dict[Point,
     """Check the points of some commands; return what is wrong with each, empty if nothing is."""
     with tempfile.TemporaryDirectory() as place:
         bench = Bench(Path(place))
-        bench.prepare()
+        bench.prepare(commands)
         chosen = list(points(bench, commands, every))
         with ThreadPool(os.cpu_count()) as pool:
             return dict(zip(chosen, pool.map(bench.check, chosen, chunksize=1), strict=True))

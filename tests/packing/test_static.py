@@ -20,7 +20,6 @@ from safetensors.numpy import load_file, save_file
 
 import fp8pack
 from fp8pack.checkpoint.journal import Journal
-from fp8pack.checkpoint.manifest import root_of
 from fp8pack.checkpoint.manifest_schema import ActivationEntry, Manifest, read_manifest
 from fp8pack.checkpoint.source import open_checkpoint
 from fp8pack.errors import DeadlineError, InputError, OutputError
@@ -76,7 +75,7 @@ def entries_of(manifest: Manifest) -> dict[str, tuple[str, ActivationEntry]]:
 def check_manifest(folder: Path) -> dict[str, tuple[str, ActivationEntry]]:
     """The manifest says of every scale of activations what the file holds; return the entries."""
     document = json.loads((folder / "fp8pack.json").read_bytes())
-    assert root_of(document) == document["root"]
+    assert oracle.root_of(document) == document["root"]
     manifest, found, files = Manifest.model_validate(document), stored(folder), shard_of(folder)
     required = set(json.loads(SCHEMA.read_text())["$defs"]["ActivationEntry"]["required"])
     for tensor in document["tensors"].values():

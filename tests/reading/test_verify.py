@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import oracle
 import pytest
 import torch
 from blake3 import blake3
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import fp8pack
 from fp8pack.checkpoint.header import read_header
-from fp8pack.checkpoint.manifest import canonical, compare_written, digest_of_bands, root_of, write_manifest
+from fp8pack.checkpoint.manifest import canonical, compare_written, digest_of_bands, write_manifest
 from fp8pack.errors import RecipeError, VerificationError
 from fp8pack.reading.verification import Verification
 
@@ -110,7 +111,7 @@ def test_a_manifest_that_is_changed_with_its_root_is_found_by_the_files(packed: 
     path = packed / "fp8pack.json"
     document = json.loads(path.read_bytes())
     document["files"]["tokenizer.json"]["size"] += 1
-    document["root"] = root_of(document)
+    document["root"] = oracle.root_of(document)
     path.write_text(json.dumps(document))
     found = [str(difference) for difference in fp8pack.verify(packed).differences]
     assert any(line.startswith("fp8pack.json: it is not written as fp8pack writes it") for line in found)
@@ -125,7 +126,7 @@ def test_a_manifest_is_compared_byte_for_byte(packed: Path) -> None:
         assert compare_written(document, other) == (False, document["root"])
     assert compare_written({**document, "tensors": 3}, raw) == (False, "")
     changed = {**document, "source": {**document["source"], "fingerprint": "blake3:" + "0" * 64}}
-    assert compare_written(changed, raw) == (False, root_of(changed))
+    assert compare_written(changed, raw) == (False, oracle.root_of(changed))
 
 
 def test_all_differences_are_listed_not_the_first(packed: Path) -> None:
