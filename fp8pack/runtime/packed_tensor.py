@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fp8pack.errors import InputError
 from fp8pack.gemm.layouts import for_cublaslt, for_deepgemm, untile
 from fp8pack.gemm.make_operand import make_operand
 from fp8pack.gemm.operand import Operand
@@ -102,9 +103,16 @@ class PackedTensor:
         return prod(self.shape[:-1]), prod(self.shape[-1:])
 
     def _float_scale(self) -> Tensor:
-        """`scale`, not cached: it has four times the bytes of stored exponents."""
+        """`scale`, not cached: it has four times the bytes of stored exponents.
+
+        Raises:
+            InputError: one is negative or not finite; on a CPU only, since another device would have to be waited for.
+        """
         scale = grid_of(self.stored_scale, self._matrix, self.block, tiled=self.tiled)
-        return (scale.view(torch.float8_e8m0fnu) if scale.dtype == torch.uint8 else scale).float()
+        scale = (scale.view(torch.float8_e8m0fnu) if scale.dtype == torch.uint8 else scale).float()
+        if scale.device.type == "cpu" and not ((scale >= 0) & scale.isfinite()).all():
+            raise InputError(f"{self.name!r} has a scale that is negative or not finite", "`fp8pack verify` says more")
+        return scale
 
 
 def grid_of(stored: Tensor, shape: tuple[int, int], block: tuple[int, int], *, tiled: bool) -> Tensor:

@@ -133,3 +133,14 @@ def test_what_is_printed_is_short(make_checkpoint: MakeCheckpoint, tmp_path: Pat
         f"PackedTensor('{NAME}', shape=[131, 200], format='e4m3', granularity='block:128x128', block=(128, 128), "
         "scale=[2, 2], device='cpu')"
     )
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
+def test_a_scale_that_is_none_is_refused_where_it_is_used(value: float) -> None:
+    weight = made(np.zeros((4, 8), np.uint8), torch.tensor([[1.0], [1.0], [value], [1.0]]), "channel")
+    for use in (lambda: weight.scale, weight.dequantize, weight.expand_scale, lambda: weight.operand):
+        with pytest.raises(fp8pack.InputError, match="'w' has a scale that is negative or not finite"):
+            use()
+    exponents = made(np.zeros((4, 32), np.uint8), torch.tensor([[127], [0], [255], [1]], dtype=torch.uint8), "mx")
+    with pytest.raises(fp8pack.InputError, match="negative or not finite"):
+        _ = exponents.scale
