@@ -119,8 +119,9 @@ def test_a_signal_at_any_moment_leaves_no_traceback(
         time.sleep(milliseconds / 1000)
         process.send_signal(signum)
         _, errors = process.communicate()
-    assert "/cli/" not in errors, "our code has begun"  # before, Python itself shows where it was
-    assert process.returncode in (0, -signum, 128 + signum)
+    assert "/cli/" not in errors, "our code has begun"
+    by_python = {1} if "KeyboardInterrupt" in errors else set()  # which was not there yet when the signal came
+    assert process.returncode in {0, -signum, 128 + signum} | by_python
     assert not small_bench.output.exists() or process.returncode == 0
     small_bench.check_complete(small_bench.run())
 
