@@ -132,13 +132,7 @@ def bench_disk(bench: Bench) -> list[Row]:
 
 def bench_convert(bench: Bench) -> list[Row]:
     """Rows 10 and 11: FP8 in, floats or FP8 out, against a copy of what is written, on tmpfs; and their memory."""
-    _check_memory(bench)
-    forget_all(bench.disk)
-    folder, fp8 = bench.tmpfs, "models/fp8"
-    source = bench.make_llama(folder, bench.size)
-    line = f"fp8pack pack {source} -o {fp8} --scheme FP8_BLOCK -q --overwrite"
-    call(["sh", "-c", line], cwd=folder)
-    bench.commands.setdefault("models", []).append(line)
+    folder, (source, fp8) = bench.tmpfs, _make_fp8(bench)
     cases = {
         "10. unpack / `cp -r` of what it writes": (f"fp8pack unpack {fp8} -o {PACKED}", source),
         "11. convert, bytes carried / `cp -r`": (
@@ -160,13 +154,7 @@ def bench_convert(bench: Bench) -> list[Row]:
 
 def bench_verify(bench: Bench) -> list[Row]:
     """Row 12: the whole process `fp8pack verify` against programs that digest the same files, on tmpfs."""
-    _check_memory(bench)
-    forget_all(bench.disk)
-    folder, fp8 = bench.tmpfs, "models/fp8"
-    source = bench.make_llama(folder, bench.size)
-    line = f"fp8pack pack {source} -o {fp8} --scheme FP8_BLOCK -q --overwrite"
-    call(["sh", "-c", line], cwd=folder)
-    bench.commands.setdefault("models", []).append(line)
+    folder, (source, fp8) = bench.tmpfs, _make_fp8(bench)
     bench.drop(folder / source)
     others = {"sha256sum": ("sha256sum", 0.5), "b3sum": ("b3sum --num-threads 2", 1.43)}
     rows = []
@@ -188,6 +176,17 @@ def bench_verify(bench: Bench) -> list[Row]:
                 Row("12. verify: peak memory, MiB", "≤ 300", f"{median(peaks):.0f}", _range(peaks, "{:.0f}"), passed)
             )
     return rows
+
+
+def _make_fp8(bench: Bench) -> tuple[str, str]:
+    """Make a model and pack it, on tmpfs; return the names of both."""
+    _check_memory(bench)
+    forget_all(bench.disk)
+    source, fp8 = bench.make_llama(bench.tmpfs, bench.size), "models/fp8"
+    line = f"fp8pack pack {source} -o {fp8} --scheme FP8_BLOCK -q --overwrite"
+    call(["sh", "-c", line], cwd=bench.tmpfs)
+    bench.commands.setdefault("models", []).append(line)
+    return source, fp8
 
 
 def _against_copy(bench: Bench, folder: Path, name: str, flags: str, *, bound: float) -> Row:

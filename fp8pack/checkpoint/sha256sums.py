@@ -17,10 +17,10 @@ SUMS_NAME = "SHA256SUMS"
 _LINE = re.compile(r"([0-9a-f]{64}) [ *](.+)")
 
 
-def sum_files(path: Path) -> list[Difference]:
-    """Write SHA256SUMS beside or into a checkpoint; if it is there, return what differs from it.
+def sum_files(path: Path, *, may_write: bool) -> list[Difference]:
+    """Return what differs from SHA256SUMS, or write it if it is not there and may be written.
 
-    path: a directory, whose files are all summed, or a single file.
+    path: a directory, whose files are all summed, or a single file, whose sum is in NAME.sha256.
 
     Raises:
         SpaceError: it cannot be written.
@@ -32,6 +32,8 @@ def sum_files(path: Path) -> list[Difference]:
         found = dict(zip(names, pool.map(lambda name: _sum(directory / name), names), strict=True))
     if sums_path.exists():
         return list(_compare(sums_path, found))
+    if not may_write:
+        return []
     temporary = sums_path.with_name(f".{sums_path.name}.{os.getpid()}")
     write_file(temporary, "".join(f"{digest}  {name}\n" for name, digest in found.items()).encode())
     with writing(sums_path):

@@ -111,7 +111,7 @@ def _is_tool_folder(name: str) -> bool:
 
 def _classify(directory: Path, name: str, copy: Sequence[str]) -> SideFile:
     path = directory / name
-    if not name.isprintable() and re.search(r"[\ud800-\udfff]", name):  # what no manifest can hold
+    if re.search(r"[\ud800-\udfff]", name):  # what no manifest can hold
         raise InputError(f"{name!r} in {directory} is not a name in UTF-8", "rename the file, or remove it")
     wanted = any(fnmatchcase(name, pattern) for pattern in copy)
     rule = None if wanted else next((rule for pattern, rule in _LEFT_OUT if pattern.search(name)), None)

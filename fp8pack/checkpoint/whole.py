@@ -103,6 +103,15 @@ def _check_file(found: Files, name: str, entry: FileEntry) -> Iterator[Differenc
         yield Difference(name, str(error))
 
 
+def digest_of_file(path: Path) -> str:
+    """Return the digest of a file, empty if it cannot be read."""
+    try:
+        with closing(ShardReader(path)) as reader:
+            return _digest(reader)
+    except InputError:
+        return ""
+
+
 def _digest(reader: ShardReader) -> str:
     hasher, buffer = blake3(), memoryview(bytearray(min(_PIECE_NBYTES, reader.size)))
     for offset in range(0, reader.size, _PIECE_NBYTES):

@@ -8,7 +8,7 @@ from typing import Any
 from fp8pack.checkpoint.journal import NoRecord
 from fp8pack.checkpoint.quantized import read_contents
 from fp8pack.checkpoint.source import open_checkpoint
-from fp8pack.checkpoint.whole import Difference
+from fp8pack.checkpoint.whole import Difference, digest_of_file
 from fp8pack.errors import InputError, RecipeError
 from fp8pack.machine import usable_cores
 from fp8pack.packing.codecs import make_codec
@@ -17,7 +17,7 @@ from fp8pack.packing.metadata import energies_of, small_digests, tensor_entries
 from fp8pack.packing.model_card import CARD_NAME
 from fp8pack.packing.options import WriteOptions
 from fp8pack.packing.prepare import Prepared, prepare_convert, prepare_pack, prepare_unpack
-from fp8pack.packing.target import Nowhere
+from fp8pack.packing.target import Nowhere, Target
 from fp8pack.packing.workers import Stop
 from fp8pack.planning.recipe_file import make_request
 
@@ -61,21 +61,30 @@ def prepare_again(packed: Packed, source: Path, calibration: Path | None) -> Pre
     return prepared
 
 
-def _run(prepared: Prepared, packed: Packed, tell: Callable[[int, int], None]) -> tuple[ShardWork, ...]:
-    options = prepared.options
-    execution = Execution(
+def execution_of(prepared: Prepared, packed: Packed, target: Target) -> Execution:
+    """Return the work of a plan that goes elsewhere than a pack does, and is not continued."""
+    return Execution(
         *(prepared.plan, prepared.source, ()),
-        folder=packed.checkpoint,
+        folder=packed.manifest.parent,
         journal=NoRecord(),
-        target=Nowhere(),
-        checkpoint_nbytes=options.sizes.checkpoint,
+        target=target,
+        checkpoint_nbytes=prepared.options.sizes.checkpoint,
     )
+
+
+def run_execution(execution: Execution, prepared: Prepared, tell: Callable[[int, int], None]) -> None:
+    """Do the work, on all cores; raises as a pack does."""
 
     def tick() -> None:
         tell(execution.counters.done_nbytes, execution.counters.total_nbytes)
 
-    codec = make_codec(options.device, options.sizes.strip)
+    codec = make_codec(prepared.options.device, prepared.options.sizes.strip)
     execution.run(codec, workers=usable_cores(), stop=Stop(), tick=tick)
+
+
+def _run(prepared: Prepared, packed: Packed, tell: Callable[[int, int], None]) -> tuple[ShardWork, ...]:
+    execution = execution_of(prepared, packed, Nowhere())
+    run_execution(execution, prepared, tell)
     return execution.works
 
 
@@ -107,9 +116,15 @@ def _tensor_differences(again: Mapping[str, Any], packed: Packed) -> Iterator[Di
 
 
 def _file_differences(prepared: Prepared, packed: Packed) -> Iterator[Difference]:
-    """By the digests of small files, but for the index, which follows the size of shards, and the model card."""
-    stated = packed.document["files"]
-    for name, digest in small_digests(prepared).items():
-        is_compared = name in stated and name != CARD_NAME and not name.endswith(".index.json")
-        if is_compared and stated[name].get("digest") != digest:
+    """By the digests of small files, but for the index, which follows the size of shards, and the model card.
+
+    A file that `--copy` brought along is compared with the source's own.
+    """
+    stated = {name: entry["digest"] for name, entry in packed.document["files"].items() if "digest" in entry}
+    again = small_digests(prepared)
+    for name in sorted(again.keys() | stated.keys()):
+        if name == CARD_NAME or name.endswith(".index.json"):
+            continue
+        digest = again.get(name) or digest_of_file(prepared.source.directory / name)
+        if stated.get(name) != digest:
             yield Difference(name, _OTHER)

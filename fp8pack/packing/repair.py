@@ -10,19 +10,15 @@ from pathlib import Path
 
 from blake3 import blake3
 
-from fp8pack.checkpoint.journal import NoRecord
 from fp8pack.checkpoint.manifest_schema import Manifest
-from fp8pack.checkpoint.shard_writer import ShardWriter, sync_directory, sync_file, write_file, writing
+from fp8pack.checkpoint.shard_writer import ShardWriter, sync_directory, write_file, writing
 from fp8pack.checkpoint.whole import Difference
 from fp8pack.errors import InputError, RecipeError
-from fp8pack.machine import usable_cores
-from fp8pack.packing.codecs import make_codec
-from fp8pack.packing.execute import Execution, ShardWork
+from fp8pack.packing.execute import ShardWork
 from fp8pack.packing.metadata import small_files
 from fp8pack.packing.prepare import Prepared
-from fp8pack.packing.recompute import Packed, energies, prepare_again
-from fp8pack.packing.target import Writer
-from fp8pack.packing.workers import Stop
+from fp8pack.packing.recompute import Packed, energies, execution_of, prepare_again, run_execution
+from fp8pack.packing.target import Folder
 from fp8pack.planning.layout import ShardPlan
 
 
@@ -45,25 +41,14 @@ def repair(
         raise InputError(f"{packed.manifest.name} is damaged, and says how to repair the rest", "pack the source again")
     prepared = prepare_again(packed, source, calibration)
     folder, damaged = packed.manifest.parent, {(entry.file, entry.tensor) for entry in differences}
-    execution = Execution(
-        *(prepared.plan, prepared.source, ()),
-        folder=folder,
-        journal=NoRecord(),
-        target=_InPlace(folder),
-        checkpoint_nbytes=prepared.options.sizes.checkpoint,
-    )
+    execution = execution_of(prepared, packed, _InPlace(folder))
     for work in execution.works:
         entry = manifest.files.get(work.plan.file)
         if entry is None or (entry.size, entry.header) != (work.size, _digest(work.header)):
             raise RecipeError(f"{packed.checkpoint} has shards of another size", "pack the source again")
     for work in execution.works:
         _narrow(work, damaged, folder / work.plan.file)
-
-    def tick() -> None:
-        tell(execution.counters.done_nbytes, execution.counters.total_nbytes)
-
-    codec = make_codec(prepared.options.device, prepared.options.sizes.strip)
-    execution.run(codec, workers=usable_cores(), stop=Stop(), tick=tick)
+    run_execution(execution, prepared, tell)
     _write_small(prepared, packed, manifest, {file for file, tensor in damaged if tensor is None}, folder)
 
 
@@ -113,22 +98,11 @@ def _digest(data: bytes) -> str:
     return f"blake3:{blake3(data).hexdigest()}"
 
 
-class _InPlace:
-    """The files of the checkpoint themselves; see Target."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
+class _InPlace(Folder):
+    """The files of the checkpoint themselves, which are there."""
 
     def start(self, file: str, header: bytes, size: int, constants: Iterable[tuple[int, bytes]]) -> None:
         """Do nothing: headers are written where they differ."""
-
-    def open(self, file: str) -> Writer:
-        """Open a file."""
-        return ShardWriter(self._path / file)
-
-    def sync(self, file: str) -> None:
-        """Return when what was written is on the disk."""
-        sync_file(self._path / file)
 
     def check(self, plan: ShardPlan) -> None:
         """Do nothing: the checkpoint is verified afterwards."""

@@ -22,6 +22,7 @@ from fp8pack.checkpoint.manifest import canonical, compare_written, digest_of_ba
 from fp8pack.errors import RecipeError, VerificationError
 from fp8pack.reading.verification import Verification
 
+FIXTURES = Path(__file__).parents[1] / "interop" / "fixtures"
 SIDES = {"tokenizer.json": b'{"model": {}}', "assets/chat.jinja": b"{{ messages }}"}
 
 
@@ -261,6 +262,19 @@ def test_sums_are_written_once_and_then_compared(packed: Path) -> None:
     assert "tokenizer.json: its SHA-256 is not the one in SHA256SUMS" in problems
 
 
+def test_of_a_damaged_checkpoint_no_sums_are_written(packed: Path) -> None:
+    (packed / "tokenizer.json").write_text("{}")
+    assert not fp8pack.verify(packed, sha256=True).ok
+    assert not (packed / "SHA256SUMS").exists()
+
+
+@pytest.mark.parametrize("fixture", sorted(filter(Path.is_dir, FIXTURES.iterdir())), ids=lambda path: path.name)
+def test_what_other_tools_made_has_no_difference(fixture: Path) -> None:
+    found = fp8pack.verify(fixture)
+    assert found.ok, found.differences
+    assert found.num_files
+
+
 def test_the_command_lists_differences_and_ends_with_6(packed: Path) -> None:
     command = [sys.executable, "-m", "fp8pack", "verify", str(packed)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -341,11 +355,11 @@ def pack_otherwise(packed: Path, tensor: str) -> None:
 @pytest.mark.parametrize("scheme", ["FP8_BLOCK", "FP8_DYNAMIC", "MXFP8", "FP8_SCALED"])
 def test_what_was_packed_is_what_packing_gives(scheme: str, source: Path, tmp_path: Path) -> None:
     fp8pack.pack(source, tmp_path / "out", scheme=scheme, ignore="*.0.mlp.up_proj", kept_dtype="float16")
+    before = contents(tmp_path / "out")
     found = fp8pack.verify(tmp_path / "out", against=source)
     assert found.ok
     assert "README.md was not recomputed: it says where the source lies" in found.unknown
-    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir() if path.is_file()}
-    assert before == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir() if path.is_file()}
+    assert contents(tmp_path / "out") == before
 
 
 @pytest.mark.parametrize("kind", ["converted", "unpacked", "single", "resharded"])
@@ -374,6 +388,21 @@ def test_a_byte_that_packing_does_not_give_is_found_although_the_manifest_has_it
     assert fp8pack.verify(packed).ok
     [difference] = fp8pack.verify(packed, against=source).differences
     assert (difference.tensor, difference.problem) == (tensor, "it is not what packing the source gives, by digest")
+
+
+def test_files_that_the_source_has_not_are_found_and_copied_ones_are_its_own(source: Path, tmp_path: Path) -> None:
+    (source / "training_args.bin").write_bytes(b"training")
+    out = tmp_path / "out"
+    fp8pack.pack(source, out, copy="training_args.bin")
+    assert fp8pack.verify(out, against=source).ok
+    (out / "code.py").write_text("evil")
+    manifest = json.loads((out / "fp8pack.json").read_bytes())
+    manifest["files"]["code.py"] = {"size": 4, "digest": f"blake3:{blake3(b'evil').hexdigest()}"}
+    head = {name: section for name, section in manifest.items() if name not in ("tensors", "root")}
+    write_manifest(out / "fp8pack.json", head, sorted(manifest["tensors"].items()))
+    assert fp8pack.verify(out).ok
+    [difference] = fp8pack.verify(out, against=source).differences
+    assert str(difference) == "code.py: it is not what packing the source gives"
 
 
 def test_another_source_is_refused(source: Path, packed: Path, make_checkpoint: MakeCheckpoint) -> None:
