@@ -4,7 +4,6 @@ Only what differs is written: a tensor where it lies, a shard whose header or si
 one rename. Every byte is one that the manifest has the digest of, so a repair that is cut off is done again.
 """
 
-import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -87,10 +86,13 @@ def _write_small(prepared: Prepared, packed: Packed, manifest: Manifest, names: 
             place = folder / name
             with writing(place):
                 place.parent.mkdir(parents=True, exist_ok=True)
-            temporary = place.with_name(f".{place.name}.{os.getpid()}")
-            write_file(temporary, content)
-            with writing(place):
-                temporary.replace(place)
+            temporary = place.with_name(f".{place.name}.fp8pack-partial")  # of a repair that was cut off: written again
+            try:
+                write_file(temporary, content)
+                with writing(place):
+                    temporary.replace(place)
+            finally:
+                temporary.unlink(missing_ok=True)
             sync_directory(place.parent)
 
 

@@ -1,6 +1,6 @@
 """Make every call of every command fail in every way, and look at what it leaves.
 
-    python tests/faults/run_faults.py            every point: some hours on two cores
+    python tests/faults/run_faults.py            every point: two hours on two cores, most of them for calibrate
     python tests/faults/run_faults.py --every 7  each seventh
 
 Nothing in the product takes part: shim.c stands between the process and the C library. After each fault there must be
@@ -21,9 +21,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from queue import Queue
 
 import numpy as np
+from calibration.tiny_models import make_model, save_model
 from checkpoints import llama_config, llama_tensors
+from faults.fork_server import Ended, ForkServer
 from safetensors.numpy import save_file
 
 import fp8pack
@@ -51,23 +54,30 @@ class Command:
     name: str
     words: tuple[str, ...]
     output: str
-    before: tuple[str, ...] = ()  # what makes the output that is there already
-
-    @property
-    def overwrites(self) -> bool:
-        """Whether an output is there before."""
-        return bool(self.before)
+    before: str = ""  # the source that is there already under the output's name
+    repairs: bool = False
 
 
-PACK = ("pack", "model", "--scheme", "FP8_DYNAMIC")
+ONE = ("--workers", "1")  # calls come in one order
+PACK = ("pack", "model", "--scheme", "FP8_DYNAMIC", *ONE)
+PACKING = ("fp8pack.packing.write", "fp8pack.packing.unpack", "fp8pack.reading.verify", "fp8pack.report.summary")
+CALIBRATING = (
+    "transformers.models.gemma2.modeling_gemma2",
+    "fp8pack.calibration.calibrate",
+    "transformers.models.auto.tokenization_auto",
+)
+CALIBRATE = ("calibrate", "gemma", "--prompts", "prompts.txt", "-o", "out.safetensors", "--device", "cpu")
 COMMANDS = (
     Command("pack", (*PACK, "-o", "out"), "out"),
-    Command("pack --overwrite", (*PACK, "-o", "out", "--overwrite"), "out", ("pack", "other", "-o", "out")),
-    Command("pack, two passes", ("pack", "model", "--scheme", "FP8_SCALED", "-o", "out"), "out"),
-    Command("pack, a single file", ("pack", "single.safetensors", "-o", "out.safetensors"), "out.safetensors"),
-    Command("convert", ("convert", "fp8", "--quant-method", "fp8pack", "-o", "out"), "out"),
-    Command("unpack", ("unpack", "fp8", "-o", "out"), "out"),
+    Command("pack --overwrite", (*PACK, "-o", "out", "--overwrite"), "out", "other-fp8"),
+    Command("pack, two passes", ("pack", "model", "--scheme", "FP8_SCALED", "-o", "out", *ONE), "out"),
+    Command("pack, a single file", ("pack", "single.safetensors", "-o", "out.safetensors", *ONE), "out.safetensors"),
+    Command("convert", ("convert", "fp8", "--quant-method", "fp8pack", "-o", "out", *ONE), "out"),
+    Command("unpack", ("unpack", "fp8", "-o", "out", *ONE), "out"),
     Command("merge", ("merge", "a.safetensors", "b.safetensors", "-o", "out.safetensors"), "out.safetensors"),
+    Command("verify --repair", ("verify", "out", "--against", "model", "--repair"), "out", "damaged", repairs=True),
+    Command("calibrate", (*CALIBRATE, "--stream-layers", "off"), "out.safetensors"),
+    Command("calibrate, streamed", (*CALIBRATE, "--stream-layers", "on"), "out.safetensors"),
 )
 
 
@@ -87,47 +97,52 @@ class Bench:
 
     place: Path
     roots: dict[str, str] = field(default_factory=dict)
+    servers: dict[str, Queue[ForkServer]] = field(default_factory=dict)
 
     def prepare(self, commands: Sequence[Command]) -> None:
         """Write the sources, compile the library, and run every command undisturbed."""
-        compiler = ["cc", "-shared", "-fPIC", "-O1", "-o", str(self.place / "shim.so"), str(SHIM), "-ldl"]
-        subprocess.run(compiler, check=True)
-        source = self.place / "source"
-        for name, layers in (("model", 2), ("other", 1)):
-            write_model(source / name, layers)
-        save_file(llama_tensors(1), source / "single.safetensors")
-        fp8pack.pack(source / "model", source / "fp8", scheme="FP8_BLOCK")
-        write_calibrations(source)
+        shim = self.place / "shim.so"
+        subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", str(shim), str(SHIM), "-ldl"], check=True)
+        write_sources(self.place / "source")
         for command in commands:
+            name = command.words[0]
+            if name not in self.servers:
+                self.servers[name] = Queue()
+                for _ in range(os.cpu_count() or 1):
+                    self.servers[name].put(ForkServer(CALIBRATING if name == "calibrate" else PACKING, shim))
             folder = self.fresh(command)
             ended = self.run(command, folder)
-            assert ended.returncode == 0, ended.stderr
+            assert ended.status == 0, ended.stderr
             self.roots[command.name] = root_of(folder / command.output)
             shutil.rmtree(folder)
+
+    def close(self) -> None:
+        """End the processes."""
+        for queue in self.servers.values():
+            while not queue.empty():
+                queue.get().close()
 
     def fresh(self, command: Command) -> Path:
         """Return a directory with the sources, and the output that is there before, if one is."""
         folder = Path(tempfile.mkdtemp(dir=self.place))
-        shutil.copytree(self.place / "source", folder, dirs_exist_ok=True)
-        if command.overwrites:
-            subprocess.run(fp8pack_command(*command.before), cwd=folder, check=True, capture_output=True)
+        source = self.place / "source"
+        for name in os.listdir(source):
+            if name in (command.words[1], *command.words[2:5]) or not (source / name).is_dir():
+                copy = shutil.copytree if (source / name).is_dir() else shutil.copy2
+                copy(source / name, folder / name)
+        if command.before:
+            shutil.copytree(source / command.before, folder / command.output)
         return folder
 
-    def run(self, command: Command, folder: Path, **fault: object) -> subprocess.CompletedProcess[str]:
+    def run(self, command: Command, folder: Path, **fault: object) -> Ended:
         """Run a command, with a fault if one is given."""
         settings = {f"FAULT_{name.upper()}": str(value) for name, value in fault.items()}
-        if fault:
-            settings |= {"LD_PRELOAD": str(self.place / "shim.so"), "FAULT_DIR": str(folder)}
-        return subprocess.run(
-            fp8pack_command(*command.words),
-            cwd=folder,
-            env={**os.environ, **settings},
-            capture_output=True,
-            text=True,
-            errors="replace",
-            check=False,
-            timeout=300,
-        )
+        servers = self.servers[command.words[0]]
+        server = servers.get()
+        try:
+            return server.run(command.words, folder, settings | ({"FAULT_DIR": str(folder)} if fault else {}))
+        finally:
+            servers.put(server)
 
     def count(self, command: Command) -> Counter[str]:
         """Return how many calls of each kind an undisturbed run makes."""
@@ -141,7 +156,7 @@ class Bench:
         """Make a call fail; return what is wrong with what is left, empty if nothing is, or `-` if it was not made."""
         folder = self.fresh(point.command)
         log, output = folder.with_suffix(".log"), folder / point.command.output
-        before = root_of(output) if point.command.overwrites else ""
+        before = root_of(output)
         fault = {"calls": point.kind, "at": point.at, "action": point.action, "log": log}
         ended = self.run(point.command, folder, **fault)
         try:
@@ -150,8 +165,8 @@ class Bench:
             if problem := self._problem(point, ended, output, before):
                 return problem
             again = self.run(point.command, folder)
-            if again.returncode:
-                return f"the same command then ends with {again.returncode}: {last_line(again.stderr)}"
+            if again.status:
+                return f"the same command then ends with {again.status}: {last_line(again.stderr)}"
             if root_of(output) != self.roots[point.command.name]:
                 return "the same command then ends in another root"
             left = {path.name for path in folder.iterdir() if path.name.startswith(".")}
@@ -159,23 +174,46 @@ class Bench:
         finally:
             shutil.rmtree(folder)
 
-    def _problem(self, point: Point, ended: subprocess.CompletedProcess[str], output: Path, before: str) -> str:
+    def _problem(self, point: Point, ended: Ended, output: Path, before: str) -> str:
         if "Traceback" in ended.stderr:
             return f"a traceback: {last_line(ended.stderr)}"
-        if point.action in HARMLESS and ended.returncode:
-            return f"it ends with {ended.returncode}: {last_line(ended.stderr)}"
-        if point.action != "kill" and ended.returncode not in (0, *EXPECTED):
-            return f"it ends with {ended.returncode}"
-        found = root_of(output) if output.exists() else ""
-        allowed = {self.roots[point.command.name], before} | ({""} if not before or point.action == "kill" else set())
-        if ended.returncode == 0:
-            allowed = {self.roots[point.command.name]}
-        return "" if found in allowed else f"the output has the root {found or 'of nothing'}"
+        if point.action in HARMLESS and ended.status:
+            return f"it ends with {ended.status}: {last_line(ended.stderr)}"
+        if point.action != "kill" and ended.status not in (0, *EXPECTED):
+            return f"it ends with {ended.status}"
+        right, found = self.roots[point.command.name], root_of(output)
+        if found == right or (ended.status and found == before):
+            return ""
+        if point.command.repairs and ended.status:
+            others = {name for name in os.listdir(output) if name not in DAMAGED}
+            changed = [n for n in others if not same_bytes(output / n, self.place / "source" / "damaged" / n)]
+            return f"{changed} were whole and are written" if changed else ""
+        return f"the output has the root {found or 'of nothing'}"
 
 
-def fp8pack_command(*words: str) -> list[str]:
-    """Return the command line of fp8pack."""
-    return [sys.executable, "-m", "fp8pack", *words, *(() if words[0] == "merge" else ("--workers", "1"))]
+DAMAGED = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "config.json", "tokenizer.json")
+
+
+def write_sources(folder: Path) -> None:
+    """Write what the commands read."""
+    write_model(folder / "model", 2)
+    write_model(folder / "other", 1)
+    save_file(llama_tensors(1), folder / "single.safetensors")
+    fp8pack.pack(folder / "model", folder / "fp8", scheme="FP8_BLOCK")
+    fp8pack.pack(folder / "other", folder / "other-fp8")
+    fp8pack.pack(folder / "model", folder / "damaged", scheme="FP8_DYNAMIC")
+    for name, place in zip(DAMAGED, (9, -9, 9, 1), strict=True):  # a header, a payload, two small files
+        data = bytearray((folder / "damaged" / name).read_bytes())
+        data[place] ^= 1
+        (folder / "damaged" / name).write_bytes(data)
+    write_calibrations(folder)
+    save_model(make_model("gemma2"), folder / "gemma")
+    (folder / "prompts.txt").write_text("one prompt\nanother\nand a third\n")
+
+
+def same_bytes(one: Path, other: Path) -> bool:
+    """Whether two files are there with the same bytes; a directory is like any other."""
+    return one.exists() and (one.is_dir() or (other.exists() and one.read_bytes() == other.read_bytes()))
 
 
 def write_model(folder: Path, layers: int) -> None:
@@ -255,19 +293,22 @@ def check_all(every: int, commands: Sequence[Command] = COMMANDS) -> dict[Point,
     """Check the points of some commands; return what is wrong with each, empty if nothing is."""
     with tempfile.TemporaryDirectory() as place:
         bench = Bench(Path(place))
-        bench.prepare(commands)
-        chosen = list(points(bench, commands, every))
-        with ThreadPool(os.cpu_count()) as pool:
-            return dict(zip(chosen, pool.map(bench.check, chosen, chunksize=1), strict=True))
+        try:
+            bench.prepare(commands)
+            chosen = list(points(bench, commands, every))
+            with ThreadPool(os.cpu_count()) as pool:
+                return dict(zip(chosen, pool.map(bench.check, chosen, chunksize=1), strict=True))
+        finally:
+            bench.close()
 
 
 def main() -> int:
     """Print the table and every point that went wrong; the exit status says whether one did."""
     parser = argparse.ArgumentParser(description="Make every call of every command fail, and look at what is left.")
     parser.add_argument("--every", type=int, default=1, metavar="N", help="take each N-th point")
-    parser.add_argument("--only", metavar="COMMAND", help="one command")
+    parser.add_argument("--only", action="append", metavar="COMMAND", help="one command; repeat for more")
     asked = parser.parse_args()
-    commands = [command for command in COMMANDS if asked.only in (None, command.name)]
+    commands = [command for command in COMMANDS if not asked.only or command.name in asked.only]
     found = check_all(asked.every, commands)
     for point, answer in found.items():
         if answer not in ("", "-"):

@@ -5,6 +5,8 @@
  * FAULT_AT      which of them, from 1 on; 0 only writes "call KIND" for each into the log
  * FAULT_ACTION  kill, short, or the number of an errno; "short" reads or writes half of what is asked for
  * FAULT_LOG     a file that gets "hit KIND PATH" when it happened
+ *
+ * A process that was forked sets them and calls read_faults().
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -28,7 +30,7 @@ static const char *folder, *kinds, *action, *record;
 static long at;
 enum { GO_ON, FAIL, HALF };
 
-__attribute__((constructor)) static void start(void) {
+__attribute__((constructor)) void read_faults(void) {
     folder = getenv("FAULT_DIR"), kinds = getenv("FAULT_CALLS");
     action = getenv("FAULT_ACTION"), record = getenv("FAULT_LOG");
     at = getenv("FAULT_AT") ? atol(getenv("FAULT_AT")) : 0;
