@@ -25,11 +25,20 @@ def verify(
         Path | None, typer.Option("--against", metavar="SOURCE", help="Pack SOURCE again, unwritten, and compare")
     ] = None,
     calibration: Annotated[
-        Path | None, typer.Option("--calibration", metavar="FILE", help="Calibration file that --against needs")
+        Path | None,
+        typer.Option("--calibration", metavar="FILE", help="With --against: recompute scales of activations, too"),
     ] = None,
     repair: Annotated[
         bool, typer.Option("--repair", help="Write what differs again, in place, from the source of --against")
     ] = False,
+    recipe: Annotated[
+        Path | None,
+        typer.Option("--recipe", metavar="FILE", help="With --repair: the recipe, if fp8pack.json has lost it"),
+    ] = None,
+    root: Annotated[
+        str | None,
+        typer.Option("--root", metavar="DIGEST", help="With --repair: the root, if fp8pack.json has lost it"),
+    ] = None,
     as_json: options.AsJson = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -51,6 +60,8 @@ def verify(
             against=against,
             calibration=calibration,
             repair=repair,
+            recipe=recipe,
+            root=root,
             on_progress=on_progress,
         )
     if as_json:

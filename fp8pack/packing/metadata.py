@@ -30,23 +30,31 @@ def side_files_to_copy(prepared: Prepared) -> tuple[SideFile, ...]:
 
 def write_metadata(prepared: Prepared, works: tuple[ShardWork, ...], sides: tuple[SideWork, ...], folder: Path) -> str:
     """Write everything beside shards and copied side files into the staged directory; return the manifest's root."""
-    source = prepared.source
-    files = {
-        work.plan.file: {"size": work.size, "header": f"blake3:{blake3(work.header).hexdigest()}"} for work in works
-    }
+    source, files = prepared.source, shard_entries(works)
     contents = _contents(prepared)
     card = _card(prepared, energies_of(works))
     if card is not None:
         contents[CARD_NAME] = card
     for name, content in contents.items():
         write_file(folder / name, content)
-        files[name] = {"size": len(content), "digest": f"blake3:{blake3(content).hexdigest()}"}
+        files[name] = _small_entry(content)
     for work in sides:
         files[work.side.name] = {"size": work.side.size, "digest": work.digest}
     name = (
         prepared.output.name.removesuffix(".safetensors") + ".fp8pack.json" if source.is_single_file else MANIFEST_NAME
     )
-    return write_manifest(folder / name, _head(prepared, files), tensor_entries(works))
+    return write_manifest(folder / name, head_of(prepared, files), tensor_entries(works))
+
+
+def shard_entries(works: tuple[ShardWork, ...]) -> dict[str, dict[str, Any]]:
+    """Return the entry of each shard in the manifest's list of files."""
+    return {
+        work.plan.file: {"size": work.size, "header": f"blake3:{blake3(work.header).hexdigest()}"} for work in works
+    }
+
+
+def _small_entry(content: bytes) -> dict[str, Any]:
+    return {"size": len(content), "digest": f"blake3:{blake3(content).hexdigest()}"}
 
 
 def energies_of(works: tuple[ShardWork, ...]) -> dict[str, tuple[float, float]]:
@@ -94,21 +102,20 @@ def describes(prepared: Prepared, files: dict[str, Any]) -> bool:
     work shows.
     """
     sizes = {name: entry["size"] for name, entry in files.items() if "header" in entry}
-    digests = {name: entry["digest"] for name, entry in files.items() if "header" not in entry}
-    expected = small_digests(prepared)
-    if not prepared.source.is_single_file:
-        digests.pop(CARD_NAME, None)
-        expected.pop(CARD_NAME, None)
     shards = {shard.file: shard.nbytes for shard in prepared.plan.shards}
-    return digests == expected and sizes.keys() == shards.keys() and all(sizes[file] > shards[file] for file in shards)
+    if sizes.keys() != shards.keys() or any(sizes[file] <= shards[file] for file in shards):
+        return False
+    return small_entries(prepared) == {
+        name: entry for name, entry in files.items() if "header" not in entry and name != CARD_NAME
+    }
 
 
-def small_digests(prepared: Prepared) -> dict[str, str]:
-    """Return the digests of the files that are no shards, but for the model card where it is written anew."""
-    found = {name: f"blake3:{blake3(content).hexdigest()}" for name, content in _contents(prepared).items()}
+def small_entries(prepared: Prepared) -> dict[str, dict[str, Any]]:
+    """Return the entry of each file that is no shard, but for the model card: it says where the source lies."""
+    found = {name: _small_entry(content) for name, content in _contents(prepared).items()}
     for side in prepared.side_files:
-        if side.rule is None:
-            found[side.name] = digest_of(side, prepared.source.directory)
+        if side.rule is None and side.name != CARD_NAME:
+            found[side.name] = {"size": side.size, "digest": digest_of(side, prepared.source.directory)}
     return found
 
 
@@ -141,7 +148,8 @@ def _contents(prepared: Prepared) -> dict[str, bytes]:
     return contents
 
 
-def _head(prepared: Prepared, files: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def head_of(prepared: Prepared, files: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return all sections of the manifest but the tensors."""
     source = prepared.source
     return {
         "fp8pack": {"schema": SCHEMA_VERSION, "numerics": NUMERICS_VERSION},

@@ -71,8 +71,12 @@ class _Announcement:
     files: Mapping[str, dict[str, Any]] = field(default_factory=dict)
 
 
-def prepare_pack(model: Path, request: Request, options: WriteOptions) -> Prepared:
+def prepare_pack(
+    model: Path, request: Request, options: WriteOptions, calibration: Calibration | None = None
+) -> Prepared:
     """Look at a checkpoint and decide how to pack it; nothing is written.
+
+    calibration: in place of the request's file.
 
     Raises:
         InputError: the checkpoint is refused.
@@ -91,7 +95,8 @@ def prepare_pack(model: Path, request: Request, options: WriteOptions) -> Prepar
         )
     contents = split_experts(contents)
     decisions = decide(contents, request, anew=True)
-    recipe = choose_recipe(decisions, source.facts, request, _calibration(source, request))
+    calibration = calibration or _calibration(source, request)
+    recipe = choose_recipe(decisions, source.facts, request, calibration)
     method, limit = find_method(recipe, request.rules), _shard_limit(source, options)
     plan = make_plan(
         decisions, contents, request, recipe=recipe, method=method, max_shard_nbytes=limit, sizes=options.sizes
@@ -103,7 +108,9 @@ def prepare_pack(model: Path, request: Request, options: WriteOptions) -> Prepar
     return _place(source, plan, announcement, _Job("pack", recipe.suffix, recipe.kept_dtype or ""), options)
 
 
-def prepare_convert(checkpoint: Path, request: Request, options: WriteOptions) -> Prepared:
+def prepare_convert(
+    checkpoint: Path, request: Request, options: WriteOptions, calibration: Calibration | None = None
+) -> Prepared:
     """Look at a quantized checkpoint and decide how to turn it into an FP8 one; raises as `prepare_pack` does."""
     source, contents = _open_quantized(checkpoint, request)
     contents = split_experts(contents)
@@ -113,7 +120,7 @@ def prepare_convert(checkpoint: Path, request: Request, options: WriteOptions) -
         raise InputError(
             f"{fused.file}: {fused.name!r} cannot be split into per-expert weights", "`fp8pack unpack` it, then pack"
         )
-    calibration = _calibration(source, request, carries_static=contents.activations == "static")
+    calibration = calibration or _calibration(source, request, carries_static=contents.activations == "static")
     decisions, storage = decide(contents, request), contents.storage
     if storage is None:  # FP4 and integers: nothing of the recipe is that of the source
         recipe = choose_recipe(decisions, source.facts, request, calibration)

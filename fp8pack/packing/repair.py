@@ -12,7 +12,7 @@ from blake3 import blake3
 from fp8pack.checkpoint.manifest_schema import Manifest
 from fp8pack.checkpoint.shard_writer import ShardWriter, sync_directory, write_file, writing
 from fp8pack.checkpoint.whole import Difference
-from fp8pack.errors import InputError, RecipeError
+from fp8pack.errors import RecipeError
 from fp8pack.packing.execute import ShardWork
 from fp8pack.packing.metadata import small_files
 from fp8pack.packing.prepare import Prepared
@@ -32,23 +32,21 @@ def repair(
     """Write what differs again; whether all is right then, `verify` says.
 
     Raises:
-        InputError: the source is not the one that was packed, or the manifest is damaged.
-        RecipeError: the shards were cut by an option that the manifest does not have.
+        InputError: the source is not the one that was packed.
+        RecipeError: packing the source gives other shards.
         SpaceError: a file cannot be written.
     """
-    if any(difference.file == packed.manifest.name for difference in differences):
-        raise InputError(f"{packed.manifest.name} is damaged, and says how to repair the rest", "pack the source again")
     prepared = prepare_again(packed, source, calibration)
     folder, damaged = packed.manifest.parent, {(entry.file, entry.tensor) for entry in differences}
-    execution = execution_of(prepared, packed, _InPlace(folder))
+    execution = execution_of(prepared, _InPlace(folder))
     for work in execution.works:
         entry = manifest.files.get(work.plan.file)
         if entry is None or (entry.size, entry.header) != (work.size, _digest(work.header)):
-            raise RecipeError(f"{packed.checkpoint} has shards of another size", "pack the source again")
+            raise RecipeError(f"{packed.checkpoint} is not what packing {source} gives", "pack the source again")
     for work in execution.works:
         _narrow(work, damaged, folder / work.plan.file)
     run_execution(execution, prepared, tell)
-    _write_small(prepared, packed, manifest, {file for file, tensor in damaged if tensor is None}, folder)
+    _write_small(prepared, manifest, {file for file, tensor in damaged if tensor is None}, folder)
 
 
 def _narrow(work: ShardWork, damaged: Iterable[tuple[str, str | None]], path: Path) -> None:
@@ -78,10 +76,10 @@ def _narrow(work: ShardWork, damaged: Iterable[tuple[str, str | None]], path: Pa
             writer.close()
 
 
-def _write_small(prepared: Prepared, packed: Packed, manifest: Manifest, names: Iterable[str], folder: Path) -> None:
+def _write_small(prepared: Prepared, manifest: Manifest, names: Iterable[str], folder: Path) -> None:
     """Write small files whose bytes are those of the manifest; another model card, say, is left as it is."""
     wanted = {name for name in names if name in manifest.files and manifest.files[name].header is None}
-    for name, content in small_files(prepared, wanted, lambda: energies(prepared, packed)):
+    for name, content in small_files(prepared, wanted, lambda: energies(prepared)):
         if _digest(content) == manifest.files[name].digest:
             place = folder / name
             with writing(place):

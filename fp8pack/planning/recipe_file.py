@@ -56,7 +56,7 @@ def read_recipe(path: Path) -> Mapping[str, object]:
     if not isinstance(document, Mapping):
         raise RecipeError(f"{path.name} is not a recipe: it has no keys", "write one `key: value` on each line")
     if isinstance(document.get("fp8pack"), Mapping) and isinstance(document.get("recipe"), Mapping):
-        return _of_manifest(document["recipe"])
+        return keywords_of(document["recipe"])
     calibration = document.get("calibration")
     if isinstance(calibration, str) and calibration:  # relative to the recipe, so that both can move
         return {**document, "calibration": path.parent / calibration}
@@ -79,8 +79,8 @@ def _parse(text: str, name: str) -> Any:
         raise RecipeError(f"{name} is not valid YAML: {' '.join(str(error).split())}") from None
 
 
-def _of_manifest(recipe: Mapping[str, object]) -> Mapping[str, object]:
-    """The keys that pack the same again; a calibration is stored as its digest, so its file must be given again."""
+def keywords_of(recipe: Mapping[str, object]) -> Mapping[str, object]:
+    """Return the keywords that pack the same again as the recipe in a manifest; a calibration must be given again."""
     found = {key: value for key, value in recipe.items() if key not in _OF_A_RESULT and value is not None}
     if found.get("scheme") not in {scheme.name for scheme in SCHEMES}:
         found.pop("scheme", None)  # its parts define it

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from fp8pack.checkpoint.digests import expected_digests
+from fp8pack.checkpoint.manifest import MANIFEST_NAME
 from fp8pack.checkpoint.manifest_schema import Entry, Manifest, PackedEntry, find_manifest
 from fp8pack.checkpoint.quantized import read_contents
 from fp8pack.checkpoint.sha256sums import sum_files
@@ -22,6 +23,7 @@ from fp8pack.errors import InputError, RecipeError, VerificationError
 from fp8pack.inputs import parse_path, parse_switch
 from fp8pack.modelfacts.spec import TensorSpec
 from fp8pack.numerics.formats import FORMATS, Float8Format
+from fp8pack.packing.rebuild import rebuild
 from fp8pack.packing.recompute import Packed, recompute
 from fp8pack.packing.repair import repair as repair_checkpoint
 from fp8pack.reading.scan import (
@@ -50,6 +52,8 @@ def verify(  # noqa: PLR0913
     against: str | Path | None = None,
     calibration: str | Path | None = None,
     repair: bool = False,
+    recipe: str | Path | None = None,
+    root: str | None = None,
     on_progress: OnProgress | None = None,
 ) -> Verification:
     """Compare every byte of a checkpoint with its manifest, and return every difference.
@@ -58,12 +62,14 @@ def verify(  # noqa: PLR0913
     checked. quick: sizes, headers and small files; no weight is read. sample: such as "1/20": the first of 20 parts of
     the tensors, so that 20 runs read all. strict: files that the manifest does not name are differences. sha256: write
     SHA256SUMS, or compare with it if it is there. against: the source: pack it again, without writing, and compare
-    every scale and byte by its digest. calibration: the file of `fp8pack.calibrate`, for scales of activations.
-    repair: write what differs again, from `against`, in place. on_progress: is told (bytes done, bytes in all).
+    every scale and byte by its digest. calibration: the file of `fp8pack.calibrate`; without it scales of activations
+    are taken from the manifest. repair: write what differs again, from `against`, in place; recipe, root: what a
+    damaged manifest cannot say of itself. on_progress: is told (bytes done, bytes in all).
 
     Raises:
         InputError: there is no such checkpoint, or `against` is not what it was packed from.
-        RecipeError: an option is out of range, or `against` needs a calibration.
+        RecipeError: an option is out of range.
+        VerificationError: the manifest that was rebuilt has another root.
         SpaceError: SHA256SUMS cannot be written.
     """
     started, path = time.monotonic(), find_checkpoint(parse_path("checkpoint", checkpoint))
@@ -73,7 +79,11 @@ def verify(  # noqa: PLR0913
     repairs = parse_switch("repair", repair)
     if repairs and against is None:
         raise RecipeError("a repair needs the source", "add --against SOURCE")
+    if (recipe is not None or root is not None) and not repairs:
+        raise RecipeError("a recipe and a root are for the repair of a manifest", "add --repair")
     manifest_path = find_manifest(path)
+    if manifest_path is None and recipe is not None:
+        manifest_path = path / MANIFEST_NAME if path.is_dir() else path.with_suffix(f".{MANIFEST_NAME}")
     tell = on_progress or (lambda done, total: None)
     found = _Found()
     if manifest_path is None:
@@ -83,8 +93,13 @@ def verify(  # noqa: PLR0913
         if path.is_dir() and found.manifest is not None:
             found.others = other_files(path, found.manifest.files, manifest_path.name)
     if against is not None:
-        file = None if calibration is None else parse_path("calibration", calibration)
-        found = _against(path, found, parse_path("against", against), file, tell, repairs=repairs)
+        source = _Source(
+            parse_path("against", against),
+            None if calibration is None else parse_path("calibration", calibration),
+            None if recipe is None else parse_path("recipe", recipe),
+            None if root is None else _parse_root(root),
+        )
+        found = _against(path, manifest_path, found, source, tell, repairs=repairs)
     if parse_switch("strict", strict):
         found.differences += [Difference(name, "it is not in fp8pack.json") for name in found.others]
     if parse_switch("sha256", sha256):
@@ -117,22 +132,55 @@ class _Found:
     nbytes: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """What a checkpoint is compared with, and what it may need beside it."""
+
+    path: Path
+    calibration: Path | None
+    recipe: Path | None
+    root: str | None
+
+
 def _against(
-    path: Path, found: _Found, source: Path, calibration: Path | None, tell: OnProgress, *, repairs: bool
+    path: Path, place: Path | None, found: _Found, source: _Source, tell: OnProgress, *, repairs: bool
 ) -> _Found:
     """Compare with what packing the source gives, after a repair if one is asked for and needed."""
-    place, manifest = find_manifest(path), found.manifest
-    if place is None or manifest is None:
+    if place is None or (found.manifest is None and not repairs):
         raise InputError(f"{path} has no fp8pack.json that says how it was packed", "leave out --against")
+    before, others = found.differences, [name for name in found.others if not name.endswith(".fp8pack-partial")]
+    if repairs and any(difference.file == place.name for difference in before):
+        rebuild(
+            *(path, place, source.path, tell),
+            calibration=source.calibration,
+            recipe=source.recipe,
+            root=source.root,
+        )
+        found = _Found(others=others)
+        _verify_packed(place, found, tell, part=None, is_quick=False)
+    manifest = found.manifest
+    if manifest is None:
+        raise VerificationError(f"{place.name} cannot be read", "copy it again from where it was packed")
     packed = Packed(path, place, json.loads(read_regular(place)))
     if repairs and found.differences:
-        before, found = found.differences, _Found(others=found.others)
-        repair_checkpoint(packed, manifest, before, source, calibration, tell)
+        before += [difference for difference in found.differences if difference not in before]
+        repair_checkpoint(packed, manifest, found.differences, source.path, source.calibration, tell)
+        found = _Found(others=others)
         _verify_packed(place, found, tell, part=None, is_quick=False)
+    if repairs:
         found.repaired = [difference for difference in before if difference not in found.differences]
-    found.differences += recompute(packed, source, calibration, tell)
+    found.differences += recompute(packed, source.path, source.calibration, tell)
     found.unknown.append("README.md was not recomputed: it says where the source lies")
+    if "calibration" in packed.document["recipe"] and source.calibration is None:
+        found.unknown.append("scales of activations were not recomputed: add --calibration FILE")
     return found
+
+
+def _parse_root(text: object) -> str:
+    match = re.fullmatch(r"(?:blake3:)?([0-9a-f]{64})", str(text))
+    if match is None:
+        raise RecipeError(f"root {text!r} is not a digest", "write blake3: and 64 hexadecimal digits")
+    return f"blake3:{match[1]}"
 
 
 def _parse_part(text: str | None) -> tuple[int, int] | None:

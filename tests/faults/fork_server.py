@@ -90,8 +90,7 @@ def become(request: dict[str, object]) -> None:
 
 
 if __name__ == "__main__":
-    import fp8pack.__main__
-    from fp8pack.cli.app import main
+    from fp8pack.__main__ import main
 
     if asked := serve(sys.argv[1:]):
         become(asked)

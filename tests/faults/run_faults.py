@@ -126,10 +126,10 @@ class Bench:
         """Return a directory with the sources, and the output that is there before, if one is."""
         folder = Path(tempfile.mkdtemp(dir=self.place))
         source = self.place / "source"
-        for name in os.listdir(source):
-            if name in (command.words[1], *command.words[2:5]) or not (source / name).is_dir():
-                copy = shutil.copytree if (source / name).is_dir() else shutil.copy2
-                copy(source / name, folder / name)
+        for path in source.iterdir():
+            if path.name in command.words or not path.is_dir():
+                copy = shutil.copytree if path.is_dir() else shutil.copy2
+                copy(path, folder / path.name)
         if command.before:
             shutil.copytree(source / command.before, folder / command.output)
         return folder
@@ -185,8 +185,9 @@ class Bench:
         if found == right or (ended.status and found == before):
             return ""
         if point.command.repairs and ended.status:
-            others = {name for name in os.listdir(output) if name not in DAMAGED}
-            changed = [n for n in others if not same_bytes(output / n, self.place / "source" / "damaged" / n)]
+            before_it = self.place / "source" / point.command.before
+            others = [path for path in output.iterdir() if path.name not in DAMAGED]
+            changed = [path.name for path in others if not same_bytes(path, before_it / path.name)]
             return f"{changed} were whole and are written" if changed else ""
         return f"the output has the root {found or 'of nothing'}"
 

@@ -7,11 +7,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import oracle
 import pytest
 import torch
 from blake3 import blake3
+from calibration.tiny_models import make_model, save_model
 from checkpoints import MakeCheckpoint, llama_tensors
 from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
@@ -464,10 +466,91 @@ def test_a_repair_is_refused_where_it_cannot_be_right(
         fp8pack.verify(packed, repair=True)
     with pytest.raises(fp8pack.InputError, match=r"is not what .* was packed from"):
         fp8pack.verify(packed, against=make_checkpoint(llama_tensors(1), name="other"), repair=True)
-    flip(packed / "fp8pack.json", 99)
-    with pytest.raises(fp8pack.InputError, match=r"fp8pack\.json"):
-        fp8pack.verify(packed, against=source, repair=True)
+    with pytest.raises(RecipeError, match="for the repair of a manifest"):
+        fp8pack.verify(packed, against=source, root="0" * 64)
     assert (packed / "config.json").read_text() == "{}"
+
+
+@pytest.fixture(params=[(True, {"warmup": 1}), (True, {"percentile": 99}), (False, {"margin": 1})])
+def static(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    """Return a mixture of experts, its calibration over few prompts, and what is packed of both."""
+    folder = tmp_path_factory.mktemp("static")
+    all_experts, how = request.param
+    model = save_model(make_model("qwen3_moe"), folder / "model")
+    (folder / "prompts.txt").write_text("one prompt\nanother\nand a third, longer one\n")
+    options: dict[str, Any] = {"prompts": str(folder / "prompts.txt"), "all_experts": all_experts}
+    fp8pack.calibrate(model, output=folder / "calibration.safetensors", **options)
+    given = {"calibration": folder / "calibration.safetensors", "kv_cache": True, **how}
+    fp8pack.pack(model, folder / "out", scheme="FP8", **given)
+    return model, folder / "calibration.safetensors", folder / "out"
+
+
+def test_scales_of_activations_are_recomputed_with_the_calibration_alone(static: tuple[Path, Path, Path]) -> None:
+    model, calibration, out = static
+    entries = json.loads((out / "fp8pack.json").read_text())["tensors"].values()
+    scales = [scale for entry in entries for scale in entry.get("activation_scales", ())]
+    assert {"input", "k", "v"} == {scale["kind"] for scale in scales}
+    assert {scale["source"] for scale in scales} in ({"routed", "all_experts"}, {"routed", "peers"})
+    note = "scales of activations were not recomputed: add --calibration FILE"
+    assert not fp8pack.verify(out, against=model).differences
+    assert note in fp8pack.verify(out, against=model).unknown
+    found = fp8pack.verify(out, against=model, calibration=calibration)
+    assert found.ok
+    assert note not in found.unknown
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_a_damaged_manifest_is_rebuilt(seed: int, source: Path, tmp_path: Path) -> None:
+    out, chance = tmp_path / "out", random.Random(seed)
+    fp8pack.pack(source, out, scheme="FP8_BLOCK", max_shard_size=None if seed % 2 else "100KB")
+    before = contents(out)
+    flip(out / "fp8pack.json", chance.randrange(len(before["fp8pack.json"]) * 8))
+    if seed % 3 == 0:
+        flip(min(out.glob("*.safetensors")), -5)
+    root = json.loads(before["fp8pack.json"])["root"]
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("scheme: FP8_BLOCK\n")
+    found = fp8pack.verify(out, against=source, repair=True, root=root, recipe=recipe)
+    assert found.ok
+    assert "fp8pack.json" in {difference.file for difference in found.repaired}
+    assert contents(out) == before
+
+
+def test_a_manifest_is_rebuilt_only_into_what_was_packed(source: Path, packed: Path, tmp_path: Path) -> None:
+    before = contents(packed)
+    raw = before["fp8pack.json"]
+    root = json.loads(raw)["root"]
+    broken = raw.replace(b'"action"', b'"actiom"', 1)
+    (packed / "fp8pack.json").write_bytes(broken)
+    with pytest.raises(VerificationError, match="has another root than"):
+        fp8pack.verify(packed, against=source, repair=True, root="0" * 64)
+    assert contents(packed) == {**before, "fp8pack.json": broken}
+    assert fp8pack.verify(packed, against=source, repair=True).ok  # the recipe and the root are in lines that are whole
+    assert contents(packed) == before
+    (packed / "fp8pack.json").write_bytes(raw.replace(b'"root"', b'"r00t"'))
+    with pytest.raises(RecipeError, match="does not say which root is right"):
+        fp8pack.verify(packed, against=source, repair=True)
+    (packed / "fp8pack.json").unlink()
+    (tmp_path / "recipe.yaml").write_text("scheme: FP8_BLOCK\n")
+    missing = fp8pack.verify(packed, against=source, repair=True, root=root, recipe=tmp_path / "recipe.yaml")
+    assert missing.ok
+    assert contents(packed) == before
+
+
+@pytest.mark.parametrize("scheme", ["FP8_BLOCK", "FP8_SCALED"])
+@pytest.mark.parametrize("size", ["1KB", "40KB", "100KB", "150KB"])
+def test_shards_that_were_cut_by_size_are_compared_and_repaired(
+    size: str, scheme: str, source: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    fp8pack.pack(source, out, scheme=scheme, max_shard_size=size)
+    before = contents(out)
+    assert fp8pack.verify(out, against=source).ok
+    for shard in out.glob("*.safetensors"):
+        flip(shard, -3)
+    (out / "model.safetensors.index.json").unlink()
+    assert fp8pack.verify(out, against=source, repair=True).ok
+    assert contents(out) == before
 
 
 def test_the_command_says_what_it_repaired(source: Path, packed: Path) -> None:
