@@ -64,7 +64,7 @@ class Expected:
 
     def check(self, digests: list[bytes]) -> None:
         """Raise VerificationError unless these digests of the bands, in order, are the expected ones."""
-        found = digest_of_bands(digest.hex() for digest in digests) if self.of_bands else f"blake3:{digests[0].hex()}"
+        found = digest_of_bands(digests) if self.of_bands else f"blake3:{digests[0].hex()}"
         if found != self.digest:
             raise VerificationError(
                 f"{self.spec.file}: the bytes of {self.spec.name!r} are not those that were packed",

@@ -9,11 +9,15 @@ import json
 import math
 import os
 import re
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 from typing import Any, NoReturn
+
+from blake3 import blake3
 
 from fp8pack.errors import InputError
 from fp8pack.modelfacts.spec import DTYPE_BITS, Stored, TensorSpec, nbytes_of
@@ -25,7 +29,7 @@ _MAX_RANK = 64
 _MAX_DIM = 2**48
 _MAX_FILE_NBYTES = 2**63
 _MAX_NAME = 4096
-_LENGTH_NBYTES = 8
+LENGTH_NBYTES = 8
 _FIELDS = frozenset(("dtype", "shape", "data_offsets"))
 _MAX_DEPTH = 64
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
@@ -33,12 +37,15 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """A parsed header: tensors with offsets in the file, the free-text metadata, and where the data begins."""
+    """A parsed header: tensors with offsets in the file, the free-text metadata, and where the data begins.
+
+    digest: BLAKE3 over its length, 8 bytes, and its bytes.
+    """
 
     tensors: tuple[TensorSpec, ...]
     metadata: Mapping[str, str]
     data_begin: int
-    raw: bytes
+    digest: str
 
 
 def read_header(fd: int, file: str) -> Header:
@@ -54,24 +61,24 @@ def read_header(fd: int, file: str) -> Header:
         raise InputError(f"{file} is a Git LFS pointer, not the file", "run `git lfs pull`")
     if prefix.startswith(b"GGUF"):
         raise InputError(f"{file} is a GGUF file, not safetensors", "pack the BF16 safetensors it was made from")
-    if len(prefix) < _LENGTH_NBYTES:
+    if len(prefix) < LENGTH_NBYTES:
         raise InputError(f"{file} has {size} bytes: not a safetensors file")
-    length = int.from_bytes(prefix[:_LENGTH_NBYTES], "little")
+    length = int.from_bytes(prefix[:LENGTH_NBYTES], "little")
     if not 2 <= length <= MAX_HEADER_NBYTES:
         raise InputError(
             f"{file} has a header length of {length} bytes: not a safetensors file, or damaged", "download it again"
         )
-    if _LENGTH_NBYTES + length > size:
+    if LENGTH_NBYTES + length > size:
         raise InputError(
-            f"{file} has {size} bytes but its header alone needs {_LENGTH_NBYTES + length}", "download it again"
+            f"{file} has {size} bytes but its header alone needs {LENGTH_NBYTES + length}", "download it again"
         )
-    raw = read_range(fd, length, _LENGTH_NBYTES, file)
+    raw = read_range(fd, length, LENGTH_NBYTES, file)
     return parse_header(raw, file, size)
 
 
 def parse_header(raw: bytes, file: str, size: int) -> Header:
     """Check the header bytes of a safetensors file of `size` bytes; raises as `read_header` does."""
-    data_begin = _LENGTH_NBYTES + len(raw)
+    data_begin = LENGTH_NBYTES + len(raw)
     document = _parse_json(raw, file)
     metadata = document.pop("__metadata__", None)
     specs = [_parse_entry(name, entry, file, data_begin) for name, entry in document.items()]
@@ -90,7 +97,8 @@ def parse_header(raw: bytes, file: str, size: int) -> Header:
         if size < position:
             raise InputError(f"{file}: {position - size} bytes are missing", "download it again")
         raise InputError(f"{file}: {size - position} bytes follow the last tensor")
-    return Header(tuple(specs), _parse_metadata(metadata, file), data_begin, raw)
+    digest = blake3(len(raw).to_bytes(LENGTH_NBYTES, "little")).update(raw).hexdigest()
+    return Header(tuple(specs), _parse_metadata(metadata, file), data_begin, f"blake3:{digest}")
 
 
 def build_header(tensors: Sequence[Stored], begins: Sequence[int], metadata: Mapping[str, str]) -> bytes:
@@ -105,8 +113,8 @@ def build_header(tensors: Sequence[Stored], begins: Sequence[int], metadata: Map
             f"a header of {len(raw)} bytes is over the limit of safetensors",
             "--max-shard-size 5GB splits it into shards",
         )
-    raw += b" " * (-(_LENGTH_NBYTES + len(raw)) % DATA_ALIGNMENT)
-    return len(raw).to_bytes(_LENGTH_NBYTES, "little") + raw
+    raw += b" " * (-(LENGTH_NBYTES + len(raw)) % DATA_ALIGNMENT)
+    return len(raw).to_bytes(LENGTH_NBYTES, "little") + raw
 
 
 def _parse_json(raw: bytes, file: str) -> dict[str, Any]:
@@ -176,7 +184,14 @@ def _parse_entry(name: str, entry: Any, file: str, data_begin: int) -> TensorSpe
         refuse(str(error))
     if offsets[1] - offsets[0] != expected or (0 in shape and prod(max(dim, 1) for dim in shape) > 2**63):
         refuse(f"spans {offsets[1] - offsets[0]} bytes, but {dtype} {str(shape)[:80]} needs {expected}")
-    return TensorSpec(name, dtype, tuple(shape), file, data_begin + offsets[0], data_begin + offsets[1])
+    begin, end = data_begin + offsets[0], data_begin + offsets[1]
+    return TensorSpec(name, sys.intern(dtype), _shared(tuple(shape)), file, begin, end)
+
+
+@lru_cache(maxsize=1024)
+def _shared(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """One object for each shape: a model has many tensors of few shapes."""
+    return shape
 
 
 def _is_ints(values: Any, largest: int) -> bool:

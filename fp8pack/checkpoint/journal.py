@@ -33,15 +33,16 @@ class BandResult:
 
     tensor: str
     index: int
-    digest: str
-    scale_digest: str = ""
+    digest: bytes
+    scale_digest: bytes = b""
     amax: float = 0.0
     signal: float = 0.0
     noise: float = 0.0
 
     def as_row(self) -> list[Any]:
         """Return the result as it stands in the journal."""
-        return [self.tensor, self.index, self.digest, self.scale_digest, self.amax, self.signal, self.noise]
+        digests = [self.digest.hex(), self.scale_digest.hex()]
+        return [self.tensor, self.index, *digests, self.amax, self.signal, self.noise]
 
 
 @dataclass(slots=True)
@@ -193,6 +194,6 @@ def _replay(progress: Progress, line: Any) -> None:
 
 def _parse_row(row: Any) -> BandResult:
     match row:
-        case [str(), int(), str(), str(), float() | int(), float() | int(), float() | int()]:
-            return BandResult(*row)
+        case [str(name), int(index), str(digest), str(of_scale), float() | int(), float() | int(), float() | int()]:
+            return BandResult(name, index, bytes.fromhex(digest), bytes.fromhex(of_scale), *row[4:])
     raise ValueError("not a band")

@@ -80,9 +80,9 @@ def canonical(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
 
 
-def digest_of_bands(digests: Iterable[str]) -> str:
+def digest_of_bands(digests: Iterable[bytes]) -> str:
     """Return the digest of a tensor: BLAKE3 over the BLAKE3 digests of its bands, in order."""
     hasher = blake3()
     for digest in digests:
-        hasher.update(bytes.fromhex(digest))
+        hasher.update(digest)
     return f"blake3:{hasher.hexdigest()}"

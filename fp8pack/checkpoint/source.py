@@ -15,7 +15,7 @@ import numpy as np
 from blake3 import blake3
 from numpy.typing import NDArray
 
-from fp8pack.checkpoint.header import Header, read_header
+from fp8pack.checkpoint.header import LENGTH_NBYTES, Header, read_header
 from fp8pack.checkpoint.manifest_schema import Manifest, find_manifest, read_manifest
 from fp8pack.errors import InputError
 from fp8pack.machine import check_system
@@ -69,8 +69,10 @@ class Source:
         """
         hasher = blake3()
         for file, header in sorted(self.headers.items()):
-            hasher.update(header.raw)
             with closing(self.open_file(file)) as reader:
+                raw = memoryview(bytearray(header.data_begin - LENGTH_NBYTES))
+                reader.readinto(raw, LENGTH_NBYTES)
+                hasher.update(raw)
                 for spec in header.tensors:
                     sample = memoryview(bytearray(min(_SAMPLE_NBYTES, spec.nbytes)))
                     middle = spec.begin + (spec.nbytes - len(sample)) // 2
@@ -87,7 +89,7 @@ class Source:
         """Raise InputError if a header, config.json or the index was changed or replaced since it was read."""
         for file, version in self.versions.items():
             with closing(ShardReader(self.directory / file, version)) as reader:
-                if file in self.headers and reader.header().raw != self.headers[file].raw:
+                if file in self.headers and reader.header().digest != self.headers[file].digest:
                     raise changed(file)
 
     @cached_property

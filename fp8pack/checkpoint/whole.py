@@ -14,7 +14,7 @@ from blake3 import blake3
 
 from fp8pack.checkpoint.header import Header
 from fp8pack.checkpoint.manifest import compare_written
-from fp8pack.checkpoint.manifest_schema import FileEntry, Manifest, digest_of_header, header_differences, parse_manifest
+from fp8pack.checkpoint.manifest_schema import FileEntry, Manifest, header_differences, parse_manifest
 from fp8pack.checkpoint.source import ShardReader
 from fp8pack.errors import InputError, VerificationError
 from fp8pack.regular_files import read_regular
@@ -93,7 +93,7 @@ def _check_file(found: Files, name: str, entry: FileEntry) -> Iterator[Differenc
                 yield Difference(name, f"it has {reader.size} bytes instead of {entry.size}")
             elif entry.header is not None:
                 header = reader.header()
-                if digest_of_header(header.raw) == entry.header:
+                if header.digest == entry.header:
                     found.headers[name] = header
                 else:
                     yield Difference(name, "the header is not the one that was packed")

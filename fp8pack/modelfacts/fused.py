@@ -1,6 +1,7 @@
 """Which tensors engines fuse into one module, and the order in which they are stored."""
 
 import re
+import sys
 
 EXPERT = re.compile(r"(?P<parent>.*(^|\.)experts)\.(?P<index>\d+)\.(?P<leaf>\w+)$")
 # Whole on every GPU, and in SGLang one weight: vLLM models/deepseek_v2.py, SGLang models/deepseek_v2.py.
@@ -24,7 +25,7 @@ def fused_module(name: str) -> str | None:
     parent, _, leaf = name.removesuffix(".weight").rpartition(".")
     if not name.endswith(".weight") or leaf not in _FUSED_LEAF:
         return None
-    return f"{parent}.{_FUSED_LEAF[leaf][0]}"
+    return sys.intern(f"{parent}.{_FUSED_LEAF[leaf][0]}")  # its parts share it
 
 
 def is_part_of(name: str, module: str) -> bool:

@@ -7,6 +7,7 @@ tests/modelfacts/test_roles.py has the names of each family.
 
 import re
 from dataclasses import dataclass
+from functools import cache
 
 from fp8pack.modelfacts.fused import EXPERT
 from fp8pack.modelfacts.model import ModelFacts
@@ -188,8 +189,12 @@ def _judge_linear(module: str, facts: ModelFacts) -> Verdict:
         role = "mlp.up" if re.search(r"\.0(\.proj)?$", module) else "mlp.down"
     if role is None:
         return Verdict(UNKNOWN_LINEAR, True, f"policy: {UNKNOWN_LINEAR} in a block")
-    expert = EXPERT.match(module) is not None
-    return Verdict(role.replace("mlp", "expert") if expert else role, True, "policy: linear")
+    return _linear(role, of_expert=EXPERT.match(module) is not None)
+
+
+@cache
+def _linear(role: str, *, of_expert: bool) -> Verdict:
+    return Verdict(role.replace("mlp", "expert") if of_expert else role, True, "policy: linear")
 
 
 def _is_conv1d(module: str, spec: TensorSpec, facts: ModelFacts) -> bool:

@@ -29,15 +29,18 @@ class Granularity:
 
     def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, int]:
         """Return the grid of scales of a weight [N, K]; a ragged edge counts as a whole region."""
-        n, k = shape
-        rows, cols = self.region(shape)
-        return ceil_div(n, rows), ceil_div(k, cols)
+        return _grid(*shape, *self.region(shape))
 
     def fits(self, shape: tuple[int, ...]) -> bool:
         """Say whether the regions tile a weight of this shape without a ragged edge."""
         n, k = shape
         rows, cols = self.region(shape)
         return n % rows == 0 and k % cols == 0
+
+
+@lru_cache(maxsize=1024)
+def _grid(n: int, k: int, rows: int, cols: int) -> tuple[int, int]:
+    return ceil_div(n, rows), ceil_div(k, cols)
 
 
 TENSOR = Granularity("tensor", None, None)

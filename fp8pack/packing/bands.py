@@ -62,11 +62,22 @@ class Band:
 
 @dataclass(frozen=True, slots=True)
 class OutputPlace:
-    """Where a tensor's payload (or copy) and its scales begin in an output file."""
+    """Where a tensor's payload (or copy) and its scales lie in an output file, whose data begins at `data_begin`."""
 
     file: str
-    payload_begin: int
-    scale_begin: int
+    data_begin: int
+    payload: int
+    scale: int
+
+    @property
+    def payload_begin(self) -> int:
+        """The offset of the payload in the file."""
+        return self.data_begin + self.payload
+
+    @property
+    def scale_begin(self) -> int:
+        """The offset of the scales in the file."""
+        return self.data_begin + self.scale
 
 
 class BandWorker:
@@ -100,7 +111,7 @@ class BandWorker:
             data = self._read_bytes(spec, lo, min(self._codec.strip_nbytes, end - lo))
             hasher.update(data)
             writer.write(data, place.payload_begin + lo)
-        return BandResult(spec.name, band.index, hasher.hexdigest())
+        return BandResult(spec.name, band.index, hasher.digest())
 
     def cast(self, band: Band, place: OutputPlace) -> BandResult:
         """Round a band of floats once; the amax is NaN if a finite value is out of range of the new dtype."""
@@ -110,11 +121,11 @@ class BandWorker:
             data = self._read_bytes(spec, lo * bits.itemsize, (hi - lo) * bits.itemsize)
             rounded = cast(np.frombuffer(data, bits), spec.dtype, dtype)
             if rounded is None:
-                return BandResult(spec.name, band.index, "", amax=math.nan)
+                return BandResult(spec.name, band.index, b"", amax=math.nan)
             stored = rounded.data.cast("B")
             hasher.update(stored)
             writer.write(stored, place.payload_begin + lo * rounded.itemsize)
-        return BandResult(spec.name, band.index, hasher.hexdigest())
+        return BandResult(spec.name, band.index, hasher.digest())
 
     def pack(self, band: Band, packing: Packing, place: OutputPlace, fixed_scale: np.float32) -> BandResult:
         """Quantize a band; `fixed_scale` is the scale of a two-pass packing, ignored otherwise."""
@@ -130,7 +141,7 @@ class BandWorker:
             found = self._codec.quantize(weight, payload, part, dtype=dtype, packing=packing)
             amax = found if math.isnan(found) else max(amax, found)
             if math.isnan(amax):
-                return BandResult(spec.name, band.index, "", amax=amax)
+                return BandResult(spec.name, band.index, b"", amax=amax)
             if (sampled := begin + SAMPLE_ROWS - lo) > 0:
                 rows, regions = slice(sampled), slice(ceil_div(sampled, region_rows))
                 measured = error_energy(
@@ -144,7 +155,7 @@ class BandWorker:
             hasher.update(data)
             _move(writer.write, data, band, itemsize=1, begin=place.payload_begin, lo=lo)
         scale_digest = self._write_scales(band, packing, place, scales)
-        return BandResult(spec.name, band.index, hasher.hexdigest(), scale_digest, amax, *energies)
+        return BandResult(spec.name, band.index, hasher.digest(), scale_digest, amax, *energies)
 
     def carry(self, band: Band, packing: Packing, place: OutputPlace) -> BandResult:
         """Write the FP8 bytes of a band as they are, and their scales under the convention's name and shape."""
@@ -155,14 +166,14 @@ class BandWorker:
             found = self._amax_of_codes(band, payload, lo, packing.format)
             amax = found if math.isnan(found) else max(amax, found)
             if math.isnan(amax):
-                return BandResult(spec.name, band.index, "", amax=amax)
+                return BandResult(spec.name, band.index, b"", amax=amax)
             data = payload.data.cast("B")
             hasher.update(data)
             _move(writer.write, data, band, itemsize=1, begin=place.payload_begin, lo=lo)
         coarse = read_scales(self._read_rows, spec, quantized, band.rows, band.cols)
         scales = refine(coarse, spec, quantized, packing, rows=band.rows, cols=band.cols)
         scale_digest = self._write_scales(band, packing, place, scales)
-        return BandResult(spec.name, band.index, hasher.hexdigest(), scale_digest, amax)
+        return BandResult(spec.name, band.index, hasher.digest(), scale_digest, amax)
 
     def unpack(self, band: Band, place: OutputPlace) -> BandResult:
         """Dequantize a band: the product in float32, rounded once."""
@@ -180,12 +191,12 @@ class BandWorker:
                 found = dequantize(self._read_rows, spec, _quantized(band), payload, weight, (lo, band.cols[0]))
             amax = found if math.isnan(found) else max(amax, found)
             if not amax < OVERFLOW[dtype]:
-                return BandResult(spec.name, band.index, "", amax=math.nan)
+                return BandResult(spec.name, band.index, b"", amax=math.nan)
             stored = narrow(weight.view(np.float32), dtype) if dtype == "F16" else weight
             data = stored.data.cast("B")
             hasher.update(data)
             _move(writer.write, data, band, itemsize=itemsize, begin=place.payload_begin, lo=lo)
-        return BandResult(spec.name, band.index, hasher.hexdigest(), amax=amax)
+        return BandResult(spec.name, band.index, hasher.digest(), amax=amax)
 
     def _join(self, band: Band, rows: NDArray[Any]) -> float:
         """Fill a band of a fused tensor of experts, as bits, from the weights of each; return their amax.
@@ -251,10 +262,10 @@ class BandWorker:
         (top, bottom), (left, right) = band.rows, band.cols
         return np.empty(packing.granularity.scale_shape((bottom - top, right - left)), np.float32)
 
-    def _write_scales(self, band: Band, packing: Packing, place: OutputPlace, scales: NDArray[np.float32]) -> str:
+    def _write_scales(self, band: Band, packing: Packing, place: OutputPlace, scales: NDArray[np.float32]) -> bytes:
         """Write the band's part of the scales, which is contiguous: whole rows of them, or a part of one row."""
         if packing.granularity == TENSOR and band.index > 0:
-            return ""
+            return b""
         stored = encode_scales(scales, packing)
         data = stored.data.cast("B")
         shape = band.tensor.spec.shape
@@ -262,7 +273,7 @@ class BandWorker:
         width = packing.scale.shape[1] if packing.tiled else packing.granularity.scale_shape(shape)[1]
         first = band.rows[0] // region_rows * width + band.cols[0] // region_cols
         self._open_writer(place.file).write(data, place.scale_begin + first * stored.itemsize)
-        return blake3(data).hexdigest()
+        return blake3(data).digest()
 
     def _strips(self, band: Band) -> Iterator[tuple[int, int]]:
         """Rows that are worked at a time: of a quantized weight fewer, since they grow to float32."""

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
@@ -41,7 +41,8 @@ class ShardWork:
     plan: ShardPlan
     tensors: tuple[TensorPlan, ...]
     digest: str
-    header: bytes
+    metadata: Mapping[str, str]  # the free text of the header
+    header_nbytes: int
     places: dict[str, OutputPlace]
     num_bands: int
     constants: tuple[tuple[int, bytes], ...] = ()  # small tensors that the plan itself knows, and their offsets
@@ -56,7 +57,11 @@ class ShardWork:
     @property
     def size(self) -> int:
         """Bytes of the output file."""
-        return len(self.header) + self.plan.nbytes
+        return self.header_nbytes + self.plan.nbytes
+
+    def header(self) -> bytes:
+        """Return the header of the output file, made anew: of many tensors it is long."""
+        return build_header(self.plan.tensors, self.plan.begins, self.metadata)
 
     @property
     def is_complete(self) -> bool:
@@ -112,15 +117,21 @@ def plan_work(plan: Plan, source: Source) -> tuple[ShardWork, ...]:
         tensors.sort(key=lambda tensor: (tensor.spec.file, tensor.spec.begin))
         about = {"format": "pt", **metadata.get(shard.file, default), **shard.metadata}
         header = build_header(shard.tensors, shard.begins, about)
-        begins = {stored.name: len(header) + begin for stored, begin in zip(shard.tensors, shard.begins, strict=True)}
+        begins = {stored.name: begin for stored, begin in zip(shard.tensors, shard.begins, strict=True)}
         places = {
-            t.spec.name: OutputPlace(shard.file, begins[t.data.name], begins[t.packing.scale.name] if t.packing else 0)
+            t.spec.name: OutputPlace(
+                *(shard.file, len(header), begins[t.data.name]), begins[t.packing.scale.name] if t.packing else 0
+            )
             for t in tensors
         }
-        constants = tuple((begins[c.stored.name], c.data) for tensor in tensors for c in tensor.constants)
+        constants = tuple(
+            (len(header) + begins[constant.stored.name], constant.data)
+            for tensor in tensors
+            for constant in tensor.constants
+        )
         digest = _digest(source, header, tensors, groups, constants)
         num_bands = sum(tensor.num_bands for tensor in tensors)
-        works.append(ShardWork(shard, tuple(tensors), digest, header, places, num_bands, constants))
+        works.append(ShardWork(shard, tuple(tensors), digest, about, len(header), places, num_bands, constants))
     return tuple(works)
 
 
@@ -191,7 +202,7 @@ class Execution:
         """
         for work in self.works:
             if not work.results:
-                self._target.start(work.plan.file, work.header, work.size, work.constants)
+                self._target.start(work.plan.file, work.header(), work.size, work.constants)
         self._find_amax(codec, workers, stop, tick)
         scales = self._scales()
         copies = (iter([work]) for work in self._sides if not work.digest)

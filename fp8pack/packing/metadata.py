@@ -2,6 +2,9 @@
 
 import json
 from collections.abc import Callable, Collection, Iterator
+from heapq import merge
+from io import BytesIO
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from fp8pack.checkpoint.side_files import SideFile
 from fp8pack.checkpoint.source import INDEX_NAME, SINGLE_NAME
 from fp8pack.modelfacts.contents import Quantized
 from fp8pack.modelfacts.spec import Stored
+from fp8pack.numerics.metrics import sqnr_db
 from fp8pack.packing.execute import ShardWork
 from fp8pack.packing.model_card import CARD_NAME, MAX_CARD_NBYTES, model_card, strip_card
 from fp8pack.packing.prepare import Prepared
@@ -24,7 +28,7 @@ from fp8pack.planning.plan import Action, Packing, PackPlan, Plan, TensorPlan
 
 def side_files_to_copy(prepared: Prepared) -> tuple[SideFile, ...]:
     """Return the side files that are copied byte for byte: all that are not written anew, as the model card may be."""
-    anew = _contents(prepared).keys() | ({CARD_NAME} if _small_card(prepared) else set())
+    anew = {*prepared.documents, _index_name(prepared), *({CARD_NAME} if _small_card(prepared) else ())}
     return tuple(side for side in prepared.side_files if side.rule is None and side.name not in anew)
 
 
@@ -32,7 +36,7 @@ def write_metadata(prepared: Prepared, works: tuple[ShardWork, ...], sides: tupl
     """Write everything beside shards and copied side files into the staged directory; return the manifest's root."""
     source, files = prepared.source, shard_entries(works)
     contents = _contents(prepared)
-    card = _card(prepared, energies_of(works))
+    card = _card(prepared, sqnr_of(works))
     if card is not None:
         contents[CARD_NAME] = card
     for name, content in contents.items():
@@ -49,7 +53,7 @@ def write_metadata(prepared: Prepared, works: tuple[ShardWork, ...], sides: tupl
 def shard_entries(works: tuple[ShardWork, ...]) -> dict[str, dict[str, Any]]:
     """Return the entry of each shard in the manifest's list of files."""
     return {
-        work.plan.file: {"size": work.size, "header": f"blake3:{blake3(work.header).hexdigest()}"} for work in works
+        work.plan.file: {"size": work.size, "header": f"blake3:{blake3(work.header()).hexdigest()}"} for work in works
     }
 
 
@@ -57,19 +61,19 @@ def _small_entry(content: bytes) -> dict[str, Any]:
     return {"size": len(content), "digest": f"blake3:{blake3(content).hexdigest()}"}
 
 
-def energies_of(works: tuple[ShardWork, ...]) -> dict[str, tuple[float, float]]:
-    """Return the energies of each weight that was quantized, signal and noise, added up in the order of its bands."""
-    energies = {}
+def sqnr_of(works: tuple[ShardWork, ...]) -> dict[str, float]:
+    """Return the SQNR in dB of each weight that was quantized, energies added up in the order of its bands."""
+    sqnr = {}
     for work in works:
         for tensor in work.tensors:
             found = [work.results[tensor.spec.name, index] for index in range(tensor.num_bands)]
             noise = sum(result.noise for result in found)
             if noise > 0:
-                energies[tensor.spec.name] = (sum(result.signal for result in found), noise)
-    return energies
+                sqnr[tensor.spec.name] = sqnr_db(sum(result.signal for result in found), noise)
+    return sqnr
 
 
-def _card(prepared: Prepared, energies: dict[str, tuple[float, float]]) -> bytes | None:
+def _card(prepared: Prepared, sqnr: dict[str, float]) -> bytes | None:
     """The model card of a directory: with FP8 weights, above the text of the base model's; else without what was ours.
 
     None where there is none: nothing is left of it, or that of the source is too long and is copied.
@@ -82,7 +86,7 @@ def _card(prepared: Prepared, energies: dict[str, tuple[float, float]]) -> bytes
     base = read_side_file(found, source.directory) if found else b""
     text = base.decode(errors="replace")
     if isinstance(plan, PackPlan):
-        return model_card(prepared.verb, plan, source, energies, text)
+        return model_card(prepared.verb, plan, source, sqnr, text)
     stripped = strip_card(text)
     if stripped == text:
         return base if found else None
@@ -120,11 +124,11 @@ def small_entries(prepared: Prepared) -> dict[str, dict[str, Any]]:
 
 
 def small_files(
-    prepared: Prepared, names: Collection[str], energies: Callable[[], dict[str, tuple[float, float]]]
+    prepared: Prepared, names: Collection[str], sqnr: Callable[[], dict[str, float]]
 ) -> Iterator[tuple[str, bytes]]:
-    """Yield the content of files that are no shards, by name; the energies are asked for if the model card is one."""
+    """Yield the content of files that are no shards, by name; the SQNR is asked for if the model card is one."""
     contents = _contents(prepared)
-    if CARD_NAME in names and (card := _card(prepared, energies())) is not None:
+    if CARD_NAME in names and (card := _card(prepared, sqnr())) is not None:
         contents[CARD_NAME] = card
     for side in prepared.side_files:
         if side.name in names and side.name not in contents and side.rule is None:
@@ -141,11 +145,16 @@ def manifest_path(prepared: Prepared) -> Path:
 
 def _contents(prepared: Prepared) -> dict[str, bytes]:
     """The small files that are written anew: config.json, what stands beside it, and the index."""
-    source, plan = prepared.source, prepared.plan
     contents = dict(prepared.documents)
-    if len(plan.shards) > 1 or (source.index_name and plan.shards[0].file != SINGLE_NAME):
-        contents[source.index_name or INDEX_NAME] = _index(plan)
+    if name := _index_name(prepared):
+        contents[name] = _index(prepared.plan)
     return contents
+
+
+def _index_name(prepared: Prepared) -> str | None:
+    """The name of the index, None where there is none."""
+    name, shards = prepared.source.index_name, prepared.plan.shards
+    return (name or INDEX_NAME) if len(shards) > 1 or (name and shards[0].file != SINGLE_NAME) else None
 
 
 def head_of(prepared: Prepared, files: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -164,12 +173,15 @@ def head_of(prepared: Prepared, files: dict[str, dict[str, Any]]) -> dict[str, d
 
 def tensor_entries(works: tuple[ShardWork, ...]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the entry of each tensor in the manifest, by name."""
-    located = sorted(
-        ((tensor.spec.name, tensor, work) for work in works for tensor in work.tensors), key=lambda item: item[0]
-    )
-    for name, tensor, work in located:
+    by_work = (zip(sorted(work.tensors, key=_name), repeat(work)) for work in works)
+    for tensor, work in merge(*by_work, key=lambda pair: pair[0].spec.name):
+        name = tensor.spec.name
         results = [work.results[name, index] for index in range(tensor.num_bands)]
         yield name, _entry(tensor, work.plan.file, results)
+
+
+def _name(tensor: TensorPlan) -> str:
+    return tensor.spec.name
 
 
 def _entry(tensor: TensorPlan, file: str, results: list[BandResult]) -> dict[str, Any]:
@@ -244,7 +256,13 @@ def _bands(tensor: TensorPlan) -> dict[str, int]:
 
 
 def _index(plan: Plan) -> bytes:
-    weight_map = {stored.name: shard.file for shard in plan.shards for stored in shard.tensors}
+    """The index as `json.dumps(indent=2)` writes it, whose pieces would take ten times its size."""
     total = sum(stored.nbytes for shard in plan.shards for stored in shard.tensors)
-    document = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()
+    located = merge(*(zip(sorted(s.name for s in shard.tensors), repeat(shard.file)) for shard in plan.shards))
+    text = BytesIO()
+    text.write(f'{{\n  "metadata": {{\n    "total_size": {total}\n  }},\n  "weight_map": {{'.encode())
+    for i, (name, file) in enumerate(located):
+        line = f"{json.dumps(name, ensure_ascii=False)}: {json.dumps(file, ensure_ascii=False)}"
+        text.write(f"{',' if i else ''}\n    {line}".encode())
+    text.write(b"\n  }\n}\n")
+    return text.getvalue()

@@ -16,7 +16,6 @@ from fp8pack.checkpoint.source import Source
 from fp8pack.engines.known import NAMES
 from fp8pack.engines.serve import load_code, serve_command
 from fp8pack.limits import MAX_DEPTH, depth_of
-from fp8pack.numerics.metrics import sqnr_db
 from fp8pack.planning.plan import Action, PackPlan
 from fp8pack.planning.recipe import WRITABLE
 from fp8pack.units import format_size
@@ -33,14 +32,13 @@ _ACTIVATIONS = {
     "static": "static: calibrated scales",
     "none": "not quantized: weight-only",
 }
-Energies = Mapping[str, tuple[float, float]]
 
 
-def model_card(verb: str, plan: PackPlan, source: Source, energies: Energies, base: str) -> bytes:
+def model_card(verb: str, plan: PackPlan, source: Source, sqnr: Mapping[str, float], base: str) -> bytes:
     """Return the text of README.md.
 
-    verb: `pack` or `convert`. energies: signal and noise of every weight that was quantized, over the rows that were
-        measured. base: the text of the base model's card, empty if it has none.
+    verb: `pack` or `convert`. sqnr: in dB, of every weight that was quantized, over the rows that were measured.
+        base: the text of the base model's card, empty if it has none.
     """
     head, body = _split(strip_card(base))
     model = _base_model(source, base)
@@ -50,7 +48,7 @@ def model_card(verb: str, plan: PackPlan, source: Source, energies: Energies, ba
         f"# {_escape(model.rpartition('/')[2]) or plan.facts.architecture or 'A model'} in FP8",
         _what(verb, plan, model),
         _ignored(plan),
-        _quality(plan, energies),
+        _quality(plan, sqnr),
         _serving(plan),
         _END,
         f"---\n\n{body.strip()}" if body.strip() else "",
@@ -202,13 +200,12 @@ def _escape(text: str) -> str:
     return re.sub(r"([\\`*\[\]<>|])", r"\\\1", " ".join(text.split()))
 
 
-def _quality(plan: PackPlan, energies: Energies) -> str:
+def _quality(plan: PackPlan, sqnr: Mapping[str, float]) -> str:
     """The SQNR by role, of the weights that were measured."""
     roles: dict[str, list[float]] = defaultdict(list)
     for tensor in plan.packed:
-        signal, noise = energies.get(tensor.spec.name, (0.0, 0.0))
-        if noise > 0:
-            roles[tensor.role].append(sqnr_db(signal, noise))
+        if tensor.spec.name in sqnr:
+            roles[tensor.role].append(sqnr[tensor.spec.name])
     if not roles:
         return ""
     rows = [

@@ -13,7 +13,7 @@ from fp8pack.errors import InputError
 from fp8pack.machine import usable_cores
 from fp8pack.packing.codecs import make_codec
 from fp8pack.packing.execute import Execution, ShardWork
-from fp8pack.packing.metadata import energies_of, shard_entries, small_entries, tensor_entries
+from fp8pack.packing.metadata import shard_entries, small_entries, sqnr_of, tensor_entries
 from fp8pack.packing.model_card import CARD_NAME
 from fp8pack.packing.options import WriteOptions
 from fp8pack.packing.prepare import Prepared, prepare_convert, prepare_pack, prepare_unpack
@@ -51,9 +51,9 @@ def recompute(
     yield from _file_differences(prepared, works, packed)
 
 
-def energies(prepared: Prepared) -> dict[str, tuple[float, float]]:
-    """Return the energies of each weight, as packing the source again measures them; the model card shows them."""
-    return energies_of(run_nowhere(prepared, lambda done, total: None))
+def sqnr_again(prepared: Prepared) -> dict[str, float]:
+    """Return the SQNR of each weight, as packing the source again measures it; the model card shows it."""
+    return sqnr_of(run_nowhere(prepared, lambda done, total: None))
 
 
 def prepare_again(packed: Packed, source: Path, calibration: Path | None) -> Prepared:

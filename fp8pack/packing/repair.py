@@ -16,7 +16,7 @@ from fp8pack.errors import RecipeError
 from fp8pack.packing.execute import ShardWork
 from fp8pack.packing.metadata import small_files
 from fp8pack.packing.prepare import Prepared
-from fp8pack.packing.recompute import Packed, energies, execution_of, prepare_again, run_execution
+from fp8pack.packing.recompute import Packed, execution_of, prepare_again, run_execution, sqnr_again
 from fp8pack.packing.target import Folder
 from fp8pack.planning.layout import ShardPlan
 
@@ -41,7 +41,7 @@ def repair(
     execution = execution_of(prepared, _InPlace(folder))
     for work in execution.works:
         entry = manifest.files.get(work.plan.file)
-        if entry is None or (entry.size, entry.header) != (work.size, _digest(work.header)):
+        if entry is None or (entry.size, entry.header) != (work.size, _digest(work.header())):
             raise RecipeError(f"{packed.checkpoint} is not what packing {source} gives", "pack the source again")
     for work in execution.works:
         _narrow(work, damaged, folder / work.plan.file)
@@ -55,7 +55,7 @@ def _narrow(work: ShardWork, damaged: Iterable[tuple[str, str | None]], path: Pa
     if None in names:  # the header or the size: where tensors begin was not known, so that all are written
         writer = ShardWriter(path, create=True)
         try:
-            writer.start(work.header, work.size)
+            writer.start(work.header(), work.size)
         finally:
             writer.close()
     else:
@@ -79,7 +79,7 @@ def _narrow(work: ShardWork, damaged: Iterable[tuple[str, str | None]], path: Pa
 def _write_small(prepared: Prepared, manifest: Manifest, names: Iterable[str], folder: Path) -> None:
     """Write small files whose bytes are those of the manifest; another model card, say, is left as it is."""
     wanted = {name for name in names if name in manifest.files and manifest.files[name].header is None}
-    for name, content in small_files(prepared, wanted, lambda: energies(prepared)):
+    for name, content in small_files(prepared, wanted, lambda: sqnr_again(prepared)):
         if _digest(content) == manifest.files[name].digest:
             place = folder / name
             with writing(place):

@@ -13,11 +13,10 @@ from fp8pack.checkpoint.staging import Staging
 from fp8pack.checkpoint.whole import check_whole
 from fp8pack.errors import DeadlineError, InputError, OutputError, VerificationError
 from fp8pack.machine import usable_cores
-from fp8pack.numerics.metrics import sqnr_db
 from fp8pack.packing.bands import Band
 from fp8pack.packing.codecs import make_codec
 from fp8pack.packing.execute import Execution, plan_work
-from fp8pack.packing.metadata import describes, energies_of, manifest_path, side_files_to_copy, write_metadata
+from fp8pack.packing.metadata import describes, manifest_path, side_files_to_copy, sqnr_of, write_metadata
 from fp8pack.packing.prepare import Prepared
 from fp8pack.packing.result import PackResult, Sqnr, Written, make_result
 from fp8pack.packing.side_work import SideWork
@@ -169,7 +168,7 @@ def _num_workers(prepared: Prepared) -> int:
 
 
 def _result(prepared: Prepared, root: str, seconds: float, execution: Execution, staging: Staging) -> Written:
-    sqnr = {name: sqnr_db(*energy) for name, energy in energies_of(execution.works).items()}
+    sqnr = sqnr_of(execution.works)
     worst = min(sqnr, key=lambda name: sqnr[name], default=None)
     return Written(
         root=root,

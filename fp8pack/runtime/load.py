@@ -166,7 +166,7 @@ def _expected(source: Source, contents: Contents) -> dict[str, Expected]:
     if source.manifest is None:
         raise InputError(f"{source.path} has no fp8pack.json to verify it with", "verify=False loads it unverified")
     for file, header in source.headers.items():
-        source.manifest.check_header(file, header.raw)
+        source.manifest.check_header(file, header.digest)
     own = expected_digests(source.manifest.tensors, {spec.name: spec for spec in source.specs})
     names = {(spec.file, spec.begin): spec.name for spec in source.specs if spec.nbytes}
     found = {spec.name: own[names.get((spec.file, spec.begin), spec.name)] for spec in _stored(contents)}

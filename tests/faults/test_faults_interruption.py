@@ -528,8 +528,8 @@ def test_a_line_that_could_not_be_written_whole_does_not_spoil_the_next_one(
     with monkeypatch.context() as patched:
         patched.setattr(os, "write", full_disk)
         with pytest.raises(SpaceError):
-            journal.add_bands("a", "plan", [BandResult("x", 0, "digest")])
-    journal.add_bands("b", "plan", [BandResult("y", 0, "digest")])
+            journal.add_bands("a", "plan", [BandResult("x", 0, b"digest")])
+    journal.add_bands("b", "plan", [BandResult("y", 0, b"digest")])
     journal.close()
     again = Journal(tmp_path / "journal.jsonl")
     head, progress = again.read()

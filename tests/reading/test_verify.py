@@ -349,7 +349,7 @@ def pack_otherwise(packed: Path, tensor: str) -> None:
         spec = next(spec for spec in read_header(file.fileno(), shard.name).tensors if spec.name == tensor)
         file.seek(spec.begin)
         data = file.read(spec.nbytes)
-    entry["digest"] = digest_of_bands([blake3(data).hexdigest()])
+    entry["digest"] = digest_of_bands([blake3(data).digest()])
     head = {name: section for name, section in manifest.items() if name not in ("tensors", "root")}
     write_manifest(packed / "fp8pack.json", head, sorted(manifest["tensors"].items()))
 
