@@ -8,7 +8,7 @@ NVIDIA_ROOT ?= $(wildcard build/cuda/lib/python3*/site-packages/nvidia/cu13)
 NVIDIA_PACKAGES = nvidia-cublas nvidia-cuda-runtime nvidia-cuda-crt nvidia-cuda-cccl
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast test-families test-faults test-newest test-oldest test-vllm lock check lint format types golden docs dist site links bench bench-calibrate bench-load bench-gpu cpp test-gpu clean
+.PHONY: help install demo test test-fast test-families test-faults test-hostile fuzz test-newest test-oldest test-vllm lock check lint format types golden docs dist site links bench bench-calibrate bench-load bench-gpu cpp test-gpu clean
 
 help: ## print every target
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-16s %s\n", $$1, $$2}'
@@ -42,6 +42,13 @@ test-families: install ## run every model type that transformers has, about an h
 
 test-faults: install ## make every call of every command fail, from outside, and look at what it leaves (hours; EVERY=13 takes each 13th)
 	PYTHONPATH=tests $(BIN)/python tests/faults/run_faults.py --every $(or $(EVERY),1)
+
+fuzz: PINS = --constraint constraints.txt atheris
+fuzz: build/fuzz/installed ## give every parser damaged inputs, by coverage, SECONDS each (60 by default); needs clang
+	PYTHONPATH=tests build/fuzz/bin/python tests/fuzz/run_fuzz.py build/fuzz --seconds $(or $(SECONDS),60)
+
+test-hostile: install ## run what tries to lie, to cost or to break in
+	$(BIN)/python -m pytest -q $(PARALLEL) tests/hostile tests/fuzz tests/checkpoint/test_regular_files.py tests/numerics/test_kernel_cache.py tests/modelrun/test_prompts.py
 
 build/%/installed: pyproject.toml $(wildcard constraints*.txt)
 	rm -rf build/$*
