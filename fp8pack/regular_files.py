@@ -2,10 +2,14 @@
 
 import os
 import stat
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Generic, Protocol, TypeVar
 
 from fp8pack.errors import InputError
+
+_MOST_OPEN = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,3 +100,31 @@ def check_link(directory: Path, name: str) -> Path:
     if not any(target.is_relative_to(folder) for folder in inside):
         raise InputError(f"{name} links to {target}, outside the model", "replace the link by the file, or remove it")
     return target
+
+
+class _Closes(Protocol):
+    def close(self) -> None: ...
+
+
+_T = TypeVar("_T", bound=_Closes)
+
+
+class FewOpen(Generic[_T]):
+    """Files that stay open, by name, and no more than a few: a checkpoint may have more than a process may open."""
+
+    def __init__(self) -> None:
+        self._open: dict[str, _T] = {}
+
+    def get(self, name: str, open_it: Callable[[str], _T]) -> _T:
+        """Return an open file, opened if it is not."""
+        if name not in self._open:
+            while len(self._open) >= _MOST_OPEN:
+                self._open.pop(next(iter(self._open))).close()  # the one that was opened first
+            self._open[name] = open_it(name)
+        return self._open[name]
+
+    def close(self) -> None:
+        """Close them all."""
+        for file in self._open.values():
+            file.close()
+        self._open.clear()

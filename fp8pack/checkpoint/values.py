@@ -16,6 +16,7 @@ from fp8pack.numerics import native
 from fp8pack.numerics.formats import E4M3, TableFormat
 from fp8pack.numerics.metrics import widen
 from fp8pack.numerics.table_codec import as_e4m3, dequantize_codes
+from fp8pack.regular_files import FewOpen
 
 _STRIP_NBYTES = 4 << 20
 _BITS = {"BF16": np.uint16, "F16": np.uint16, "F32": np.uint32}
@@ -50,11 +51,11 @@ def dequantize(
 
 
 class ValueReader:
-    """Reads rows of tensors; a context manager that keeps files open. One for each thread."""
+    """Reads rows of tensors; a context manager that keeps a few files open. One for each thread."""
 
     def __init__(self, source: Source, contents: Contents) -> None:
         self._source, self._quantized = source, contents.quantized
-        self._readers: dict[str, ShardReader] = {}
+        self._readers: FewOpen[ShardReader] = FewOpen()
 
     def __enter__(self) -> "ValueReader":
         return self
@@ -62,8 +63,7 @@ class ValueReader:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for reader in self._readers.values():
-            reader.close()
+        self._readers.close()
 
     def values(self, spec: TensorSpec, lo: int, hi: int) -> NDArray[np.float32]:
         """Return rows of a tensor as float32 [hi - lo, K]; a NaN byte is a NaN.
@@ -94,6 +94,4 @@ class ValueReader:
         return read_scales(self.bits, spec, self._quantized[spec.name], (0, rows), (0, cols))
 
     def _open(self, file: str) -> ShardReader:
-        if file not in self._readers:
-            self._readers[file] = self._source.open_file(file)
-        return self._readers[file]
+        return self._readers.get(file, self._source.open_file)

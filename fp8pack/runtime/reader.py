@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fp8pack.checkpoint.source import ShardReader
-from fp8pack.regular_files import open_regular
+from fp8pack.regular_files import FewOpen, open_regular
 from fp8pack.runtime.placement import Cut, Read
 
 _PAGE = 4096
@@ -73,14 +73,13 @@ class _Worker:
     ) -> None:
         self._directory, self._direct, self._buffers, self._stream = directory, direct, buffers, stream
         self._slots = [_Slot(largest + 2 * _PAGE, stream) for _ in range(2)]
-        self._readers: dict[str, ShardReader | _DirectReader] = {}
+        self._readers: FewOpen[ShardReader | _DirectReader] = FewOpen()
 
     def __enter__(self) -> "_Worker":
         return self
 
     def __exit__(self, *_: object) -> None:
-        for reader in self._readers.values():
-            reader.close()
+        self._readers.close()
         for slot in self._slots:
             slot.wait()
 
@@ -103,10 +102,11 @@ class _Worker:
         return digests
 
     def _open(self, file: str) -> "ShardReader | _DirectReader":
-        if file not in self._readers:
+        def open_it(file: str) -> ShardReader | _DirectReader:
             path = self._directory / file
-            self._readers[file] = _DirectReader(path) if file in self._direct else ShardReader(path)
-        return self._readers[file]
+            return _DirectReader(path) if file in self._direct else ShardReader(path)
+
+        return self._readers.get(file, open_it)
 
 
 class _Slot:

@@ -1,12 +1,14 @@
-"""A checkpoint of 45,000 tensors takes little memory: what is kept of each is small."""
+"""Limits: memory for very many tensors, few descriptors for very many files."""
 
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from checkpoints import MakeCheckpoint, llama_config, llama_tensors
+from safetensors.numpy import save_file
 
 import fp8pack
 
@@ -51,3 +53,24 @@ def test_45_000_tensors_are_packed_in_little_memory(make_checkpoint: MakeCheckpo
     written = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())["weight_map"]
     assert len(written) == 2 * EXPERTS * 3 * LAYERS
     assert list(written) == sorted(written)
+
+
+def test_a_checkpoint_of_200_shards_needs_few_descriptors(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    names = [f"model.layers.{i}.mlp.up_proj.weight" for i in range(200)]
+    weight_map = {name: f"model-{i:05}-of-00200.safetensors" for i, name in enumerate(names, 1)}
+    for name, file in weight_map.items():
+        save_file({name: np.ones((64, 64), np.float16)}, model / file)
+    (model / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (model / "config.json").write_text(json.dumps(llama_config(layers=200)))
+    out = str(tmp_path / "out")
+    commands = [
+        ["pack", str(model), "-o", out, "--scheme", "FP8_DYNAMIC"],
+        *(["inspect", out], ["inspect", out, "--against", str(model)], ["verify", out, "--against", str(model)]),
+        *(["diff", out, str(model)], ["unpack", out, "-o", str(tmp_path / "unpacked")]),
+    ]
+    for command in commands:
+        line = ["bash", "-c", 'ulimit -n 32; exec "$@"', "bash", sys.executable, "-m", "fp8pack", *command]
+        done = subprocess.run(line, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, (command, done.stderr)
