@@ -37,6 +37,7 @@ SCHEMAS: dict[str, Any] = {
     "comparison.schema.json": fp8pack.Comparison,
     "verification.schema.json": fp8pack.Verification,
     "calibration-summary.schema.json": fp8pack.CalibrationSummary,
+    "evaluation.schema.json": fp8pack.Evaluation,
     "environment.schema.json": fp8pack.Environment,
 }
 
@@ -139,7 +140,7 @@ def cli_text() -> str:
     runner = CliRunner(env={"COLUMNS": "100", "TERM": "dumb", "_TYPER_FORCE_DISABLE_TERMINAL": "1"})
     parts = [CLI_HEAD]
     for command in app.registered_commands:
-        name = command.callback.__name__ if command.callback else ""
+        name = command.name or (command.callback.__name__ if command.callback else "")
         shown = runner.invoke(app, [name, "--help"], terminal_width=100).stdout.rstrip()
         parts.append(f"## fp8pack {name}\n\n```text\n{shown}\n```\n")
     return "\n".join(parts).rstrip() + "\n"

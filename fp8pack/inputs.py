@@ -20,6 +20,7 @@ from fp8pack.errors import RecipeError
 Size = int | str
 Duration = float | str | timedelta
 Texts = str | Iterable[str]
+Paths = str | Path | Iterable[str | Path]
 
 _SIZES = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 _DTYPE_ALIASES = {"bf16": "bfloat16", "fp16": "float16", "f16": "float16", "half": "float16"}
@@ -77,6 +78,14 @@ def parse_texts(name: str, value: object, *, commas: bool = False) -> tuple[str,
         raise RecipeError(f"{_words(name)} {value!r} is not a text or a list of texts")
     parts = [part for text in texts for part in (text.split(",") if commas else [text])]
     return tuple(part.strip() if commas else part for part in parts if part.strip())
+
+
+def parse_paths(name: str, value: object) -> tuple[Path, ...]:
+    """Return paths; one is a list of one."""
+    values = [value] if isinstance(value, str | os.PathLike) else list(value) if isinstance(value, Iterable) else []
+    if not values:
+        raise RecipeError(f"{_words(name)} {value!r} is not a path or a list of paths")
+    return tuple(parse_path(name, each) for each in values)
 
 
 def parse_path(name: str, value: object) -> Path:

@@ -11,11 +11,9 @@ from numpy.typing import NDArray
 from fp8pack.checkpoint.calibration_file import read_calibration, write_calibration
 from fp8pack.checkpoint.staging import check_output_file
 from fp8pack.errors import InputError, OutputError, RecipeError
-from fp8pack.inputs import parse_path
+from fp8pack.inputs import Paths, parse_path, parse_paths
 from fp8pack.planning.calibration import Calibration, Site, site_order
 from fp8pack.planning.calibration_summary import CalibrationSummary, summarize
-
-Paths = str | Path | Iterable[str | Path]
 
 
 def merge(calibrations: Paths, output: str | Path, *, overwrite: bool = False) -> CalibrationSummary:
@@ -29,8 +27,7 @@ def merge(calibrations: Paths, output: str | Path, *, overwrite: bool = False) -
             prompt.
         OutputError: the output exists, and is no merge of these. RecipeError: the output is not a .safetensors file.
     """
-    files = [calibrations] if isinstance(calibrations, str | Path) else list(calibrations)
-    paths = [parse_path("calibrations", file) for file in files]
+    paths = parse_paths("calibrations", calibrations)
     target = Path(os.path.abspath(parse_path("output", output)))
     if target.suffix != ".safetensors":
         raise RecipeError(f"output {target.name} is not a .safetensors file")

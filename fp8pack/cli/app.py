@@ -14,6 +14,7 @@ from fp8pack.cli.calibrate import calibrate
 from fp8pack.cli.convert import convert
 from fp8pack.cli.diff import diff
 from fp8pack.cli.env import env
+from fp8pack.cli.eval import evaluate
 from fp8pack.cli.inspect import inspect
 from fp8pack.cli.merge import merge
 from fp8pack.cli.output import Signalled, drop_stdout, open_streams, say
@@ -38,6 +39,7 @@ app.command()(convert)
 app.command()(inspect)
 app.command()(diff)
 app.command()(verify)
+app.command("eval")(evaluate)
 app.command()(env)
 
 

@@ -32,14 +32,22 @@ _STRIP_ROWS = 1024  # of an FP8 weight that are dequantized at a time
 
 
 class ModelLoader:
-    """The model of a checkpoint, in evaluation mode, BF16, with parameters on the meta device until they are loaded.
+    """The model of a checkpoint, in evaluation mode, with parameters on the meta device until they are loaded.
 
+    dtype: of its parameters; FP8 weights are dequantized in float32 and rounded once.
     Raises:
         InputError: transformers does not know the architecture, or it needs custom modeling code that is not allowed.
     """
 
-    def __init__(self, source: Source, *, trust_remote_code: bool, device: torch.device) -> None:
-        self._source, self.device = source, device
+    def __init__(
+        self,
+        source: Source,
+        *,
+        trust_remote_code: bool,
+        device: torch.device,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
+        self._source, self.device, self.dtype = source, device, dtype
         if reason := unbelievable(source.config or {}, source.specs):
             raise InputError(f"config.json of {source.path} {reason}")
         config = _read_config(source, trust_remote_code)
@@ -48,7 +56,7 @@ class ModelLoader:
         self.max_positions = int(getattr(text, "max_position_embeddings", 0) or 0)
         self.hidden_nbytes = 4 * int(getattr(text, "hidden_size", 0) or 0)  # of a token, at most float32
         config.quantization_config = None
-        self.model = _build(source, model_class, config)
+        self.model = _build(source, model_class, config, dtype)
         self.model.eval()  # type: ignore[no-untyped-call]
         for module in self.model.modules():
             for name, buffer in module.named_buffers(recurse=False):
@@ -70,10 +78,10 @@ class ModelLoader:
         Raises:
             InputError: the checkpoint does not have one, or has it in another shape.
         """
-        load_parameters(self.model, self.names, parameters, self._lazy, self.device)
+        load_parameters(self.model, self.names, parameters, self._lazy, self.device, self.dtype)
 
     def _lazy(self, name: str) -> "_Lazy":
-        return _Lazy(self._source, self._contents, self._specs[name])
+        return _Lazy(self._source, self._contents, self._specs[name], self.dtype)
 
     def check_tokens(self, prompts: Mapping[str, Sequence[int]]) -> None:
         """Raise InputError if a prompt has a token that the model has no embedding for."""
@@ -100,7 +108,12 @@ class ModelLoader:
 
 
 def load_parameters(
-    model: PreTrainedModel, names: Names, parameters: Iterable[str], read: Callable[[str], Any], device: torch.device
+    model: PreTrainedModel,
+    names: Names,
+    parameters: Iterable[str],
+    read: Callable[[str], Any],
+    device: torch.device,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> None:
     """Set parameters and buffers of a model from the checkpoint's tensors, converted by transformers' rules.
 
@@ -110,7 +123,7 @@ def load_parameters(
     """
     wanted, architecture = set(parameters), type(model).__name__
     tensors = {name: read(name) for key in wanted for name in names.tensors.get(key, ())}
-    info = load_tensors(model, tensors, device)
+    info = load_tensors(model, tensors, device, dtype)
     for name, found, expected in info.mismatched_keys:
         raise InputError(f"{name} has shape {list(found)} in the checkpoint and {list(expected)} in {architecture}")
     for name, problem in info.conversion_errors.items():
@@ -121,11 +134,11 @@ def load_parameters(
         raise InputError(f"the checkpoint has no {min(missing)}, which {architecture} needs")
 
 
-def _build(source: Source, model_class: Any, config: Any) -> PreTrainedModel:
+def _build(source: Source, model_class: Any, config: Any, dtype: torch.dtype) -> PreTrainedModel:
     """The model of a configuration, its parameters on the meta device."""
     try:
         with no_init_weights(), _parameters_on_meta():
-            return make_model(model_class, config, torch.bfloat16)
+            return make_model(model_class, config, dtype)
     except Exception as error:  # classes raise any type for a wrong configuration
         raise InputError(
             f"{source.path}/config.json: {model_class.__name__} cannot be built from it: {_short(error)}"
@@ -192,15 +205,15 @@ def _references(config: Any) -> list[str]:
 class _Lazy:
     """A tensor of the checkpoint, read when transformers needs it; not mapped, so that its memory is freed."""
 
-    def __init__(self, source: Source, contents: Contents, spec: TensorSpec) -> None:
-        self._source, self._contents, self._spec = source, contents, spec
+    def __init__(self, source: Source, contents: Contents, spec: TensorSpec, dtype: torch.dtype) -> None:
+        self._source, self._contents, self._spec, self._dtype = source, contents, spec, dtype
 
     def __getitem__(self, index: object) -> Tensor:
         spec = self._spec
         if spec.name not in self._contents.quantized:
             return self._read()
         rows = spec.matrix[0]
-        values = torch.empty(spec.shape, dtype=torch.bfloat16)
+        values = torch.empty(spec.shape, dtype=self._dtype)
         with ValueReader(self._source, self._contents) as reader:
             for lo in range(0, rows, _STRIP_ROWS):
                 strip = torch.from_numpy(reader.values(spec, lo, min(lo + _STRIP_ROWS, rows)))

@@ -12,8 +12,10 @@ from fp8pack.errors import InputError
 from fp8pack.modelrun.chat import Prompt, render
 
 BUILT_IN = "built-in"
-_REPOSITORY = Path(__file__).parents[2] / "calib_prompts" / "prompts.jsonl"
-_INSTALLED = Path(__file__).parents[1] / "_data" / "prompts.jsonl"
+HELD_OUT = "held-out"
+_REPOSITORY = Path(__file__).parents[2] / "calib_prompts"
+_INSTALLED = Path(__file__).parents[1] / "_data"
+_OURS = {BUILT_IN: "prompts.jsonl", HELD_OUT: "heldout.jsonl"}
 _LOADERS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".txt": "text", ".arrow": "arrow"}
 _JSON = (".jsonl", ".ndjson", ".json")
 _ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
@@ -162,8 +164,8 @@ def _is_blank(row: Any) -> bool:
 
 
 def _rows(place: str) -> Iterator[tuple[str, Any]]:
-    if place == BUILT_IN:
-        path = _INSTALLED if _INSTALLED.exists() else _REPOSITORY
+    if place in _OURS:
+        path = (_INSTALLED if (_INSTALLED / _OURS[place]).exists() else _REPOSITORY) / _OURS[place]
         return _json_lines(path)
     path = Path(place)
     if not path.exists() and (path.suffix in (*_LOADERS, *_JSON) or place.startswith(("/", ".", "~"))):

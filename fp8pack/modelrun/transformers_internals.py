@@ -71,14 +71,14 @@ def make_model(model_class: Any, config: Any, dtype: torch.dtype) -> PreTrainedM
     return model
 
 
-def load_tensors(model: PreTrainedModel, tensors: Mapping[str, Any], device: torch.device) -> Any:
-    """Set parameters from the checkpoint's tensors, in BF16; return transformers' report.
+def load_tensors(model: PreTrainedModel, tensors: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> Any:
+    """Set parameters from the checkpoint's tensors, in a dtype; return transformers' report.
 
     The report has `mismatched_keys` and `conversion_errors`.
     """
     config = LoadStateDictConfig(
-        dtype=torch.bfloat16,
-        dtype_plan=model._get_dtype_plan(torch.bfloat16),
+        dtype=dtype,
+        dtype_plan=model._get_dtype_plan(dtype),
         weight_mapping=get_model_conversion_mapping(model),  # type: ignore[arg-type]
         device_map={"": str(device)},
     )

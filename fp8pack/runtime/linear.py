@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -85,6 +85,18 @@ class FP8Linear(nn.Module):
         nothing = torch.empty(0)
         self._form = replace(weight, qdata=nothing, stored_scale=nothing, input_scale=None)
         self._prepared: tuple[tuple[nn.Parameter | None, ...], PackedTensor] | None = None
+
+    def set_activations(self, mode: Literal["none", "dynamic", "static"]) -> None:
+        """Choose how inputs are quantized, whatever the checkpoint declares.
+
+        Raises:
+            ValueError: a static scale is asked for, and the checkpoint has none for this weight.
+        """
+        if mode == "static" and self.input_scale is None:
+            raise ValueError(f"{self.name} has no static scale of its input")
+        self._form, self._prepared = replace(self._form, weight_only=mode == "none"), None
+        if mode != "static":
+            self.input_scale = None
 
     @property
     def name(self) -> str:

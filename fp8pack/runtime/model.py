@@ -49,14 +49,22 @@ def load_model(
     with quiet_transformers():
         loader = ModelLoader(source, trust_remote_code=trust_remote_code, device=target)
     packed = load_source(source, target, verify=verify, workers=workers)
+    model = make_fp8_model(loader, packed)
+    if (source.directory / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(source.directory, local_files_only=True)
+    vars(model)["save_pretrained"] = _refuse_to_save
+    return model
+
+
+def make_fp8_model(loader: ModelLoader, packed: PackedCheckpoint) -> PreTrainedModel:
+    """Return the model of a loader with FP8 layers, everything else loaded in the loader's dtype."""
     model = loader.model
     install(model, packed, loader.names)
     rest = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
     with quiet_transformers():
-        load_parameters(model, loader.names, rest, lambda name: plain(packed[name]), target)
-    if (source.directory / "generation_config.json").exists():
-        model.generation_config = GenerationConfig.from_pretrained(source.directory, local_files_only=True)
-    vars(model)["save_pretrained"] = _refuse_to_save
+        load_parameters(
+            model, loader.names, rest, lambda name: plain(packed[name], loader.dtype), loader.device, loader.dtype
+        )
     return model.requires_grad_(False)
 
 
@@ -167,6 +175,6 @@ def split_experts(whole: PackedTensor) -> Iterator[PackedTensor]:
         yield replace(expert, granularity=granularity)
 
 
-def plain(tensor: PackedTensor | Tensor) -> Tensor:
-    """Return a tensor of a checkpoint, dequantized to BF16 if it is packed."""
-    return tensor.dequantize(torch.bfloat16) if isinstance(tensor, PackedTensor) else tensor
+def plain(tensor: PackedTensor | Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Return a tensor of a checkpoint, dequantized if it is packed."""
+    return tensor.dequantize(dtype) if isinstance(tensor, PackedTensor) else tensor

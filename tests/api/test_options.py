@@ -8,6 +8,7 @@ import pytest
 import fp8pack
 from fp8pack.calibration.options import CalibrateOptions
 from fp8pack.cli import calibrate, convert, diff, inspect, merge, pack, unpack
+from fp8pack.cli import eval as evaluation
 from fp8pack.packing.options import WriteOptions
 from fp8pack.planning.recipe import Request
 
@@ -19,6 +20,7 @@ COMMANDS = {
     "diff": diff.diff,
     "calibrate": calibrate.calibrate,
     "merge": merge.merge,
+    "evaluate": evaluation.evaluate,
 }
 PRINTING = {"ctx", "as_json", "quiet", "verbose"}  # of the command line alone
 LISTENING = {"on_progress", "on_note"}  # of Python alone

@@ -1,0 +1,104 @@
+"""`fp8pack eval`."""
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fp8pack.cli import options
+from fp8pack.cli.output import emit_document, printing
+from fp8pack.quiet import quiet_imports
+
+_RUNNING = "Running"
+
+
+def _running(*flags: str, help: str, metavar: str | None = None) -> Any:
+    return typer.Option(*flags, help=help, metavar=metavar, rich_help_panel=_RUNNING)
+
+
+def evaluate(
+    checkpoints: Annotated[
+        list[Path], typer.Argument(metavar="CHECKPOINT ...", help="Checkpoints of one source.", show_default=False)
+    ],
+    against: Annotated[
+        Path,
+        typer.Option("--against", metavar="SOURCE", help="The checkpoint they were packed from", show_default=False),
+    ],
+    text: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--text",
+            metavar="PATH|NAME",
+            help="held-out, a JSONL, Parquet, CSV or text file, or a data set in the hub cache; repeat to add "
+            "[default: held-out]",
+        ),
+    ] = None,
+    text_column: Annotated[
+        str | None, typer.Option("--text-column", metavar="NAME", help="Column with the text")
+    ] = None,
+    num_tokens: Annotated[
+        int, typer.Option("--num-tokens", metavar="N", help="At most so many tokens of text", show_default=True)
+    ] = 32768,
+    max_length: Annotated[
+        int | None,
+        typer.Option("--max-length", metavar="N", help="Tokens of a window [default: the model's limit, at most 2048]"),
+    ] = None,
+    activations: Annotated[
+        str,
+        typer.Option(
+            "--activations",
+            metavar="NAME",
+            help="Inputs of FP8 linears: declared (by the checkpoint), none, dynamic or static",
+        ),
+    ] = "declared",
+    dtype: Annotated[str, _running("--dtype", metavar="NAME", help="Of all else: float32 or bfloat16")] = "float32",
+    device: Annotated[str, _running("--device", metavar="NAME", help="auto, cpu or cuda")] = "auto",
+    trust_remote_code: Annotated[
+        bool, _running("--trust-remote-code", help="Allow custom modeling code from the checkpoint")
+    ] = False,
+    fail_if: Annotated[
+        list[str] | None,
+        typer.Option("--fail-if", metavar="CONDITION", help="Exit with code 8 when it is true, e.g. 'kl>0.01'"),
+    ] = None,
+    fail_on: Annotated[
+        str, typer.Option("--fail-on", metavar="NAME", help="Judge the worse end of the 95 % interval, or the point")
+    ] = "interval",
+    as_json: options.AsJson = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Measure what FP8 cost: run checkpoints and their source over the same text.
+
+    Prints perplexity, KL divergence and agreement of the next-token distributions, with 95 % intervals over documents,
+    and where they differ most.
+    """
+    from fp8pack.bounds import parse_bounds
+    from fp8pack.evaluation.options import FAIL_ON, EvalOptions
+    from fp8pack.inputs import parse_choice
+
+    given = EvalOptions(
+        text=text or (),
+        text_column=text_column,
+        num_tokens=num_tokens,
+        max_length=max_length,
+        activations=activations,
+        dtype=dtype,
+        device=device,
+        trust_remote_code=trust_remote_code,
+    )  # a wrong value is refused before torch is imported
+    found_on = parse_choice("fail_on", fail_on, FAIL_ON)
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # torch's threads spin, and starve all others on a shared machine
+    with quiet_imports():
+        from fp8pack.evaluation.evaluate import METRICS, check_bounds, run_evaluation  # torch, transformers: seconds
+    from fp8pack.report.evaluation import print_evaluation
+    from fp8pack.report.progress import EVALUATING, showing_progress
+
+    bounds = parse_bounds(fail_if or (), METRICS)
+    with showing_progress(EVALUATING, quiet) as on_progress:
+        found = run_evaluation(checkpoints, against, given, on_progress)
+    if as_json:
+        emit_document(found)
+    else:
+        with printing():
+            print_evaluation(found)
+    check_bounds(found, bounds, found_on)

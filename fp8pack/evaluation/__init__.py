@@ -1,0 +1,1 @@
+"""What quantization cost a model: `evaluate`."""

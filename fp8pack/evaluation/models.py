@@ -1,0 +1,56 @@
+"""The models that are compared: a source in floats, and a checkpoint with its weights as stored."""
+
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from transformers import PreTrainedModel
+
+from fp8pack.checkpoint.quantized import read_contents
+from fp8pack.checkpoint.source import Source, open_checkpoint
+from fp8pack.errors import InputError
+from fp8pack.gemm.device import find_device
+from fp8pack.modelrun.loader import ModelLoader
+from fp8pack.numerics.formats import Float8Format
+from fp8pack.runtime.linear import FP8Linear
+from fp8pack.runtime.load import load_source
+from fp8pack.runtime.model import make_fp8_model
+
+
+def device_of(name: str) -> torch.device:
+    """Return the device of a name; `auto` is a GPU where there is one."""
+    return find_device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+
+
+def open_loader(path: Path, dtype: torch.dtype, device: torch.device, *, trust_remote_code: bool) -> ModelLoader:
+    """Return the loader of a causal language model; InputError if it is another kind of model."""
+    source = open_checkpoint(path)
+    loader = ModelLoader(source, trust_remote_code=trust_remote_code, device=device, dtype=dtype)
+    if loader.model.config.is_encoder_decoder or loader.model.get_output_embeddings() is None:  # type: ignore[no-untyped-call]
+        raise InputError(f"{source.facts.architecture or path} predicts no next token: only such models are evaluated")
+    return loader
+
+
+def load(loader: ModelLoader, source: Source, activations: str) -> tuple[PreTrainedModel, str]:
+    """Load a checkpoint; return its model, and how activations are quantized: `none`, `dynamic` or `static`.
+
+    FP8 weights stay as they are, in FP8 linears; every other kind of quantized weight is dequantized.
+
+    Raises:
+        InputError: `static` is asked for, and a weight has no scale of its input.
+    """
+    contents = read_contents(source)
+    if not any(isinstance(found.format, Float8Format) for found in contents.quantized.values()):
+        loader.load_all()
+        return loader.model, "none"
+    packed = load_source(source, loader.device)
+    model = make_fp8_model(loader, packed)
+    if activations == "declared":
+        return model, packed.activations
+    for module in cast("Any", model).modules():
+        if isinstance(module, FP8Linear):
+            try:
+                module.set_activations(cast("Literal['none', 'dynamic', 'static']", activations))
+            except ValueError as error:
+                raise InputError(f"{source.path}: {error}", "choose --activations dynamic") from None
+    return model, activations
