@@ -64,12 +64,12 @@ and text is accepted wherever a value is. Paths are text or `Path`. Failures are
 """
 API = {
     "Write": ("pack", "convert", "unpack"),
-    "Look": ("inspect", "inspect_calibration", "diff", "verify", "environment"),
+    "Look": ("inspect", "inspect_calibration", "diff", "verify", "evaluate", "environment"),
     "Calibrate": ("calibrate", "merge", "observe"),
     "Load and multiply": ("load_packed", "linear", "load_model", "report_fp8", "FP8Linear"),
     "Results": (
         *("PackResult", "Inspection", "TensorInspection", "Comparison", "CalibrationSummary", "EngineVerdict"),
-        *("Verification", "Environment", "PackedCheckpoint", "PackedTensor", "FP8Report"),
+        *("Verification", "Evaluation", "Environment", "PackedCheckpoint", "PackedTensor", "FP8Report"),
     ),
     "Errors": (
         *("Fp8PackError", "RecipeError", "InputError", "OutputError", "SpaceError", "VerificationError"),

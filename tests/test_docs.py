@@ -107,7 +107,7 @@ def test_every_command_has_help_and_is_documented() -> None:
     for command in app.registered_commands:
         assert command.callback is not None
         assert command.callback.__doc__
-        assert f"fp8pack {command.callback.__name__}" in TEXT
+        assert f"fp8pack {command.name or command.callback.__name__}" in TEXT
 
 
 def test_every_exit_code_is_documented() -> None:
@@ -126,7 +126,11 @@ def test_make_help_prints_every_target() -> None:
 def test_help_of_every_command_exits_with_0() -> None:
     for command in (
         [],
-        *([registered.callback.__name__] for registered in app.registered_commands if registered.callback),
+        *(
+            [registered.name or registered.callback.__name__]
+            for registered in app.registered_commands
+            if registered.callback
+        ),
     ):
         assert CliRunner().invoke(app, [*command, "--help"]).exit_code == 0
 

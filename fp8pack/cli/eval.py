@@ -19,7 +19,7 @@ def _running(*flags: str, help: str, metavar: str | None = None) -> Any:
 
 def evaluate(
     checkpoints: Annotated[
-        list[Path], typer.Argument(metavar="CHECKPOINT ...", help="Checkpoints of one source.", show_default=False)
+        list[Path], typer.Argument(metavar="CHECKPOINT", help="Checkpoints of one source.", show_default=False)
     ],
     against: Annotated[
         Path,

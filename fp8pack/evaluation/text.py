@@ -11,6 +11,7 @@ from fp8pack.modelrun.prompts import load_prompts, tokenize
 
 _MOST_DOCUMENTS = 100_000
 _FEWEST = 2  # tokens, of which one is predicted
+_FEW_DOCUMENTS = 8  # with fewer, a bootstrap over documents says little
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,4 +64,6 @@ def read_text(options: EvalOptions, tokenizer: Any, length: int, device: torch.d
     if not windows:
         raise InputError(f"{', '.join(options.text)} has no text of two tokens or more")
     notes = [f"the first {options.num_tokens} tokens are evaluated: --num-tokens takes more"] if left < _FEWEST else []
+    if len(names) < _FEW_DOCUMENTS:
+        notes.append(f"{len(names)} document{'s' if len(names) > 1 else ''}: intervals need about {_FEW_DOCUMENTS}")
     return Text(tuple(names), tuple(windows), tokenizer, tuple(notes))

@@ -14,7 +14,7 @@ _SHOWN = 3  # documents and positions; --json has ten
 def print_evaluation(found: Evaluation) -> None:
     """Print an evaluation to stdout."""
     console = make_console([str(quality.checkpoint) for quality in found.checkpoints])
-    documents = f"{found.num_documents} documents"
+    documents = f"{found.num_documents} document{'s' if found.num_documents > 1 else ''}"
     print_line(console, f"text     {', '.join(found.text)}: {documents}, {found.num_tokens} tokens predicted")
     print_line(console, f"source   {found.source}  {found.dtype}  perplexity {_spread(found.perplexity, '.4g')}")
     for note in found.notes:

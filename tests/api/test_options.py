@@ -45,7 +45,7 @@ def test_defaults_are_the_same(name: str) -> None:
             assert called[option] is introspection.Parameter.empty
             continue
         ours, theirs = typed[option] or None, called[option] or None
-        known = {"max_memory": "256MiB", "prompts": None}
+        known = {"max_memory": "256MiB", "prompts": None, "text": "held-out"}
         assert str(ours or known.get(option)) == str(theirs or known.get(option)) or option == "prompts", option
 
 
