@@ -150,7 +150,10 @@ class Bench:
         log = folder.with_suffix(".log")
         self.run(command, folder, calls=",".join(KINDS), at=0, log=log)
         shutil.rmtree(folder)
-        return Counter(line.split()[1] for line in log.read_text().splitlines())
+        calls = [Call(*line.split(" ", 2)[1:]) for line in log.read_text().splitlines()]
+        lost = lost_without_power(calls, folder / f".{command.output}.fp8pack-partial")
+        assert not lost, (command.name, lost)
+        return Counter(call.kind for call in calls)
 
     def check(self, point: Point) -> str:
         """Make a call fail; return what is wrong with what is left, empty if nothing is, or `-` if it was not made."""
@@ -215,6 +218,36 @@ def write_sources(folder: Path) -> None:
 def same_bytes(one: Path, other: Path) -> bool:
     """Whether two files are there with the same bytes; a directory is like any other."""
     return one.exists() and (one.is_dir() or (other.exists() and one.read_bytes() == other.read_bytes()))
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call that was made: its kind, and the path."""
+
+    kind: str
+    path: str
+
+
+def lost_without_power(calls: Sequence[Call], staging: Path) -> list[str]:
+    """Return what a loss of power could take from a run that has ended.
+
+    Whatever is renamed must have been synced since it was written, and the directory that it is renamed into after it;
+    the staging directory is renamed to be removed.
+    """
+    lost, unsynced, directory = [], set[str](), ""
+    for call in calls:
+        match call.kind:
+            case "write" | "truncate":
+                unsynced.add(call.path)
+            case "sync":
+                unsynced.discard(call.path)
+                directory = "" if call.path == directory else directory
+            case "rename" if Path(call.path) != staging:
+                lost += [path for path in unsynced if path == call.path or path.startswith(f"{call.path}/")]
+                directory = str(staging.parent if staging in Path(call.path).parents else Path(call.path).parent)
+            case "unlink":
+                unsynced.discard(call.path)
+    return [*lost, *([f"the name in {directory}"] if directory else [])]
 
 
 def write_model(folder: Path, layers: int) -> None:

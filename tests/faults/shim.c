@@ -2,7 +2,7 @@
  *
  * FAULT_DIR     only files below this directory count
  * FAULT_CALLS   names, separated by commas: open read write sync rename mkdir unlink truncate
- * FAULT_AT      which of them, from 1 on; 0 only writes "call KIND" for each into the log
+ * FAULT_AT      which of them, from 1 on; 0 only writes "call KIND PATH" for each into the log
  * FAULT_ACTION  kill, short, or the number of an errno; "short" reads or writes half of what is asked for
  * FAULT_LOG     a file that gets "hit KIND PATH" when it happened
  *
@@ -59,7 +59,7 @@ static int decide(const char *kind, const char *path) {
     if (!below(path) || !kinds || !strstr(kinds, kind)) return GO_ON;
     char text[PATH_MAX + 64];
     if (at == 0) {
-        snprintf(text, sizeof text, "call %s\n", kind);
+        snprintf(text, sizeof text, "call %s %s\n", kind, path);
         note(text);
         return GO_ON;
     }
