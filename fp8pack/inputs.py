@@ -82,10 +82,9 @@ def parse_texts(name: str, value: object, *, commas: bool = False) -> tuple[str,
 
 def parse_paths(name: str, value: object) -> tuple[Path, ...]:
     """Return paths; one is a list of one."""
-    values = [value] if isinstance(value, str | os.PathLike) else list(value) if isinstance(value, Iterable) else []
-    if not values:
-        raise RecipeError(f"{_words(name)} {value!r} is not a path or a list of paths")
-    return tuple(parse_path(name, each) for each in values)
+    if isinstance(value, str | os.PathLike) or not isinstance(value, Iterable):
+        return (parse_path(name, value),)
+    return tuple(parse_path(name, each) for each in value)
 
 
 def parse_path(name: str, value: object) -> Path:

@@ -75,9 +75,10 @@ def evaluate(
         trust_remote_code=trust_remote_code,
     )
     bounds, found_on = parse_bounds(fail_if, METRICS), parse_choice("fail_on", fail_on, FAIL_ON)
-    found = run_evaluation(
-        parse_paths("checkpoints", checkpoints), parse_path("against", against), options, on_progress
-    )
+    paths = parse_paths("checkpoints", checkpoints)
+    if not paths:
+        raise RecipeError("there is no checkpoint to evaluate", "name one or more")
+    found = run_evaluation(paths, parse_path("against", against), options, on_progress)
     check_bounds(found, bounds, found_on)
     return found
 

@@ -52,7 +52,7 @@ def test_a_model_is_made_and_given_its_weights(tmp_path: Path) -> None:
     with internals.no_init_weights():
         empty = internals.make_model(type(model), model.config, torch.bfloat16)
     tensors = {name: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items()}
-    info = internals.load_tensors(empty, tensors, torch.device("cpu"))
+    info = internals.load_tensors(empty, tensors, torch.device("cpu"), torch.bfloat16)
     assert not info.mismatched_keys
     assert not info.conversion_errors
     for name, tensor in empty.state_dict().items():
@@ -62,9 +62,8 @@ def test_a_model_is_made_and_given_its_weights(tmp_path: Path) -> None:
 def test_a_shape_that_differs_is_told(tmp_path: Path) -> None:
     model = make_model("qwen3")
     tensors = dict(model.state_dict()) | {"model.norm.weight": torch.ones(3)}
-    info = internals.load_tensors(
-        internals.make_model(type(model), model.config, torch.bfloat16), tensors, torch.device("cpu")
-    )
+    empty = internals.make_model(type(model), model.config, torch.bfloat16)
+    info = internals.load_tensors(empty, tensors, torch.device("cpu"), torch.bfloat16)
     assert [name for name, *_ in info.mismatched_keys] == ["model.norm.weight"]
 
 
