@@ -727,3 +727,27 @@ def test_too_little_memory_for_a_thread_is_a_sentence(small_bench: Any) -> None:
     limit = "import resource; resource.setrlimit(resource.RLIMIT_DATA, (100 << 20, 100 << 20))\n"
     ended = small_bench.run(extra=limit)
     assert "Traceback" not in ended.stderr  # whatever a library says and does, that finds no memory
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+@pytest.mark.parametrize("milliseconds", [80, 300, 500, 700])
+def test_a_repair_under_any_signal_ends_in_the_same_bytes(
+    signum: signal.Signals, milliseconds: int, small_bench: Any
+) -> None:
+    small_bench.check_complete(small_bench.run())
+    output = small_bench.output
+    before = {path.name: path.read_bytes() for path in output.iterdir() if path.is_file()}
+    for name in ("config.json", *(path.name for path in output.glob("*.safetensors"))):
+        data = bytearray(before[name])
+        data[-9] ^= 1
+        (output / name).write_bytes(data)
+    words = ["verify", str(output), "--against", str(small_bench.model), "--repair"]
+    command = [sys.executable, "-m", "fp8pack", *words]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        time.sleep(milliseconds / 1000)
+        process.send_signal(signum)
+        _, errors = process.communicate()
+    assert "/cli/" not in errors, "our code has begun"
+    assert process.returncode in {0, -signum, 128 + signum} | ({1} if "KeyboardInterrupt" in errors else set())
+    assert fp8pack.verify(output, against=small_bench.model, repair=True).ok
+    assert {path.name: path.read_bytes() for path in output.iterdir() if path.is_file()} == before
