@@ -16,15 +16,13 @@ from fp8pack.calibration.options import FEWEST_PROMPTS, MOST_PROMPTS, CalibrateO
 from fp8pack.checkpoint.source import Source, beside, open_checkpoint
 from fp8pack.checkpoint.staging import Staging, check_output_file
 from fp8pack.errors import InputError, RecipeError
-from fp8pack.gemm.device import find_device
+from fp8pack.gemm.device import choose_device
 from fp8pack.machine import usable_memory
 from fp8pack.modelfacts.patterns import ignoring_all
 from fp8pack.modelfacts.roles import judge
 from fp8pack.modelrun.loader import ModelLoader, read_tokenizer
 from fp8pack.modelrun.prompts import load_prompts, tokenize
 from fp8pack.modelrun.stream_layers import Stack, find_stack, probe
-
-_DEFAULT_LENGTH = 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +77,7 @@ def open_run(model: Path, options: CalibrateOptions) -> Run:
     prompts = load_prompts(options.prompts, options.num_prompts, text_column=options.text_column)
     if not prompts:
         raise InputError(f"{', '.join(options.prompts)} has no prompt")
-    device = _device(options.device)
+    device = choose_device(options.device)
     loader = ModelLoader(source, trust_remote_code=options.trust_remote_code, device=device)
     if loader.model.config.is_encoder_decoder:
         raise InputError(
@@ -89,13 +87,7 @@ def open_run(model: Path, options: CalibrateOptions) -> Run:
     for config in (loader.model.config, loader.model.config.get_text_config()):
         config.use_cache = False
     tokenizer = read_tokenizer(source, trust_remote_code=options.trust_remote_code)
-    longest = min(_DEFAULT_LENGTH, loader.max_positions or _DEFAULT_LENGTH)
-    max_length = options.max_length or longest
-    if loader.max_positions and max_length > loader.max_positions:
-        raise RecipeError(
-            f"max length {max_length} exceeds the {loader.max_positions} positions of the model",
-            f"use --max-length {loader.max_positions} or less",
-        )
+    max_length = loader.length(options.max_length)
     tokenized = dict(zip((prompt.name for prompt in prompts), tokenize(prompts, tokenizer, max_length), strict=True))
     loader.check_tokens({name: ids for name, (ids, _) in tokenized.items()})
     by_digest = {prompt_digest(ids): (tuple(ids), is_cut) for ids, is_cut in tokenized.values()}
@@ -129,10 +121,6 @@ def open_run(model: Path, options: CalibrateOptions) -> Run:
         options=options,
         notes=tuple(notes),
     )
-
-
-def _device(name: str) -> torch.device:
-    return find_device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
 
 
 def _count_notes(count: int, loaded: int, options: CalibrateOptions) -> list[str]:

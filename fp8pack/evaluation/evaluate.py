@@ -9,15 +9,15 @@ import torch
 from transformers import PreTrainedModel
 
 from fp8pack.bounds import Bound, parse_bounds
-from fp8pack.checkpoint.source import open_checkpoint
 from fp8pack.errors import BoundError, InputError, RecipeError, VerificationError
 from fp8pack.evaluation.divergence import Positions, compare_logits
 from fp8pack.evaluation.evaluation import Evaluation
 from fp8pack.evaluation.intervals import Bootstrap, Interval
-from fp8pack.evaluation.models import device_of, load, open_loader
-from fp8pack.evaluation.options import FAIL_ON, EvalOptions
+from fp8pack.evaluation.models import load, open_loader
+from fp8pack.evaluation.options import DEFAULT_TOKENS, FAIL_ON, EvalOptions
 from fp8pack.evaluation.quality import quality_of
 from fp8pack.evaluation.text import read_text
+from fp8pack.gemm.device import choose_device
 from fp8pack.inputs import Paths, Texts, parse_choice, parse_path, parse_paths
 from fp8pack.modelfacts.spec import TORCH_NAMES
 from fp8pack.modelrun.loader import quiet_transformers, read_tokenizer
@@ -25,7 +25,6 @@ from fp8pack.modelrun.prompts import HELD_OUT
 from fp8pack.numerics.torch_dtypes import TORCH_DTYPES
 
 METRICS = ("kl", "kl_median", "kl_p90", "kl_p99", "kl_p999", "ppl_ratio", "top1", "top5")
-_DEFAULT_LENGTH = 2048
 
 OnProgress = Callable[[int, int], None]
 
@@ -36,7 +35,7 @@ def evaluate(
     *,
     text: Texts = HELD_OUT,
     text_column: str | None = None,
-    num_tokens: int = 32768,
+    num_tokens: int = DEFAULT_TOKENS,
     max_length: int | None = None,
     activations: str = "declared",
     dtype: str = "float32",
@@ -108,17 +107,11 @@ def check_bounds(found: Evaluation, bounds: Sequence[Bound], fail_on: str) -> No
 
 
 def _evaluate(checkpoints: Sequence[Path], against: Path, options: EvalOptions, on_progress: OnProgress) -> Evaluation:
-    started, device = time.monotonic(), device_of(options.device)
+    started, device = time.monotonic(), choose_device(options.device)
     dtype = TORCH_DTYPES[TORCH_NAMES[options.dtype]]
-    base = open_loader(against, dtype, device, trust_remote_code=options.trust_remote_code)
-    tokenizer = read_tokenizer(open_checkpoint(against), trust_remote_code=options.trust_remote_code)
-    longest = min(_DEFAULT_LENGTH, base.max_positions or _DEFAULT_LENGTH)
-    length = options.max_length or longest
-    if base.max_positions and length > base.max_positions:
-        raise RecipeError(
-            f"max length {length} exceeds the {base.max_positions} positions of the model",
-            f"use --max-length {base.max_positions} or less",
-        )
+    source, base = open_loader(against, dtype, device, trust_remote_code=options.trust_remote_code)
+    tokenizer = read_tokenizer(source, trust_remote_code=options.trust_remote_code)
+    length = base.length(options.max_length)
     given = read_text(options, tokenizer, length, device)
     notes = list(given.notes)
     for window in given.windows:
@@ -126,8 +119,8 @@ def _evaluate(checkpoints: Sequence[Path], against: Path, options: EvalOptions, 
     base.load_all()
     models = []
     for path in checkpoints:
-        loader = open_loader(path, dtype, device, trust_remote_code=options.trust_remote_code)
-        models.append(load(loader, open_checkpoint(path), options.activations))
+        opened, loader = open_loader(path, dtype, device, trust_remote_code=options.trust_remote_code)
+        models.append(load(loader, opened, options.activations))
         if getattr(models[-1][0], "kv_scales", None):
             notes.append(f"the FP8 KV cache of {path} is not simulated")
     total = sum(len(window.ids) for window in given.windows)

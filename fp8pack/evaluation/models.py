@@ -9,7 +9,6 @@ from transformers import PreTrainedModel
 from fp8pack.checkpoint.quantized import read_contents
 from fp8pack.checkpoint.source import Source, open_checkpoint
 from fp8pack.errors import InputError
-from fp8pack.gemm.device import find_device
 from fp8pack.modelrun.loader import ModelLoader
 from fp8pack.numerics.formats import Float8Format
 from fp8pack.runtime.linear import FP8Linear
@@ -17,18 +16,15 @@ from fp8pack.runtime.load import load_source
 from fp8pack.runtime.model import make_fp8_model
 
 
-def device_of(name: str) -> torch.device:
-    """Return the device of a name; `auto` is a GPU where there is one."""
-    return find_device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-
-
-def open_loader(path: Path, dtype: torch.dtype, device: torch.device, *, trust_remote_code: bool) -> ModelLoader:
-    """Return the loader of a causal language model; InputError if it is another kind of model."""
+def open_loader(
+    path: Path, dtype: torch.dtype, device: torch.device, *, trust_remote_code: bool
+) -> tuple[Source, ModelLoader]:
+    """Return an open checkpoint and the loader of its model; InputError if that predicts no next token."""
     source = open_checkpoint(path)
     loader = ModelLoader(source, trust_remote_code=trust_remote_code, device=device, dtype=dtype)
     if loader.model.config.is_encoder_decoder or loader.model.get_output_embeddings() is None:  # type: ignore[no-untyped-call]
         raise InputError(f"{source.facts.architecture or path} predicts no next token: only such models are evaluated")
-    return loader
+    return source, loader
 
 
 def load(loader: ModelLoader, source: Source, activations: str) -> tuple[PreTrainedModel, str]:

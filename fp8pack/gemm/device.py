@@ -31,6 +31,11 @@ class DeviceFacts:
         return self.arch.startswith(("gfx940", "gfx941", "gfx942"))
 
 
+def choose_device(name: str) -> torch.device:
+    """Return the device of a name; `auto` is a GPU where there is one. Raises as `find_device` does."""
+    return find_device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+
+
 def find_device(device: str | torch.device) -> torch.device:
     """Return a device that torch finds here; `cuda` becomes the current one with its index, for every thread.
 

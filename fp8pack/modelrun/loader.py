@@ -14,7 +14,7 @@ from transformers.utils import logging
 from fp8pack.checkpoint.quantized import read_contents
 from fp8pack.checkpoint.source import Source
 from fp8pack.checkpoint.values import ValueReader
-from fp8pack.errors import InputError
+from fp8pack.errors import InputError, RecipeError
 from fp8pack.modelfacts.believable import unbelievable
 from fp8pack.modelfacts.contents import Contents
 from fp8pack.modelfacts.spec import TensorSpec
@@ -28,6 +28,7 @@ from fp8pack.modelrun.transformers_internals import (
 from fp8pack.numerics.replaced_forwards import replaced_forwards
 from fp8pack.numerics.torch_dtypes import TORCH_DTYPES
 
+_DEFAULT_LENGTH = 2048
 _STRIP_ROWS = 1024  # of an FP8 weight that are dequantized at a time
 
 
@@ -66,6 +67,16 @@ class ModelLoader:
         self._contents = read_contents(source)
         self._specs = {spec.name: spec for spec in self._contents.tensors}
         self.names = names_of(self.model, self._specs)
+
+    def length(self, asked: int | None) -> int:
+        """Return the tokens of a run: as asked, or the model's limit, at most 2048; RecipeError if it has fewer."""
+        length = asked or min(_DEFAULT_LENGTH, self.max_positions or _DEFAULT_LENGTH)
+        if self.max_positions and length > self.max_positions:
+            raise RecipeError(
+                f"max length {length} exceeds the {self.max_positions} positions of the model",
+                f"use --max-length {self.max_positions} or less",
+            )
+        return length
 
     @property
     def weight_nbytes(self) -> int:
