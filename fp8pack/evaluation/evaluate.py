@@ -120,9 +120,9 @@ def _evaluate(checkpoints: Sequence[Path], against: Path, options: EvalOptions, 
     models = []
     for path in checkpoints:
         opened, loader = open_loader(path, dtype, device, trust_remote_code=options.trust_remote_code)
-        models.append(load(loader, opened, options.activations))
-        if getattr(models[-1][0], "kv_scales", None):
-            notes.append(f"the FP8 KV cache of {path} is not simulated")
+        model, mode, said = load(loader, opened, options.activations)
+        models.append((model, mode))
+        notes += said
     total = sum(len(window.ids) for window in given.windows)
     measured: list[list[Positions]] = [[] for _ in checkpoints]
     done = 0

@@ -27,26 +27,28 @@ def open_loader(
     return source, loader
 
 
-def load(loader: ModelLoader, source: Source, activations: str) -> tuple[PreTrainedModel, str]:
-    """Load a checkpoint; return its model, and how activations are quantized: `none`, `dynamic` or `static`.
+def load(loader: ModelLoader, source: Source, activations: str) -> tuple[PreTrainedModel, str, list[str]]:
+    """Load a checkpoint; return its model, how activations are quantized (`none`, `dynamic`, `static`), and notes.
 
-    FP8 weights stay as they are, in FP8 linears; every other kind of quantized weight is dequantized.
+    FP8 weights stay as they are, in FP8 linears; with any other kind of quantized weight, all are dequantized.
 
     Raises:
         InputError: `static` is asked for, and a weight has no scale of its input.
     """
-    contents = read_contents(source)
-    if not any(isinstance(found.format, Float8Format) for found in contents.quantized.values()):
+    quantized = read_contents(source).quantized.values()
+    if not quantized or not all(isinstance(found.format, Float8Format) for found in quantized):
         loader.load_all()
-        return loader.model, "none"
+        notes = [f"{source.path} is not FP8 alone: its weights are dequantized, its activations not quantized"]
+        return loader.model, "none", notes if quantized else []
     packed = load_source(source, loader.device)
     model = make_fp8_model(loader, packed)
+    notes = [f"the FP8 KV cache of {source.path} is not simulated"] if packed.kv_scales else []
     if activations == "declared":
-        return model, packed.activations
+        return model, packed.activations, notes
     for module in cast("Any", model).modules():
         if isinstance(module, FP8Linear):
             try:
                 module.set_activations(cast("Literal['none', 'dynamic', 'static']", activations))
             except ValueError as error:
                 raise InputError(f"{source.path}: {error}", "choose --activations dynamic") from None
-    return model, activations
+    return model, activations, notes
