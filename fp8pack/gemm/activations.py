@@ -1,5 +1,6 @@
-"""Quantizing activations: one fused Triton kernel on NVIDIA GPUs, torch elsewhere; the same bytes from both."""
+"""Quantizing activations: a Triton kernel on NVIDIA GPUs, our own kernel on CPUs, torch elsewhere; the same bytes."""
 
+import math
 from functools import cache
 from importlib import import_module
 from types import ModuleType
@@ -11,7 +12,15 @@ from fp8pack.gemm.layouts import tile
 from fp8pack.numerics import torch_codec
 from fp8pack.numerics.formats import E4M3
 from fp8pack.numerics.granularity import MX, TENSOR, Granularity
+from fp8pack.numerics.native import quantize_rows
 from fp8pack.numerics.rounding import ScaleRounding
+from fp8pack.units import ceil_div
+
+_BITS = {
+    torch.bfloat16: ("BF16", torch.uint16),
+    torch.float16: ("F16", torch.uint16),
+    torch.float32: ("F32", torch.uint32),
+}
 
 
 def quantize_activation(
@@ -31,7 +40,33 @@ def quantize_activation(
         region = granularity if scale is None else TENSOR
         found: tuple[Tensor, Tensor] = kernels.quantize(x, region, padded=padded, scale=scale, tiled=tiled)
         return found
-    return quantize_in_torch(x, granularity, padded=padded, scale=scale, tiled=tiled)
+    quantize = quantize_on_cpu if x.device.type == "cpu" and x.numel() else quantize_in_torch
+    return quantize(x, granularity, padded=padded, scale=scale, tiled=tiled)
+
+
+def quantize_on_cpu(
+    x: Tensor, granularity: Granularity, *, padded: tuple[int, int], scale: Tensor | None = None, tiled: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Return the same as `quantize_activation`, in one pass by the kernel that packs weights."""
+    wide = torch.nn.functional.pad(x, (0, padded[1] - x.shape[1], 0, padded[0] - x.shape[0])).contiguous()
+    region = (TENSOR if scale is not None else granularity).region(padded)
+    grid = ceil_div(padded[0], region[0]), ceil_div(padded[1], region[1])
+    used = torch.empty(grid) if scale is None else scale.float().reshape(1, 1).clone()
+    payload = torch.empty(padded, dtype=torch.uint8)
+    dtype, bits = _BITS[x.dtype]
+    rounding = ScaleRounding.UP if granularity == MX else ScaleRounding.NONE
+    amax = quantize_rows(
+        wide.view(bits).numpy(),
+        payload.numpy(),
+        used.numpy(),
+        dtype=dtype,
+        region=region,
+        format=E4M3,
+        rounding=None if scale is not None else rounding,
+    )
+    if math.isnan(amax):  # the kernel's bytes mean nothing then
+        return quantize_in_torch(x, granularity, padded=padded, scale=scale, tiled=tiled)
+    return _laid_out(payload.view(torch.float8_e4m3fn), used, granularity if scale is None else TENSOR, tiled=tiled)
 
 
 def quantize_in_torch(
@@ -42,9 +77,15 @@ def quantize_in_torch(
     if scale is not None or granularity == TENSOR:
         static = None if scale is None else scale.float().reshape(1, 1)
         payload, used = torch_codec.quantize_unchecked(wide, padded, format=E4M3, scales=static)
-        return payload, used.reshape(1)
+        return _laid_out(payload, used, TENSOR, tiled=tiled)
     rounding = ScaleRounding.UP if granularity == MX else ScaleRounding.NONE
     payload, used = torch_codec.quantize_unchecked(wide, granularity.region(padded), format=E4M3, rounding=rounding)
+    return _laid_out(payload, used, granularity, tiled=tiled)
+
+
+def _laid_out(payload: Tensor, used: Tensor, granularity: Granularity, *, tiled: bool) -> tuple[Tensor, Tensor]:
+    if granularity == TENSOR:
+        return payload, used.reshape(1)
     if granularity == MX:
         exponents = (used.view(torch.int32) >> 23).to(torch.uint8)
         return payload, tile(exponents) if tiled else exponents

@@ -14,8 +14,8 @@ class Operand:
     """An FP8 weight, padded, its scales in the layout of a backend.
 
     payload: [N', K'] FP8, K contiguous. kernel_scale: in the backend's layout. shape: [N, K] before padding.
-    input_scale: the static scale of the input activations, float32, one element. values: the weight in BF16, if the
-    backend caches it.
+    input_scale: the static scale of the input activations, float32, one element. values: the weight in each float dtype
+    that was asked for, None if the backend caches none.
     """
 
     payload: Tensor
@@ -24,7 +24,7 @@ class Operand:
     scheme: GemmScheme
     backend: "Backend"
     input_scale: Tensor | None = None
-    values: Tensor | None = None
+    values: dict[torch.dtype, Tensor] | None = None
 
     def __str__(self) -> str:
         return self.scheme.describe(static=self.input_scale is not None)

@@ -22,11 +22,9 @@ class ReferenceBackend:
     name: str = "reference"
 
     def prepare(self, payload: Tensor, scale: Tensor, scheme: GemmScheme) -> Operand:
-        """Return a weight with unchanged scales, and on a CPU its values in BF16."""
+        """Return a weight with unchanged scales."""
         operand = Operand(payload, scale, (payload.shape[0], payload.shape[1]), scheme, self)
-        if payload.device.type == "cpu" and 0 < 2 * payload.numel() < usable_memory() // _RESERVE:
-            return replace(operand, values=_values(operand, torch.bfloat16))
-        return operand
+        return replace(operand, values={}) if payload.device.type == "cpu" else operand
 
     def matmul(self, x: Tensor, weight: Operand, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
         """Return x @ weight^T + bias; in BF16, rounded before tensor or channel scales are applied and after.
@@ -34,8 +32,7 @@ class ReferenceBackend:
         Any other out_dtype is computed in float32 and rounded once.
         """
         dtype = torch.bfloat16 if out_dtype == torch.bfloat16 else torch.float32
-        cached = weight.values if weight.values is not None and dtype == torch.bfloat16 else None
-        values = _values(weight, dtype) if cached is None else cached
+        values = _cached_values(weight, dtype)
         inputs, scale = _rounded(x, weight, dtype)
         out = torch.nn.functional.linear(inputs, values).float()
         if _scales_after(weight.scheme.granularity):
@@ -43,6 +40,18 @@ class ReferenceBackend:
         if scale is not None:
             out *= scale
         return (out if bias is None else out + bias.float()).to(out_dtype)
+
+
+def _cached_values(weight: Operand, dtype: torch.dtype) -> Tensor:
+    """The weight in a float dtype: cached at its first use, if memory allows."""
+    if weight.values is None:
+        return _values(weight, dtype)
+    if dtype not in weight.values:
+        found = _values(weight, dtype)
+        if found.nbytes >= usable_memory() // _RESERVE:
+            return found
+        weight.values[dtype] = found
+    return weight.values[dtype]
 
 
 def _scales_after(granularity: Granularity) -> bool:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from gemms import AS_ENTERED, AS_QUANTIZED, as_quantized, error, weight_of
 
-from fp8pack.gemm.activations import float_scale_of, quantize_activation
+from fp8pack.gemm.activations import float_scale_of, quantize_activation, quantize_in_torch, quantize_on_cpu
 from fp8pack.gemm.operand import Backend
 from fp8pack.gemm.reference_backend import ReferenceBackend
 from fp8pack.gemm.scheme import scheme_of
@@ -118,10 +118,30 @@ def test_without_memory_the_weight_is_not_kept(monkeypatch: pytest.MonkeyPatch) 
     scheme = scheme_of(E4M3, parse_granularity("block:128x128"))
     payload, scale = weight_of(scheme, 130, 140)
     x = torch.randn(4, 140).bfloat16()
-    kept = ReferenceBackend().prepare(payload, scale, scheme)
+    kept, lean = (ReferenceBackend().prepare(payload, scale, scheme) for _ in range(2))
+    found = [ReferenceBackend().matmul(x, kept, None, torch.bfloat16)]
     monkeypatch.setattr("fp8pack.gemm.reference_backend.usable_memory", lambda: 0)
-    lean = ReferenceBackend().prepare(payload, scale, scheme)
+    found.append(ReferenceBackend().matmul(x, lean, None, torch.bfloat16))
     assert kept.values is not None
-    assert lean.values is None
-    found = [ReferenceBackend().matmul(x, operand, None, torch.bfloat16) for operand in (kept, lean)]
+    assert list(kept.values) == [torch.bfloat16]
+    assert lean.values == {}
     assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("granularity", [TENSOR, CHANNEL, parse_granularity("group:128"), MX])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+@pytest.mark.parametrize("bad", [False, True], ids=["finite", "nan"])
+def test_the_kernel_gives_the_bytes_of_torch(
+    granularity: Granularity, dtype: torch.dtype, static: bool, bad: bool
+) -> None:
+    x = (torch.randn(37, 200, generator=torch.Generator().manual_seed(3)) * 100).to(dtype)
+    x[5] = 0
+    if bad:
+        x[7, 11] = torch.nan
+    scale = torch.tensor([0.25]) if static else None
+    tiled = granularity == MX and not static
+    found = quantize_on_cpu(x, granularity, padded=(48, 256), scale=scale, tiled=tiled)
+    expected = quantize_in_torch(x, granularity, padded=(48, 256), scale=scale, tiled=tiled)
+    assert torch.equal(found[0].view(torch.uint8), expected[0].view(torch.uint8))
+    torch.testing.assert_close(found[1], expected[1], rtol=0, atol=0, equal_nan=True)
