@@ -16,13 +16,12 @@ from fp8pack.calibration.options import FEWEST_PROMPTS, MOST_PROMPTS, CalibrateO
 from fp8pack.checkpoint.source import Source, beside, open_checkpoint
 from fp8pack.checkpoint.staging import Staging, check_output_file
 from fp8pack.errors import InputError, RecipeError
-from fp8pack.gemm.device import choose_device
-from fp8pack.machine import usable_memory
+from fp8pack.gemm.device import choose_device, free_memory
 from fp8pack.modelfacts.patterns import ignoring_all
 from fp8pack.modelfacts.roles import judge
 from fp8pack.modelrun.loader import ModelLoader, read_tokenizer
 from fp8pack.modelrun.prompts import load_prompts, tokenize
-from fp8pack.modelrun.stream_layers import Stack, find_stack, probe
+from fp8pack.modelrun.stream_layers import Stack, open_stack
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +160,7 @@ def _choose_stack(
     if options.stream_layers == "off":
         return None, ""
     if options.stream_layers == "auto":
-        large = 2 * loader.weight_nbytes > _free_memory(loader.device)
+        large = 2 * loader.weight_nbytes > free_memory(loader.device)
         if not (large if was_streamed is None else was_streamed):
             return None, ""
     if options.until_converged:
@@ -170,16 +169,7 @@ def _choose_stack(
                 "until converged needs every layer for each prompt, so layers cannot be streamed", "--stream-layers off"
             )
         return None, "a run until converged needs every layer for each prompt"
-    found = find_stack(loader.model, least_share=0.5 if options.stream_layers == "auto" else 0.0)
-    if isinstance(found, str):
-        return None, found
-    path, layers = found
-    loader.load(name for name in loader.model.state_dict() if not name.startswith(f"{path}."))
-    ids = torch.ones((1, 4), dtype=torch.long, device=loader.device)
-    stack = probe(path, layers, lambda: loader.model(input_ids=ids))
+    stack = open_stack(
+        loader.model, loader.load, loader.device, least_share=0.5 if options.stream_layers == "auto" else 0
+    )
     return (None, stack) if isinstance(stack, str) else (stack, "")
-
-
-def _free_memory(device: torch.device) -> int:
-    """The free bytes of the device's memory, or of this machine's for a CPU."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else usable_memory()

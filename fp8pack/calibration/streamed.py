@@ -1,7 +1,5 @@
 """Calibration with one layer in memory: all prompts through it, then the next layer."""
 
-import ctypes
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -11,10 +9,8 @@ from fp8pack.calibration.open_run import Run
 from fp8pack.calibration.progress import Progress
 from fp8pack.checkpoint.calibration_file import read_calibration, write_calibration
 from fp8pack.checkpoint.shard_writer import sync_file
-from fp8pack.modelrun.stream_layers import Rounds, Stack
+from fp8pack.modelrun.stream_layers import Rounds, Stack, return_memory_at_once
 from fp8pack.planning.calibration import Calibration, Site, site_order
-
-_M_MMAP_THRESHOLD = -3  # of mallopt(3)
 
 
 def run_streamed(
@@ -24,7 +20,7 @@ def run_streamed(
 
     folder: for the hidden states that are the next layer's input, and the statistics of finished layers.
     """
-    _return_memory_at_once()
+    return_memory_at_once()
     loader, rounds = run.loader, Rounds(stack, folder)
     parameters = list(loader.model.state_dict())
     progress.start(run.num_tokens * journal.done)
@@ -51,16 +47,6 @@ def run_streamed(
         journal.add(index + 1)
         rounds.hidden_path(index).unlink(missing_ok=True)
     return _gather(run, folder, len(stack.layers) + 1)
-
-
-def _return_memory_at_once() -> None:
-    """Make glibc map every large tensor separately, and unmap it when it is freed.
-
-    Its threshold grows with freed blocks, up to 32 MiB; then layers fragment the heap, and a process with one layer at
-    a time grows to the size of ten.
-    """
-    with suppress(AttributeError):  # another C library, without mallopt
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
 
 
 def _gather(run: Run, folder: Path, units: int) -> Calibration:

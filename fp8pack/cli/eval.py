@@ -57,6 +57,24 @@ def evaluate(
     trust_remote_code: Annotated[
         bool, _running("--trust-remote-code", help="Allow custom modeling code from the checkpoint")
     ] = False,
+    stream_layers: Annotated[
+        str,
+        _running("--stream-layers", metavar="NAME", help="One layer in memory at a time: on, off, or auto, if large"),
+    ] = "auto",
+    base: Annotated[
+        Path | None, _running("--base", metavar="FILE", help="The source's last hidden states, of --save-base")
+    ] = None,
+    save_base: Annotated[
+        Path | None,
+        _running("--save-base", metavar="FILE", help="Write them, to compare more checkpoints with the source later"),
+    ] = None,
+    state: Annotated[
+        Path | None,
+        _running("--state", metavar="DIR", help="Keep finished layers here; the same command continues after a stop"),
+    ] = None,
+    deadline: Annotated[
+        str | None, _running("--deadline", metavar="TIME", help="Stop after this time, such as 50m; needs --state")
+    ] = None,
     fail_if: Annotated[
         list[str] | None,
         typer.Option("--fail-if", metavar="CONDITION", help="Exit with code 8 when it is true, e.g. 'kl>0.01'"),
@@ -85,6 +103,11 @@ def evaluate(
         dtype=dtype,
         device=device,
         trust_remote_code=trust_remote_code,
+        stream_layers=stream_layers,
+        base=base,
+        save_base=save_base,
+        state=state,
+        deadline=deadline,
     )  # a wrong value is refused before torch is imported
     found_on = parse_choice("fail_on", fail_on, FAIL_ON)
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # torch's threads spin, and starve all others on a shared machine

@@ -1,54 +1,104 @@
 """The models that are compared: a source in floats, and a checkpoint with its weights as stored."""
 
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from fp8pack.checkpoint.quantized import read_contents
 from fp8pack.checkpoint.source import Source, open_checkpoint
-from fp8pack.errors import InputError
+from fp8pack.errors import InputError, VerificationError
 from fp8pack.modelrun.loader import ModelLoader
 from fp8pack.numerics.formats import Float8Format
 from fp8pack.runtime.linear import FP8Linear
 from fp8pack.runtime.load import load_source
-from fp8pack.runtime.model import make_fp8_model
+from fp8pack.runtime.model import install, load_rest
 
 
-def open_loader(
-    path: Path, dtype: torch.dtype, device: torch.device, *, trust_remote_code: bool
-) -> tuple[Source, ModelLoader]:
-    """Return an open checkpoint and the loader of its model; InputError if that predicts no next token."""
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A checkpoint and its model, whose parameters are loaded by name.
+
+    activations: how inputs of FP8 linears are quantized: `none`, `dynamic` or `static`. kv_scales: the scales of K and
+    V that are simulated, by place. release: gives back pages of files.
+    """
+
+    source: Source
+    loader: ModelLoader
+    load: Callable[[Iterable[str]], None]
+    activations: str = "none"
+    kv_scales: dict[str, Tensor] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    release: Callable[[], None] = lambda: None
+
+    @property
+    def path(self) -> Path:
+        """Where the checkpoint is."""
+        return self.source.path
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """Its model."""
+        return self.loader.model
+
+    def outputs(self, ids: Tensor) -> Any:
+        """Run the model on tokens [T]."""
+        return self.model(input_ids=ids[None], use_cache=False)
+
+    def logits(self, ids: Tensor) -> Tensor:
+        """Return logits [T - 1, V] of the tokens after each position but the last; VerificationError for a NaN."""
+        logits: Tensor = self.outputs(ids).logits[0, :-1]
+        if not logits.isfinite().all():
+            raise VerificationError(
+                f"{self.path}: a logit is not a finite number",
+                "`fp8pack verify` and `fp8pack inspect` look for the tensor",
+            )
+        return logits
+
+
+def open_source(path: Path, dtype: torch.dtype, device: torch.device, *, trust_remote_code: bool) -> Opened:
+    """Open a checkpoint whose weights are run in floats; InputError if its model predicts no next token."""
     source = open_checkpoint(path)
     loader = ModelLoader(source, trust_remote_code=trust_remote_code, device=device, dtype=dtype)
     if loader.model.config.is_encoder_decoder or loader.model.get_output_embeddings() is None:  # type: ignore[no-untyped-call]
         raise InputError(f"{source.facts.architecture or path} predicts no next token: only such models are evaluated")
-    return source, loader
+    for config in (loader.model.config, loader.model.config.get_text_config()):
+        config.use_cache = False
+    return Opened(source, loader, loader.load)
 
 
-def load(loader: ModelLoader, source: Source, activations: str) -> tuple[PreTrainedModel, str, list[str]]:
-    """Load a checkpoint; return its model, how activations are quantized (`none`, `dynamic`, `static`), and notes.
+def open_packed(
+    path: Path, dtype: torch.dtype, device: torch.device, activations: str, *, trust_remote_code: bool
+) -> Opened:
+    """Open a checkpoint whose FP8 weights are run as they are, in FP8 linears.
 
-    FP8 weights stay as they are, in FP8 linears; with any other kind of quantized weight, all are dequantized.
-
+    With any other kind of quantized weight, all are dequantized.
     Raises:
-        InputError: `static` is asked for, and a weight has no scale of its input.
+        InputError: `static` is asked for, and a weight has no scale of its input; or its model predicts no next token.
     """
+    opened = open_source(path, dtype, device, trust_remote_code=trust_remote_code)
+    source, loader = opened.source, opened.loader
     quantized = read_contents(source).quantized.values()
-    if not quantized or not all(isinstance(found.format, Float8Format) for found in quantized):
-        loader.load_all()
-        notes = [f"{source.path} is not FP8 alone: its weights are dequantized, its activations not quantized"]
-        return loader.model, "none", notes if quantized else []
-    packed = load_source(source, loader.device)
-    model = make_fp8_model(loader, packed)
-    notes = [f"the FP8 KV cache of {source.path} is not simulated"] if packed.kv_scales else []
-    if activations == "declared":
-        return model, packed.activations, notes
-    for module in cast("Any", model).modules():
-        if isinstance(module, FP8Linear):
-            try:
-                module.set_activations(cast("Literal['none', 'dynamic', 'static']", activations))
-            except ValueError as error:
-                raise InputError(f"{source.path}: {error}", "choose --activations dynamic") from None
-    return model, activations, notes
+    if not quantized:
+        return opened
+    if not all(isinstance(found.format, Float8Format) for found in quantized):
+        note = f"{path} is not FP8 alone: its weights are dequantized, its activations not quantized"
+        return Opened(source, loader, loader.load, notes=(note,))
+    packed = load_source(source, device)
+    install(loader.model, packed, loader.names)
+    declared = packed.activations if activations == "declared" else activations
+    if activations != "declared":
+        for module in cast("Any", loader.model).modules():
+            if isinstance(module, FP8Linear):
+                try:
+                    module.set_activations(cast("Literal['none', 'dynamic', 'static']", activations))
+                except ValueError as error:
+                    raise InputError(f"{path}: {error}", "choose --activations dynamic") from None
+    kv_scales = {} if activations == "none" else dict(packed.kv_scales)
+    load = partial(load_rest, loader, packed)
+    return Opened(source, loader, load, declared, kv_scales, release=packed.release_pages)

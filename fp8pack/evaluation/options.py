@@ -2,14 +2,27 @@
 
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
-from fp8pack.inputs import Texts, parse_choice, parse_count, parse_device, parse_dtype, parse_switch, parse_texts
+from fp8pack.calibration.options import DEVICES, STREAM_LAYERS
+from fp8pack.errors import RecipeError
+from fp8pack.inputs import (
+    Duration,
+    Texts,
+    parse_choice,
+    parse_count,
+    parse_device,
+    parse_dtype,
+    parse_duration,
+    parse_path,
+    parse_switch,
+    parse_texts,
+)
 from fp8pack.modelrun.prompts import HELD_OUT
 
 ACTIVATIONS = ("declared", "none", "dynamic", "static")
 FAIL_ON = ("interval", "point")
 DEFAULT_TOKENS = 32768
-_DEVICES = ("auto", "cpu", "cuda")
 _DTYPES = ("float32", "bfloat16")
 _MOST_TOKENS = 1 << 40
 
@@ -30,6 +43,11 @@ class EvalOptions:
     dtype: str
     device: str
     trust_remote_code: bool
+    stream_layers: str
+    base: Path | None
+    save_base: Path | None
+    state: Path | None
+    deadline: float | None
 
     def __init__(
         self,
@@ -42,6 +60,11 @@ class EvalOptions:
         dtype: str = "float32",
         device: str = "auto",
         trust_remote_code: bool = False,
+        stream_layers: str = "auto",
+        base: str | Path | None = None,
+        save_base: str | Path | None = None,
+        state: str | Path | None = None,
+        deadline: Duration | None = None,
     ) -> None:
         put = partial(object.__setattr__, self)
         put("text", parse_texts("text", text) or (HELD_OUT,))
@@ -50,5 +73,16 @@ class EvalOptions:
         put("max_length", None if max_length is None else parse_count("max_length", max_length, least=2))
         put("activations", parse_choice("activations", activations, ACTIVATIONS))
         put("dtype", parse_dtype("dtype", dtype, _DTYPES))
-        put("device", parse_device(device, _DEVICES))
+        put("device", parse_device(device, DEVICES))
         put("trust_remote_code", parse_switch("trust_remote_code", trust_remote_code))
+        put("stream_layers", parse_choice("stream_layers", stream_layers, STREAM_LAYERS))
+        put("base", None if base is None else parse_path("base", base))
+        put("save_base", None if save_base is None else parse_path("save_base", save_base))
+        put("state", None if state is None else parse_path("state", state))
+        put("deadline", None if deadline is None else parse_duration("deadline", deadline))
+        if self.base and self.save_base:
+            raise RecipeError("a base is either used or saved", "leave out --base or --save-base")
+        if self.deadline is not None and self.state is None:
+            raise RecipeError("a deadline needs a place for what is done", "--state DIR")
+        if self.stream_layers == "off" and (self.base or self.save_base or self.state):
+            raise RecipeError("base and state hold hidden states between layers", "leave out --stream-layers off")

@@ -33,6 +33,11 @@ class Text:
     notes: tuple[str, ...]
 
     @property
+    def num_tokens(self) -> int:
+        """Tokens of all windows."""
+        return sum(len(window.ids) for window in self.windows)
+
+    @property
     def lengths(self) -> list[int]:
         """Predicted tokens of each document: the first of a window is not predicted."""
         lengths = [0] * len(self.names)

@@ -7,6 +7,7 @@ from functools import cache
 import torch
 
 from fp8pack.errors import DeviceError
+from fp8pack.machine import usable_memory
 
 _HINT = "use --device cpu"
 
@@ -57,6 +58,11 @@ def find_device(device: str | torch.device) -> torch.device:
     if found.type == "cuda" and found.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return found
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the free bytes of the device's memory, or of this machine's for a CPU."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else usable_memory()
 
 
 def _count(kind: str) -> int:

@@ -6,8 +6,9 @@ positions and other arguments come from the model itself. The last round has onl
 layers.
 """
 
+import ctypes
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from io import BufferedReader, BufferedWriter
@@ -20,6 +21,8 @@ from torch import Tensor, nn
 from fp8pack.checkpoint.shard_writer import writing
 from fp8pack.errors import InputError
 from fp8pack.numerics.replaced_forwards import replaced_forwards
+
+_M_MMAP_THRESHOLD = -3  # of mallopt(3)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +50,29 @@ def find_stack(model: nn.Module, *, least_share: float = 0.0) -> tuple[str, tupl
     if size <= least_share * total:
         return "no list of layers has most of its weights"
     return path, layers
+
+
+def open_stack(
+    model: nn.Module, load: Callable[[Iterable[str]], None], device: torch.device, *, least_share: float = 0.0
+) -> Stack | str:
+    """Load what lies outside of the layers; return the stack, or why its layers cannot be streamed."""
+    found = find_stack(model, least_share=least_share)
+    if isinstance(found, str):
+        return found
+    path, layers = found
+    load(name for name in model.state_dict() if not name.startswith(f"{path}."))
+    ids = torch.ones((1, 4), dtype=torch.long, device=device)
+    return probe(path, layers, lambda: model(input_ids=ids))
+
+
+def return_memory_at_once() -> None:
+    """Make glibc map every large tensor separately, and unmap it when it is freed.
+
+    Its threshold grows with freed blocks, up to 32 MiB; then layers fragment the heap, and a process with one layer at
+    a time grows to the size of ten.
+    """
+    with suppress(AttributeError):  # another C library, without mallopt
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
 
 
 def probe(path: str, layers: tuple[nn.Module, ...], call: Callable[[], object]) -> Stack | str:

@@ -24,6 +24,10 @@ class Memory(Protocol):
         """Return a tensor, or the part of it that was loaded."""
         ...
 
+    def release(self) -> None:
+        """Give back memory that can be read again."""
+        ...
+
 
 class MappedFiles:
     """Files, mapped privately when one of their tensors is first requested: a view, or a copy if rows are cut out."""
@@ -31,11 +35,13 @@ class MappedFiles:
     def __init__(self, directory: Path, parts: Mapping[str, Part]) -> None:
         self._directory, self._parts = directory, parts
         self._files: dict[str, _Bytes] = {}
+        self._maps: list[mmap.mmap] = []
 
     def tensor(self, spec: TensorSpec) -> Tensor:
         """Return a tensor, or this rank's part of it; a copy if it is misaligned or consists of several spans."""
         if spec.file not in self._files:
-            self._files[spec.file] = _Bytes(_map(self._directory / spec.file))
+            self._maps.append(_map(self._directory / spec.file))
+            self._files[spec.file] = _Bytes(torch.frombuffer(self._maps[-1], dtype=torch.uint8))
         whole = self._files[spec.file].tensor(spec.begin, spec, spec.shape)
         part = self._parts.get(spec.name)
         if part is None:
@@ -43,6 +49,11 @@ class MappedFiles:
         spans = [whole[lo:hi] for lo, hi in part.rows]
         rows = spans[0] if len(spans) == 1 else torch.cat(spans)
         return rows if whole.ndim == 1 else rows[:, slice(*part.cols)]
+
+    def release(self) -> None:
+        """Give back the pages that were read; what was written into a tensor is lost."""
+        for mapped in self._maps:
+            mapped.madvise(mmap.MADV_DONTNEED)
 
 
 class Shapes:
@@ -55,6 +66,9 @@ class Shapes:
         """Return a tensor without data, or this rank's part of it."""
         return torch.empty(_shape(spec, self._parts.get(spec.name)), dtype=_dtype(spec), device="meta")
 
+    def release(self) -> None:
+        """Do nothing."""
+
 
 class Buffers:
     """Buffers of a device, each with the bytes of tensors that are adjacent in a file."""
@@ -66,6 +80,9 @@ class Buffers:
         """Return a tensor, or this rank's part of it: a view."""
         place = self._places[spec.name]
         return self._buffers[place.buffer].tensor(place.offset, spec, _shape(spec, self._parts.get(spec.name)))
+
+    def release(self) -> None:
+        """Do nothing: buffers are the only copy."""
 
 
 class _Bytes:
@@ -102,10 +119,9 @@ def _dtype(spec: TensorSpec) -> torch.dtype:
     return TORCH_DTYPES[spec.dtype]
 
 
-def _map(path: Path) -> Tensor:
+def _map(path: Path) -> mmap.mmap:
     fd = open_regular(path)
     try:
-        mapped = mmap.mmap(fd, 0, access=mmap.ACCESS_COPY)
+        return mmap.mmap(fd, 0, access=mmap.ACCESS_COPY)
     finally:
         os.close(fd)
-    return torch.frombuffer(mapped, dtype=torch.uint8)

@@ -1,7 +1,7 @@
 """`load_model`: a transformers model with FP8 linears, for any checkpoint that `load_packed` reads."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
@@ -58,14 +58,19 @@ def load_model(
 
 def make_fp8_model(loader: ModelLoader, packed: PackedCheckpoint) -> PreTrainedModel:
     """Return the model of a loader with FP8 layers, everything else loaded in the loader's dtype."""
+    install(loader.model, packed, loader.names)
+    load_rest(loader, packed, loader.model.state_dict())
+    return loader.model.requires_grad_(False)
+
+
+def load_rest(loader: ModelLoader, packed: PackedCheckpoint, parameters: Iterable[str]) -> None:
+    """Load those of a model's parameters that are no FP8 layers' and not loaded yet, in the loader's dtype."""
     model = loader.model
-    install(model, packed, loader.names)
-    rest = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
+    rest = [name for name in parameters if model.get_parameter_or_buffer(name).is_meta]
     with quiet_transformers():
         load_parameters(
             model, loader.names, rest, lambda name: plain(packed[name], loader.dtype), loader.device, loader.dtype
         )
-    return model.requires_grad_(False)
 
 
 def _refuse_to_save(*args: object, **kwargs: object) -> NoReturn:

@@ -67,6 +67,13 @@ class PackedCheckpoint(Mapping[str, PackedTensor | Tensor]):
     def __len__(self) -> int:
         return len(self._specs)
 
+    def release_pages(self) -> None:
+        """On a CPU, give back the pages of the files that were read; they are read again at the next use.
+
+        What was written into a tensor is lost.
+        """
+        self._memory.release()
+
     def fused(self, module: str) -> PackedTensor:
         """Return the weight [sum of N, K] of a module that engines fuse; a view if its parts are in one shard.
 

@@ -14,6 +14,7 @@ import torch
 from calibration.tiny_models import make_model, save_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.models.qwen3 import modeling_qwen3
 
 import fp8pack
 from fp8pack.errors import BoundError, InputError, RecipeError, VerificationError
@@ -21,6 +22,7 @@ from fp8pack.evaluation.divergence import compare_logits
 from fp8pack.evaluation.intervals import Bootstrap
 from fp8pack.modelrun.prompts import BUILT_IN, HELD_OUT, load_prompts
 from fp8pack.numerics.replaced_forwards import replaced_forwards
+from fp8pack.runtime.linear import FP8Linear
 
 DEMO = Path(__file__).parents[2] / "examples" / "demo-qwen3"
 TEXTS = ["one text, not long", "another text\nof two lines", "and a third one, which is somewhat longer than both"]
@@ -136,7 +138,56 @@ def test_static_scales_are_simulated(texts: Path, tmp_path: Path) -> None:
     (dynamic,) = fp8pack.evaluate(tmp_path / "static", DEMO, text=str(texts), activations="dynamic").checkpoints
     assert found.checkpoints[0].activations == "static"
     assert found.checkpoints[0].kl.value != dynamic.kl.value
-    assert f"the FP8 KV cache of {tmp_path / 'static'} is not simulated" in found.notes
+    assert f"the FP8 KV cache of {tmp_path / 'static'} is simulated with its scales" in found.notes
+
+
+def test_the_kv_cache_is_that_of_a_script(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calibration, packed = tmp_path / "calibration.safetensors", tmp_path / "packed"
+    fp8pack.calibrate(DEMO, calibration, prompts=str(texts))
+    fp8pack.pack(DEMO, packed, scheme="FP8_DYNAMIC", calibration=calibration, kv_cache=True)
+    tensors = {name: tensor for file in packed.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    scales = {name: float(tensor) for name, tensor in tensors.items() if name.endswith(("k_scale", "v_scale"))}
+    (found,) = fp8pack.evaluate(packed, DEMO, text=str(texts)).checkpoints
+
+    def rounded(states: torch.Tensor, scale: float) -> torch.Tensor:
+        return (states / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
+
+    def without(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name: tensor for name, tensor in tensors.items() if name not in scales}
+
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    for file in packed.iterdir():
+        if file.suffix == ".safetensors":
+            save_file(without(load_file(file)), plain / file.name, {"format": "pt"})
+        elif file.name == "config.json":
+            config = json.loads(file.read_text())
+            config["quantization_config"]["kv_cache_scheme"] = None
+            (plain / file.name).write_text(json.dumps(config))
+        elif file.name not in ("fp8pack.json", "model.safetensors.index.json"):
+            (plain / file.name).write_bytes(file.read_bytes())
+    rotate, layers = modeling_qwen3.apply_rotary_pos_emb, iter(range(1_000_000))
+    num_layers = json.loads((DEMO / "config.json").read_text())["num_hidden_layers"]
+
+    def rotary(q: torch.Tensor, k: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        q, k = rotate(q, k, *args, **kwargs)
+        layer = next(layers) % (2 * num_layers)  # the source's layers, then the checkpoint's
+        scale = scales[f"model.layers.{layer % num_layers}.self_attn.k_scale"]
+        return (q, k) if layer < num_layers else (q, rounded(k, scale))
+
+    class Rounding(FP8Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            out = super().forward(x)
+            if not self.name.endswith("v_proj.weight"):
+                return out
+            return rounded(out, scales[self.name.replace("v_proj.weight", "v_scale")])
+
+    monkeypatch.setattr(modeling_qwen3, "apply_rotary_pos_emb", rotary)
+    monkeypatch.setattr("fp8pack.runtime.model.FP8Linear", Rounding)
+    (by_hand,) = fp8pack.evaluate(plain, DEMO, text=str(texts)).checkpoints
+    assert found.kl.value == pytest.approx(by_hand.kl.value, rel=1e-6)
+    (weights,) = fp8pack.evaluate(packed, DEMO, text=str(texts), activations="none").checkpoints
+    assert weights.kl.value < found.kl.value
 
 
 def test_several_checkpoints_are_compared_as_one_is(moe: Path, texts: Path, tmp_path: Path) -> None:
