@@ -34,6 +34,7 @@ SCHEMAS: dict[str, Any] = {
     "calibration.schema.json": CalibrationEntry,
     "pack-result.schema.json": fp8pack.PackResult,
     "inspection.schema.json": fp8pack.Inspection,
+    "tensor-detail.schema.json": fp8pack.TensorDetail,
     "comparison.schema.json": fp8pack.Comparison,
     "verification.schema.json": fp8pack.Verification,
     "calibration-summary.schema.json": fp8pack.CalibrationSummary,
@@ -64,12 +65,20 @@ and text is accepted wherever a value is. Paths are text or `Path`. Failures are
 """
 API = {
     "Write": ("pack", "convert", "unpack"),
-    "Look": ("inspect", "inspect_calibration", "diff", "verify", "evaluate", "environment"),
+    "Look": ("inspect", "inspect_tensor", "inspect_calibration", "diff", "verify", "evaluate", "environment"),
     "Calibrate": ("calibrate", "merge", "observe"),
     "Load and multiply": ("load_packed", "linear", "load_model", "report_fp8", "FP8Linear"),
     "Results": (
-        *("PackResult", "Inspection", "TensorInspection", "Comparison", "CalibrationSummary", "EngineVerdict"),
-        *("Verification", "Evaluation", "Environment", "PackedCheckpoint", "PackedTensor", "FP8Report"),
+        *("PackResult", "Inspection", "TensorInspection", "TensorDetail", "Comparison", "CalibrationSummary"),
+        *(
+            "EngineVerdict",
+            "Verification",
+            "Evaluation",
+            "Environment",
+            "PackedCheckpoint",
+            "PackedTensor",
+            "FP8Report",
+        ),
     ),
     "Errors": (
         *("Fp8PackError", "RecipeError", "InputError", "OutputError", "SpaceError", "VerificationError"),

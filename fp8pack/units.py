@@ -1,4 +1,6 @@
-"""Byte counts and durations as text, and rounding of counts."""
+"""Byte counts and durations as text, the order of names, and rounding of counts."""
+
+import re
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -26,3 +28,8 @@ def format_seconds(seconds: float) -> str:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def natural(name: str) -> list[tuple[int, str]]:
+    """Return the key that sorts layer 2 before layer 10."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]

@@ -29,6 +29,20 @@ def read_scales(read: Read, spec: TensorSpec, quantized: Quantized, rows: Span, 
     Raises:
         InputError: a scale is negative or not finite.
     """
+    found = read_any_scales(read, spec, quantized, rows, cols)
+    if quantized.scale is not None and num_bad(found):
+        file, name = quantized.scale.file, quantized.scale.name
+        raise InputError(f"{file}: {name!r} contains a scale that is negative or not finite")
+    return found
+
+
+def num_bad(scales: NDArray[np.float32]) -> int:
+    """Return how many scales are negative or not finite."""
+    return scales.size - int(np.count_nonzero(np.isfinite(scales) & (scales >= 0)))
+
+
+def read_any_scales(read: Read, spec: TensorSpec, quantized: Quantized, rows: Span, cols: Span) -> NDArray[np.float32]:
+    """Return what `read_scales` does, whatever the scales are."""
     grid, region = quantized.granularity.scale_shape(spec.matrix), quantized.granularity.region(spec.matrix)
     if quantized.scale is None:
         return np.ones((1, 1), np.float32)
@@ -44,10 +58,8 @@ def read_scales(read: Read, spec: TensorSpec, quantized: Quantized, rows: Span, 
         found = _decode(read(_in_grid(scale, grid), top, bottom), scale.dtype)
     if quantized.global_scale is not None:
         second = _decode(read(_in_grid(quantized.global_scale, (1, 1)), 0, 1), "F32")
-        with np.errstate(all="ignore"):  # what is not finite is refused below
+        with np.errstate(all="ignore"):
             found = found / second if quantized.divides else found * second
-    if not (np.isfinite(found).all() and (found >= 0).all()):
-        raise InputError(f"{scale.file}: {scale.name!r} contains a scale that is negative or not finite")
     return np.ascontiguousarray(found[:, cols[0] // region[1] : ceil_div(cols[1], region[1])])
 
 

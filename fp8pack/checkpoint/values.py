@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fp8pack.checkpoint.scales import Read, Span, offset_in_region, read_scales, read_zero_points
+from fp8pack.checkpoint.scales import Read, Span, offset_in_region, read_any_scales, read_scales, read_zero_points
 from fp8pack.checkpoint.source import ShardReader, Source, read_rows
 from fp8pack.errors import InputError
 from fp8pack.modelfacts.contents import Contents, Quantized
@@ -76,22 +76,26 @@ class ValueReader:
             if spec.dtype not in _BITS:
                 raise InputError(f"{spec.file}: {spec.name!r} is {spec.dtype}, which has no numeric values")
             return widen(self.bits(spec, lo, hi), spec.dtype)
-        payload = self.bits(spec, lo, hi)
+        return self.dequantized(spec, lo, hi)[0]
+
+    def dequantized(self, spec: TensorSpec, lo: int, hi: int) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+        """Return rows of a quantized tensor as float32 [hi - lo, K], and the codes behind them; raises as `values`."""
+        quantized, payload = self._quantized[spec.name], self.bits(spec, lo, hi)
         values = np.empty(payload.shape, np.uint32)
         amax = dequantize(self.bits, spec, quantized, payload, values, (lo, 0))
         found = values.view(np.float32)
         if np.isnan(amax) and not isinstance(quantized.format, TableFormat):
             found[np.isin(payload & 0x7F, quantized.format.nan_codes)] = np.nan
-        return found
+        return found, payload
 
     def bits(self, spec: TensorSpec, lo: int, hi: int) -> NDArray[Any]:
         """Return rows of a tensor as they are stored, see `read_rows`."""
         return read_rows(self._open(spec.file), spec, lo, hi)
 
     def scales(self, spec: TensorSpec) -> NDArray[np.float32]:
-        """Return every scale of a quantized tensor, float32, in its grid; raises as `values` does."""
+        """Return every scale of a quantized tensor, float32, in its grid, whatever it is."""
         rows, cols = spec.matrix
-        return read_scales(self.bits, spec, self._quantized[spec.name], (0, rows), (0, cols))
+        return read_any_scales(self.bits, spec, self._quantized[spec.name], (0, rows), (0, cols))
 
     def _open(self, file: str) -> ShardReader:
         return self._readers.get(file, self._source.open_file)

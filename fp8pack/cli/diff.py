@@ -19,15 +19,17 @@ def diff(
 
     Prints formats, scales, the share of equal bytes, and the SQNR of B's values against A's.
     """
-    from fp8pack.reading.bounds import check_bounds, parse_bounds  # imports NumPy and LLVM, not needed for --help
+    from fp8pack.bounds import parse_bounds
+    from fp8pack.reading.bounds import COMPARISON_METRICS, check_bounds  # imports NumPy and LLVM, not needed for --help
     from fp8pack.reading.diff import compare
     from fp8pack.report.diff import print_diff
 
-    bounds = parse_bounds(fail_if or ())
+    bounds = parse_bounds(fail_if or (), COMPARISON_METRICS)
     found = compare(a, b)
     if as_json:
         emit_document(found)
     else:
         with printing():
             print_diff(found)
+    found.check()
     check_bounds(found, bounds)

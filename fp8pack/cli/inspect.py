@@ -1,21 +1,33 @@
 """`fp8pack inspect`."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
 from fp8pack.cli import options
 from fp8pack.cli.output import emit_document, printing
+from fp8pack.documents import Document
 from fp8pack.engines.known import NAMES, parse_targets
+from fp8pack.errors import RecipeError
+
+if TYPE_CHECKING:
+    from fp8pack.reading.inspection import Inspection
+
+_SHOWING = "Tensors"
+Shown = TypeVar("Shown", bound=Document)
 
 
 def inspect(
     checkpoint: Annotated[
         Path, typer.Argument(help="Checkpoint, FP8 or not, or a calibration file.", show_default=False)
     ],
+    tensor: Annotated[
+        str | None, typer.Argument(help="One tensor: its values and scales as histograms.", show_default=False)
+    ] = None,
     against: Annotated[
-        Path | None, typer.Option(metavar="SOURCE", help="Measure the SQNR of every FP8 weight against its source")
+        Path | None, typer.Option(metavar="SOURCE", help="Compare every FP8 weight with its source")
     ] = None,
     fail_if: options.FailIf = None,
     targets: Annotated[
@@ -30,31 +42,88 @@ def inspect(
     ] = None,
     tp: Annotated[str | None, typer.Option(metavar="N", help="Tensor-parallel size to check")] = None,
     gpu: Annotated[str | None, typer.Option(metavar="NAME", help="GPU to check, e.g. h100, b200 or mi300x")] = None,
+    tensors: Annotated[
+        bool, typer.Option("-v", "--tensors", help="List every tensor", rich_help_panel=_SHOWING)
+    ] = False,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN", help="List these tensors, e.g. '*.o_proj'", rich_help_panel=_SHOWING),
+    ] = None,
+    where: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="CONDITION", help="List those for which it is true, e.g. 'sqnr<30'", rich_help_panel=_SHOWING
+        ),
+    ] = None,
+    sort: Annotated[
+        str,
+        typer.Option(
+            metavar="ORDER",
+            help="Of the list: name, sqnr (worst first), scale or size (largest first)",
+            autocompletion=options.completing(("name", "sqnr", "scale", "size")),
+            rich_help_panel=_SHOWING,
+        ),
+    ] = "name",
+    explain: Annotated[
+        bool,
+        typer.Option(
+            "--explain",
+            help="Of one tensor: what every other format and granularity would cost",
+            rich_help_panel=_SHOWING,
+        ),
+    ] = False,
     as_json: options.AsJson = False,
+    quiet: options.Quiet = False,
 ) -> None:
-    """Show the tensors of a checkpoint and which engines load it."""
+    """Show what a checkpoint is, what FP8 cost its weights, and which engines load it."""
+    from fp8pack.bounds import parse_bounds
     from fp8pack.checkpoint.calibration_file import is_calibration  # imports NumPy and LLVM, not needed for --help
     from fp8pack.inputs import parse_texts
-    from fp8pack.reading.bounds import check_bounds, check_targets, parse_bounds
+    from fp8pack.reading.bounds import INSPECTION_METRICS, check_bounds, check_targets
     from fp8pack.reading.inspect import inspect_calibration, look
+    from fp8pack.reading.select import select
     from fp8pack.report.calibration import print_calibration
-    from fp8pack.report.table import print_inspection
+    from fp8pack.report.overview import print_overview
+    from fp8pack.report.progress import MEASURING, showing_progress
+    from fp8pack.report.table import print_tensors
 
-    bounds = parse_bounds(fail_if or ())
+    bounds = parse_bounds(fail_if or (), INSPECTION_METRICS)
     asked = parse_targets(parse_texts("targets", targets or (), commas=True))
+    if tensor is not None:
+        return _show_tensor(checkpoint, tensor, against, explain=explain, as_json=as_json)
+    if explain:
+        raise RecipeError("--explain is of one tensor, and none is named", "name it after the checkpoint")
     if against is None and checkpoint.is_file() and is_calibration(checkpoint):
-        summary = inspect_calibration(checkpoint)
-        if as_json:
-            emit_document(summary)
-        else:
-            with printing():
-                print_calibration(summary)
-        return
-    found = look(checkpoint, against, targets=asked, tp=tp, gpu=gpu)
+        return _show(inspect_calibration(checkpoint), print_calibration, as_json=as_json)
+    with showing_progress(MEASURING, quiet) as on_progress:
+        found = look(checkpoint, against, targets=asked, tp=tp, gpu=gpu, on_progress=on_progress)
+    listed = tensors or bool(only) or bool(where) or sort != "name"
+    shown = select(found, only=only or (), where=where or (), sort=sort)
+
+    def print_found(found: "Inspection") -> None:
+        if listed:
+            print_tensors(shown)
+            print()
+        print_overview(found, asked, brief=listed)
+
+    _show(found, print_found, as_json=as_json)
+    found.check()
+    check_bounds(found, bounds)
+    check_targets(found, asked)
+
+
+def _show_tensor(checkpoint: Path, tensor: str, against: Path | None, *, explain: bool, as_json: bool) -> None:
+    from fp8pack.reading.tensor_detail import inspect_tensor
+    from fp8pack.report.tensor import print_tensor
+
+    found = inspect_tensor(checkpoint, tensor, against, explain=explain)
+    _show(found, print_tensor, as_json=as_json)
+    found.check()
+
+
+def _show(found: Shown, print_found: Callable[[Shown], None], *, as_json: bool) -> None:
     if as_json:
         emit_document(found)
     else:
         with printing():
-            print_inspection(found, asked)
-    check_bounds(found, bounds)
-    check_targets(found, asked)
+            print_found(found)

@@ -116,7 +116,7 @@ def check_bounds(found: Evaluation, bounds: Sequence[Bound], fail_on: str) -> No
     for quality in found.checkpoints:
         for bound in bounds:
             interval: Interval = getattr(quality, bound.metric)
-            end = interval.low if bound.sign == "<" else interval.high
+            end = interval.high if bound.is_upper else interval.low
             value = interval.value if fail_on == "point" else end
             if bound.is_broken_by(value):
                 ends = f"95 % {interval.low:.3g} to {interval.high:.3g}"

@@ -3,7 +3,9 @@
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 
+from fp8pack.errors import InputError
 from fp8pack.modelfacts.model import ModelFacts
 from fp8pack.modelfacts.spec import TensorSpec
 from fp8pack.modelfacts.storage import Storage
@@ -88,6 +90,12 @@ class Contents:
             bool(self.kv_scales),
             self.spelling,
         )
+
+    def no_such_tensor(self, place: object, name: str) -> InputError:
+        """Return the error of a tensor that is not there, with the nearest names."""
+        near = get_close_matches(name, [spec.name for spec in self.tensors], 3)
+        guess = f": did you mean {' or '.join(map(repr, near))}?" if near else ""
+        return InputError(f"{place} has no tensor {name!r}{guess}")
 
     @property
     def source_dtype(self) -> str:

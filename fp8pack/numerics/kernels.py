@@ -9,9 +9,10 @@ R x C elements; payload [N, K] uint8; scales [ceil(N/R), ceil(K/C)] float32; scr
 
 And back: weight = payload * scale in float32, rounded once to BF16 (RNE) if the weight is uint16.
 
-`error_model="numpy"` drops Python's check for division by zero, which would keep LLVM from vectorising; no fast-math
-anywhere. Integer casts look redundant and are not: Numba widens uint16 and uint32 arithmetic to 64 bits, and each
-cast narrows it again, which is what lets 16 lanes fit a 512-bit register.
+`error_model="numpy"` drops Python's check for division by zero, which would keep LLVM from vectorising. There is no
+fast-math where bytes are made; the sums of `_compare` alone may be taken in any order, or they would not vectorise.
+Integer casts look redundant and are not: Numba widens uint16 and uint32 arithmetic to 64 bits, and each cast narrows it
+again, which is what lets 16 lanes fit a 512-bit register.
 
 Nobody calls these functions as they stand: `native.py` has them compiled by `compile_kernels`, once on a machine, and
 loads the machine code without importing Numba. Proof of the bytes: tests/numerics/test_kernels.py, against ml_dtypes
@@ -32,6 +33,7 @@ BF16, F16, F32 = 0, 1, 2  # kinds of weight
 ROUND_UP, ROUND_FLOOR = 1, 2
 
 _inline = njit(nogil=True, error_model="numpy")
+_sums = njit(nogil=True, error_model="numpy", fastmath={"reassoc"})
 
 
 @intrinsic
@@ -230,6 +232,61 @@ def _observe(values, prompts, channel_amax, channel_squares, histogram, prompt_a
     return ((np.int64(least) + 1) << 32) | np.int64(most)
 
 
+@_inline
+def _widen_all(source, kind, values):
+    if kind == BF16:
+        for c in range(source.size):
+            values[c] = _widen(source[c], BF16)
+    else:
+        _widen_row(source, kind, values)
+
+
+@_sums
+def _compare(exact, approximate, codes, values, kind, tiny, most, beyond, sums, counts):
+    for begin in range(0, exact.size, values.size):
+        end = min(begin + values.size, exact.size)
+        found, payload = approximate[begin:end], codes[begin:end]
+        _widen_all(exact[begin:end], kind, values)
+        signal = energy = noise = relative = 0.0
+        worst, peak = np.uint32(0), np.uint32(0)
+        nonzero = nonfinite = flushed = subnormal = saturated = 0
+        for c in range(found.size):
+            x, q = np.float64(values[c]), np.float64(found[c])
+            error = np.float64(np.float32(values[c] - found[c]))
+            signal += x * x
+            energy += q * q
+            noise += error * error
+        for c in range(found.size):
+            x, q = (
+                np.uint32(_bits(values[c]) & np.uint32(0x7FFFFFFF)),
+                np.uint32(_bits(found[c]) & np.uint32(0x7FFFFFFF)),
+            )
+            size, distance = _float(x), np.uint32(_bits(np.float32(values[c] - found[c])) & np.uint32(0x7FFFFFFF))
+            share = np.float32(_float(distance) / size) if x != 0 else np.float32(0)
+            relative += np.float64(share)
+            worst = _bits(share) if _bits(share) > worst else worst
+            peak = x if x > peak else peak
+            nonzero += 1 if x != 0 else 0
+            nonfinite += 1 if x >= np.uint32(0x7F800000) or q >= np.uint32(0x7F800000) else 0
+            flushed += 1 if x != 0 and q == 0 else 0
+        for c in range(found.size):
+            code = np.uint8(payload[c] & np.uint8(0x7F))
+            subnormal += 1 if code != 0 and code < tiny else 0
+            x, q = np.float32(abs(values[c])), np.float32(abs(found[c]))
+            saturated += 1 if code == most and x > np.float32(q * beyond) else 0
+        sums[0] += signal
+        sums[1] += energy
+        sums[2] += noise
+        sums[3] += relative
+        sums[4] = max(sums[4], np.float64(_float(worst)))
+        sums[5] = max(sums[5], np.float64(_float(peak)))
+        counts[0] += nonzero
+        counts[1] += nonfinite
+        counts[2] += flushed
+        counts[3] += subnormal
+        counts[4] += saturated
+
+
 def compile_kernels(bits: Literal["uint16", "uint32"]) -> str:
     """Return LLVM IR of the kernels for weights of these raw bits, optimised for this processor.
 
@@ -298,6 +355,24 @@ def compile_observer() -> str:
         return _observe(rows[0], rows[1], channels[0], channels[1], counts[0], counts[1], begin, end)
 
     return str(_self_contained(observe, "fp8pack_observe"))
+
+
+def compile_comparison(bits: Literal["uint16", "uint32"]) -> str:
+    """Return LLVM IR of the kernel that compares weights of these raw bits with others, optimised for this processor.
+
+    It defines a C function, with pointers to contiguous arrays; sums and counts are added to:
+        void fp8pack_compare(exact, approximate, codes, values, sums, counts, n, chunk, kind, tiny, most, beyond)
+    """
+    u, p, i = getattr(types, bits), types.CPointer, types.int64
+    f, d, b = types.float32, types.float64, types.uint8
+
+    @cfunc(types.void(p(u), p(f), p(b), p(f), p(d), p(i), i, i, i, b, b, f), error_model="numpy")
+    def compare(exact, approximate, codes, values, sums, counts, n, chunk, kind, tiny, most, beyond):
+        arrays = (carray(exact, (n,)), carray(approximate, (n,)), carray(codes, (n,)), carray(values, (chunk,)))
+        found = (carray(sums, (6,)), carray(counts, (5,)))
+        _compare(arrays[0], arrays[1], arrays[2], arrays[3], kind, tiny, most, beyond, found[0], found[1])
+
+    return str(_self_contained(compare, "fp8pack_compare"))
 
 
 def _self_contained(function: Any, name: str) -> llvm.ModuleRef:

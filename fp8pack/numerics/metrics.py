@@ -1,12 +1,14 @@
 """How much of a weight survives quantization."""
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fp8pack.numerics.formats import Float8Format
+from fp8pack.numerics import native
+from fp8pack.numerics.formats import E4M3, Float8Format, Format
 from fp8pack.numerics.value_table import value_table
 
 _FLOAT_DTYPE = {"F16": np.float16, "F32": np.float32}
@@ -37,6 +39,71 @@ def energies(exact: NDArray[np.float32], approximate: NDArray[np.float32]) -> tu
     error = exact - approximate
     signal, noise = (values.astype(np.float64).ravel() for values in (exact, error))
     return float(signal @ signal), float(noise @ noise)
+
+
+@dataclass(frozen=True, slots=True)
+class WeightError:
+    """A quantized weight against its source, over all elements; None where a NaN or infinity is among them.
+
+    num_nonfinite: elements that are a NaN or infinity, here or in the source. relative_mean, relative_max: of
+    |error| / |value|, where the value is not zero. cosine: of the two as vectors. flushed: share of elements that
+    became zero; subnormal: that became subnormal FP8 numbers; saturated: that were clipped to the largest FP8 number;
+    the last two are None for FP4 and integers. outlier_ratio: amax over the root mean square of the source.
+    """
+
+    num_nonfinite: int
+    relative_mean: float | None = None
+    relative_max: float | None = None
+    cosine: float | None = None
+    flushed: float | None = None
+    subnormal: float | None = None
+    saturated: float | None = None
+    outlier_ratio: float | None = None
+
+
+class ErrorTally:
+    """Adds up how far a weight is from its source, strip by strip, in one pass of a kernel."""
+
+    def __init__(self, format: Format, dtype: str) -> None:
+        """`dtype`: of the source: BF16, F16 or F32."""
+        self._format, self._dtype = format, dtype
+        self._size, self._sums, self._counts = 0, np.zeros(6), np.zeros(5, np.int64)
+
+    def add(self, exact: NDArray[Any], approximate: NDArray[np.float32], codes: NDArray[np.uint8]) -> None:
+        """Count elements of the source, raw bits, with the same elements of the weight and the codes behind them."""
+        is_float8 = isinstance(self._format, Float8Format)
+        format = self._format if isinstance(self._format, Float8Format) else E4M3
+        native.compare_rows(
+            *(exact, approximate, codes if is_float8 else None, self._sums, self._counts),
+            dtype=self._dtype,
+            format=format,
+        )
+        self._size += exact.size
+
+    @property
+    def sqnr(self) -> float | None:
+        """In dB, None where a NaN or infinity is among the values."""
+        return None if self._counts[1] else sqnr_db(float(self._sums[0]), float(self._sums[2]))
+
+    @property
+    def error(self) -> WeightError:
+        """All other metrics."""
+        signal, energy, noise, relative, worst, peak = map(float, self._sums)
+        nonzero, nonfinite, flushed, subnormal, saturated = map(int, self._counts)
+        if nonfinite or not self._size:
+            return WeightError(nonfinite)
+        norms, rms = math.sqrt(signal) * math.sqrt(energy), math.sqrt(signal / self._size)
+        is_float8 = isinstance(self._format, Float8Format)
+        return WeightError(
+            num_nonfinite=0,
+            relative_mean=relative / nonzero if nonzero else 0.0,
+            relative_max=worst,
+            cosine=(signal + energy - noise) / 2 / norms if norms else float(signal == energy),
+            flushed=flushed / self._size,
+            subnormal=subnormal / self._size if is_float8 else None,
+            saturated=saturated / self._size if is_float8 else None,
+            outlier_ratio=peak / rms if rms else None,
+        )
 
 
 def widen(weight: NDArray[Any], dtype: str) -> NDArray[np.float32]:

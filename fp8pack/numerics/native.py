@@ -24,7 +24,7 @@ from fp8pack.units import ceil_div
 
 Array = NDArray[Any]
 Bits = Literal["uint16", "uint32"]
-Module = Literal["uint16", "uint32", "observe"]
+Module = Literal["uint16", "uint32", "observe", "compare-uint16", "compare-uint32"]
 
 _KIND: Final = {"BF16": 0, "F16": 1, "F32": 2}
 _BITS: Final[dict[str, Bits]] = {"BF16": "uint16", "F16": "uint16", "F32": "uint32"}
@@ -34,14 +34,23 @@ _ROUNDING: Final = {ScaleRounding.NONE: 0, ScaleRounding.UP: 1, ScaleRounding.FL
 _U8, _U16, _U32, _F32 = np.dtype(np.uint8), np.dtype(np.uint16), np.dtype(np.uint32), np.dtype(np.float32)
 _DTYPES: Final[dict[Bits, np.dtype[Any]]] = {"uint16": _U16, "uint32": _U32}
 _WEIGHT_KERNELS = ("quantize", "amax", "dequantize", "largest_codes")
+_KERNELS: Final[dict[Module, tuple[str, ...]]] = {
+    **dict.fromkeys(_DTYPES, _WEIGHT_KERNELS),
+    "observe": ("observe",),
+    "compare-uint16": ("compare",),
+    "compare-uint32": ("compare",),
+}
+_CHUNK = 2048  # elements that `compare` widens at a time
+_BEYOND = 1 + 2.0**-8  # a weight that is larger than the largest value by more than a BF16 rounding was clipped
 
-_P, _F, _I, _U = ctypes.c_void_p, ctypes.c_float, ctypes.c_int64, ctypes.c_uint32
+_P, _F, _I, _U, _B = ctypes.c_void_p, ctypes.c_float, ctypes.c_int64, ctypes.c_uint32, ctypes.c_uint8
 _SIGNATURES: Final = {
     "quantize": (_F, *[_P] * 6, *[_I] * 5, _U, _U, _F, _I, _U, _U, _U, _I, _I),
     "amax": (_F, _P, _P, _I, _I, _I, _U, _U),
     "dequantize": (_F, *[_P] * 4, *[_I] * 9, _U, _F, _U),
     "largest_codes": (None, _P, _P, *[_I] * 8),
     "observe": (_I, *[_P] * 6, *[_I] * 5),
+    "compare": (None, *[_P] * 6, *[_I] * 3, _B, _B, _F),
 }
 
 
@@ -155,6 +164,38 @@ def load_observer() -> Callable[..., int]:
     return _kernels("observe").call["observe"]
 
 
+def compare_rows(  # noqa: PLR0913
+    exact: Array,
+    approximate: NDArray[np.float32],
+    codes: NDArray[np.uint8] | None,
+    sums: NDArray[np.float64],
+    counts: NDArray[np.int64],
+    *,
+    dtype: str,
+    format: Float8Format,
+) -> None:
+    """Add to sums and counts how far approximate values are from exact ones.
+
+    exact: raw bits of `dtype` (BF16, F16, F32); approximate: float32, as many; codes: the FP8 bytes behind them, if
+    there are any. sums [6] float64: the energies of exact, of approximate and of their difference; the relative
+    errors |difference| / |exact| where exact is not zero, and the largest of them; the largest |exact|. counts [5]:
+    exact values other than zero, NaNs and infinities of either, values that became zero, subnormal codes, values
+    clipped to the largest.
+    """
+    bits, n = _BITS[dtype], exact.size
+    scratch = np.empty(_CHUNK, np.float32)
+    codes = np.zeros(n, np.uint8) if codes is None else codes
+    _kernels("compare-uint16" if bits == "uint16" else "compare-uint32").call["compare"](
+        address_of(exact, _DTYPES[bits], n),
+        address_of(approximate, _F32, n),
+        address_of(codes, _U8, n),
+        address_of(scratch, _F32, _CHUNK, written=True),
+        address_of(sums, np.dtype(np.float64), 6, written=True),
+        address_of(counts, np.dtype(np.int64), 5, written=True),
+        *(n, _CHUNK, _KIND[dtype], 1 << format.mantissa_bits, format.nan_codes[0] - 1, _BEYOND),
+    )
+
+
 class _Kernels:
     """The C functions of a module, and the engine that owns their code."""
 
@@ -191,12 +232,19 @@ def _load(module: Module) -> _Kernels:
     name = f"kernels-{key.hexdigest(16)}.o"
     machine_code = read_code(name)
     if machine_code is None:
-        from fp8pack.numerics.kernels import compile_kernels, compile_observer  # imports Numba, for compiling only
-
-        ir = compile_observer() if module == "observe" else compile_kernels(module)
-        machine_code = machine.emit_object(llvm.parse_assembly(ir))
+        machine_code = machine.emit_object(llvm.parse_assembly(_compile(module)))
         write_code(name, machine_code)
-    return _Kernels(machine_code, machine, ("observe",) if module == "observe" else _WEIGHT_KERNELS)
+    return _Kernels(machine_code, machine, _KERNELS[module])
+
+
+def _compile(module: Module) -> str:
+    from fp8pack.numerics import kernels  # imports Numba, for compiling only
+
+    if module == "observe":
+        return kernels.compile_observer()
+    if module == "uint16" or module == "uint32":  # noqa: PLR1714  (mypy narrows this, not `in`)
+        return kernels.compile_kernels(module)
+    return kernels.compile_comparison("uint16" if module == "compare-uint16" else "uint32")
 
 
 def address_of(array: Array, dtype: np.dtype[Any], size: int, *, written: bool = False) -> int:

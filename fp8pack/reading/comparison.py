@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fp8pack.documents import Document
+from fp8pack.errors import VerificationError
 
 
 @dataclass(frozen=True, slots=True)
@@ -12,7 +13,8 @@ class TensorComparison:
 
     formats: of A and B. other_shape: B's, if it differs. equal: whether the values are equal. equal_bytes: the share of
     elements whose bytes are equal, None if the two have different dtypes. scale_ratio: the smallest and largest ratio
-    of scales, B / A. sqnr: of B's values against A's, in dB; None where nothing differs.
+    of scales, B / A. sqnr: of B's values against A's, in dB; None where nothing differs, and where a NaN or infinity of
+    one is not in the other: num_nonfinite counts those.
     """
 
     name: str
@@ -23,11 +25,12 @@ class TensorComparison:
     equal_bytes: float | None = None
     scale_ratio: tuple[float, float] | None = None
     sqnr: float | None = None
+    num_nonfinite: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class ComparisonTotals:
-    """Sums over the tensors of both; SQNR in dB over those that differ."""
+    """Sums over the tensors of both; SQNR in dB over those that differ, None where one alone has a NaN or infinity."""
 
     num_tensors: int
     num_equal: int
@@ -47,3 +50,12 @@ class Comparison(Document):
     only_in_b: tuple[str, ...]
     tensors: tuple[TensorComparison, ...]
     totals: ComparisonTotals
+
+    def check(self) -> None:
+        """Raise VerificationError if a NaN or infinity of one is not in the other."""
+        spoiled = [tensor for tensor in self.tensors if tensor.num_nonfinite]
+        if spoiled:
+            more = f", and {len(spoiled) - 1} more tensors" if len(spoiled) > 1 else ""
+            count = spoiled[0].num_nonfinite
+            what = "1 element is" if count == 1 else f"{count} elements are"
+            raise VerificationError(f"{spoiled[0].name!r}: {what} NaN or infinite in A or B alone{more}")

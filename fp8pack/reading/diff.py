@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from fp8pack.bounds import parse_bounds
 from fp8pack.checkpoint.quantized import read_contents
+from fp8pack.checkpoint.scales import num_bad
 from fp8pack.checkpoint.source import Source, open_checkpoint
 from fp8pack.checkpoint.values import ValueReader, strips
 from fp8pack.inputs import Texts, parse_path
@@ -17,9 +19,9 @@ from fp8pack.machine import usable_cores
 from fp8pack.modelfacts.contents import Contents
 from fp8pack.modelfacts.experts import split_experts
 from fp8pack.modelfacts.spec import DTYPE_BITS, FLOAT_DTYPES, TensorSpec
-from fp8pack.numerics.metrics import LOST_DB, energies, sqnr_db
+from fp8pack.numerics.metrics import energies, sqnr_db
 from fp8pack.packing.workers import Stop, run_threads
-from fp8pack.reading.bounds import check_bounds, parse_bounds
+from fp8pack.reading.bounds import COMPARISON_METRICS, check_bounds
 from fp8pack.reading.comparison import Comparison, ComparisonTotals, TensorComparison
 
 
@@ -36,16 +38,18 @@ def diff(a: str | Path, b: str | Path, *, fail_if: Texts = ()) -> Comparison:
     Experts that one of them has fused are compared one by one. fail_if: bounds such as "sqnr_min<28".
 
     Raises:
-        InputError: a checkpoint is malformed. BoundError: a bound is broken. RecipeError: one is malformed.
+        InputError: a checkpoint is malformed. VerificationError: a NaN or infinity of one is not in the other.
+        BoundError: a bound is broken. RecipeError: one is malformed.
     """
-    bounds = parse_bounds(fail_if)
+    bounds = parse_bounds(fail_if, COMPARISON_METRICS)
     found = compare(a, b)
+    found.check()
     check_bounds(found, bounds)
     return found
 
 
 def compare(a: str | Path, b: str | Path) -> Comparison:
-    """Return what `diff` does, without checking bounds."""
+    """Return what `diff` does, without checking values and bounds."""
     sides = _open(parse_path("a", a)), _open(parse_path("b", b))
     names = [name for name in sides[0].specs if name in sides[1].specs]
     found: dict[str, TensorComparison] = {}
@@ -57,6 +61,8 @@ def compare(a: str | Path, b: str | Path) -> Comparison:
     tensors = tuple(found[name] for name in names)
     different = [tensor for tensor in tensors if not tensor.equal]
     sqnr = {tensor.name: tensor.sqnr for tensor in different if tensor.sqnr is not None}
+    if any(tensor.num_nonfinite for tensor in different):
+        sqnr = {}  # a mean over the others would hide it
     worst = min(sqnr, key=lambda name: sqnr[name], default=None)
     totals = ComparisonTotals(
         num_tensors=len(tensors),
@@ -100,7 +106,7 @@ def _as_number(spec: TensorSpec, name: str) -> TensorSpec:
 
 @dataclass(slots=True)
 class _Tally:
-    """The comparison of two tensors, strip by strip; `is_spoiled`: one has a NaN or infinity where the other does not.
+    """The comparison of two tensors, strip by strip; `num_nonfinite`: NaNs and infinities that one alone has.
 
     Elements are of the dtype, or bytes if smaller.
     """
@@ -110,7 +116,7 @@ class _Tally:
     num_different: int = 0
     signal: float = 0.0
     noise: float = 0.0
-    is_spoiled: bool = False
+    num_nonfinite: int = 0
 
     def add(self, ours: NDArray[np.float32], theirs: NDArray[np.float32]) -> None:
         """Count values of the same place."""
@@ -119,15 +125,14 @@ class _Tally:
         energy = energies(np.where(finite, ours, 0), np.where(finite, theirs, 0))
         self.signal, self.noise = self.signal + energy[0], self.noise + energy[1]
         self.num_different += int(np.count_nonzero(~same))
-        self.is_spoiled |= bool((~same & ~finite).any())
+        self.num_nonfinite += int(np.count_nonzero(~same & ~finite))
 
     @property
     def sqnr(self) -> float | None:
-        """In dB, None where nothing differs; where nothing can be compared, or no signal is left, a very low number."""
-        if not self.num_different:
+        """In dB, None where nothing differs, or where one has a NaN or infinity; LOST_DB where no signal is left."""
+        if not self.num_different or self.num_nonfinite:
             return None
-        lost = self.is_spoiled or not self.signal
-        return LOST_DB if lost else sqnr_db(self.signal, self.noise)
+        return sqnr_db(self.signal, self.noise)
 
 
 def _compare(name: str, a: _Side, b: _Side) -> TensorComparison:
@@ -152,6 +157,7 @@ def _compare(name: str, a: _Side, b: _Side) -> TensorComparison:
         equal_bytes=tally.num_equal / tally.num_elements if tally.num_elements else None,
         scale_ratio=ratio,
         sqnr=tally.sqnr,
+        num_nonfinite=tally.num_nonfinite,
     )
 
 
@@ -179,6 +185,8 @@ def _scale_ratio(
         reader.scales(spec)[np.ix_(borders[0] // region[0], borders[1] // region[1])]
         for reader, spec, region in zip(readers, (ours, theirs), regions, strict=True)
     ]
+    if sum(map(num_bad, spread)):
+        return None
     known_scales = spread[0] > 0
     ratio = spread[1][known_scales] / spread[0][known_scales]
     return (float(ratio.min()), float(ratio.max())) if ratio.size else None

@@ -1,38 +1,39 @@
 """`inspect`: the tensors of a checkpoint, their SQNR against the source, and the engines that load it."""
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
+from fp8pack.bounds import parse_bounds
 from fp8pack.checkpoint.calibration_file import is_calibration, read_calibration
-from fp8pack.checkpoint.manifest_schema import Manifest, PackedEntry, check_headers
+from fp8pack.checkpoint.manifest_schema import CastEntry, Manifest, PackedEntry, check_headers
 from fp8pack.checkpoint.quantized import read_contents
+from fp8pack.checkpoint.scales import num_bad
 from fp8pack.checkpoint.source import Source, find_checkpoint, open_checkpoint
-from fp8pack.checkpoint.values import ValueReader, strips
+from fp8pack.checkpoint.values import ValueReader
 from fp8pack.engines.case import make_case
 from fp8pack.engines.judge import EngineVerdict, judge_engines
 from fp8pack.engines.known import id_of, parse_targets
 from fp8pack.engines.scale_layouts import scale_problem
 from fp8pack.errors import InputError
 from fp8pack.inputs import Texts, parse_count, parse_path, parse_texts
-from fp8pack.machine import usable_cores
 from fp8pack.modelfacts.contents import Contents, Quantized
 from fp8pack.modelfacts.experts import split_experts
-from fp8pack.modelfacts.prefixes import strip_prefixes
 from fp8pack.modelfacts.roles import judge
-from fp8pack.modelfacts.spec import FLOAT_DTYPES, Stored, TensorSpec
-from fp8pack.numerics.metrics import energies, sqnr_db
-from fp8pack.packing.workers import Stop, run_threads
+from fp8pack.modelfacts.spec import DTYPE_BITS, Stored, TensorSpec
+from fp8pack.numerics.metrics import ErrorTally
 from fp8pack.planning.calibration_summary import CalibrationSummary, summarize
 from fp8pack.planning.recipe import MAX_TP
-from fp8pack.reading.bounds import check_bounds, parse_bounds
+from fp8pack.reading.bounds import INSPECTION_METRICS, check_bounds
 from fp8pack.reading.inspection import Inspection, ScaleRange, TensorInspection, Totals
+from fp8pack.reading.measure import OnProgress, Origin, measure
 
 
-def inspect(
+def inspect(  # noqa: PLR0913
     checkpoint: str | Path,
     against: str | Path | None = None,
     *,
@@ -40,19 +41,25 @@ def inspect(
     targets: Texts = (),
     tp: int | None = None,
     gpu: str | None = None,
+    on_progress: OnProgress = lambda done, total: None,
 ) -> Inspection:
     """Return the tensors of a checkpoint of any quant method, and the engines that load it.
 
-    against: the source of an FP8 checkpoint: measures the SQNR of every FP8 weight. fail_if: bounds such as
-        "sqnr_min<28". targets, tp, gpu: the engines to judge, and what they run on; `.engines` has the verdicts.
+    against: the source of an FP8 checkpoint: measures the SQNR and other errors of every FP8 weight. fail_if: bounds
+        such as "sqnr_min<28". targets, tp, gpu: the engines to judge, and what they run on; `.engines` has the
+        verdicts.
+    on_progress: called with (bytes done, bytes in all) of the source.
 
     Raises:
         InputError: the checkpoint or the source is malformed, or the source is of another checkpoint.
+        VerificationError: a scale or a weight is a NaN or infinity.
         BoundError: a bound is broken.
         RecipeError: an option is out of range or not known.
     """
-    bounds, asked = parse_bounds(fail_if), parse_targets(parse_texts("targets", targets, commas=True))
-    found = look(checkpoint, against, targets=asked, tp=tp, gpu=gpu)
+    bounds = parse_bounds(fail_if, INSPECTION_METRICS)
+    asked = parse_targets(parse_texts("targets", targets, commas=True))
+    found = look(checkpoint, against, targets=asked, tp=tp, gpu=gpu, on_progress=on_progress)
+    found.check()
     check_bounds(found, bounds)
     return found
 
@@ -64,8 +71,9 @@ def look(
     targets: tuple[str, ...] = (),
     tp: int | str | None = None,
     gpu: str | None = None,
+    on_progress: OnProgress = lambda done, total: None,
 ) -> Inspection:
-    """Return what `inspect` does, without checking bounds."""
+    """Return what `inspect` does, without checking values and bounds."""
     path = find_checkpoint(parse_path("checkpoint", checkpoint))
     if path.is_file() and is_calibration(path):
         raise InputError(f"{path} is a calibration file, not a checkpoint", "fp8pack.inspect_calibration() reads it")
@@ -77,16 +85,21 @@ def look(
         check_headers(opened.specs, manifest)
     if against is not None and not contents.quantized:
         raise InputError(f"{checkpoint} has no FP8 weight to compare with {against}", "leave out --against")
-    sqnr = {} if against is None else _measure(opened, contents, parse_path("against", against))
+    origin = None if against is None else Origin(opened, parse_path("against", against))
     with ValueReader(opened, contents) as reader:
-        tensors = tuple(_entry(spec, contents, manifest, reader, sqnr.get(spec.name)) for spec in contents.tensors)
+        tensors = [entry_of(spec, contents, manifest, reader) for spec in contents.tensors]
+    if origin is not None:
+        spoiled = {tensor.name for tensor in tensors if tensor.problem}
+        tallies = measure(opened, contents, origin, without=spoiled, on_progress=on_progress)
+        tensors = [with_errors(tensor, tallies.get(tensor.name)) for tensor in tensors]
     return Inspection(
         checkpoint=opened.path,
+        against=origin.source.path if origin else None,
         architecture=opened.facts.architecture,
         quant_method=contents.method,
         recipe=manifest.recipe if manifest else None,
         root=manifest.root if manifest else None,
-        tensors=tensors,
+        tensors=tuple(tensors),
         totals=_totals(opened, contents, tensors),
         engines=_verdicts(opened, contents, targets, size, gpu),
         warnings=tuple(_warnings(contents)),
@@ -100,22 +113,40 @@ def inspect_calibration(path: str | Path) -> CalibrationSummary:
 
 
 def _totals(opened: Source, contents: Contents, tensors: Sequence[TensorInspection]) -> Totals:
-    sqnr = {tensor.name: tensor.sqnr for tensor in tensors if tensor.sqnr is not None}
-    worst = min(sqnr, key=lambda name: sqnr[name], default=None)
+    num_spoiled = sum(bool(tensor.problem) for tensor in tensors)
+    measured = [(tensor.sqnr, tensor.name) for tensor in tensors if tensor.sqnr is not None]
+    cosines = [tensor.error.cosine for tensor in tensors if tensor.error and tensor.error.cosine is not None]
+    if num_spoiled:
+        measured, cosines = [], []  # a mean over the others would hide it
+    worst = min(measured, default=None)
     return Totals(
         num_tensors=len(tensors),
         num_packed=len(contents.quantized),
         nbytes=sum(spec.nbytes for spec in opened.specs),
         packed_nbytes=sum(tensor.nbytes for tensor in tensors if tensor.name in contents.quantized),
-        sqnr_min=sqnr[worst] if worst else None,
-        sqnr_mean=float(np.mean(list(sqnr.values()))) if sqnr else None,
-        sqnr_worst_tensor=worst,
+        source_nbytes=sum(_nbytes_before(tensor) for tensor in tensors),
+        num_spoiled=num_spoiled,
+        sqnr_min=worst[0] if worst else None,
+        sqnr_mean=float(np.mean([sqnr for sqnr, _ in measured])) if measured else None,
+        sqnr_worst_tensor=worst[1] if worst else None,
+        cosine_min=min(cosines, default=None),
     )
 
 
-def _entry(
-    spec: TensorSpec, contents: Contents, manifest: Manifest | None, reader: ValueReader, sqnr: float | None
-) -> TensorInspection:
+def _nbytes_before(tensor: TensorInspection) -> int:
+    """The bytes of a tensor in its source."""
+    if tensor.source_dtype is None:
+        return tensor.nbytes
+    return prod(tensor.shape) * DTYPE_BITS[tensor.source_dtype] // 8
+
+
+def with_errors(tensor: TensorInspection, tally: ErrorTally | None) -> TensorInspection:
+    """Return a tensor with what was measured of it."""
+    return tensor if tally is None else replace(tensor, sqnr=tally.sqnr, error=tally.error)
+
+
+def entry_of(spec: TensorSpec, contents: Contents, manifest: Manifest | None, reader: ValueReader) -> TensorInspection:
+    """Return a tensor as the manifest and the files describe it; weights are not read."""
     recorded, quantized = manifest.tensors.get(spec.name) if manifest else None, contents.quantized.get(spec.name)
     if recorded is not None:
         action, role, reason = str(recorded.action), recorded.role, recorded.reason
@@ -125,19 +156,28 @@ def _entry(
     tensor = TensorInspection(
         *(spec.name, action, role, reason, spec.dtype, spec.shape, spec.nbytes),
         activation_scales={scale.kind: scale.value for scale in scales} if scales else None,
-        sqnr=sqnr,
+        source_dtype=recorded.source_dtype if isinstance(recorded, CastEntry) else None,
     )
     if quantized is None:
         return tensor
-    values = reader.scales(spec)
-    name = quantized.scale.name if quantized.scale else None
     return replace(
         tensor,
         format=quantized.format.name,
         granularity=quantized.granularity.name,
+        source_dtype=recorded.source_dtype if isinstance(recorded, PackedEntry) else quantized.source_dtype,
         amax=recorded.amax if isinstance(recorded, PackedEntry) else None,
-        scale=ScaleRange(name, float(values.min()), float(values.max())) if values.size else None,
+        scale=_scale_range(quantized.scale.name if quantized.scale else None, reader.scales(spec)),
     )
+
+
+def _scale_range(name: str | None, scales: NDArray[np.float32]) -> ScaleRange | None:
+    if not scales.size:
+        return None
+    bad = num_bad(scales)
+    good = scales[np.isfinite(scales) & (scales >= 0)] if bad else scales
+    if not good.size:
+        return ScaleRange(name, None, None, bad)
+    return ScaleRange(name, float(good.min()), float(good.max()), bad)
 
 
 def _guess(spec: TensorSpec, contents: Contents, quantized: Quantized | None) -> tuple[str, str, str]:
@@ -150,33 +190,6 @@ def _guess(spec: TensorSpec, contents: Contents, quantized: Quantized | None) ->
         "not packed; `fp8pack pack` would quantize it" if verdict.packed and not contents.quantized else verdict.reason
     )
     return "stored", verdict.role, reason
-
-
-def _measure(opened: Source, contents: Contents, against: Path) -> dict[str, float]:
-    """The SQNR of every FP8 weight over all of its elements."""
-    source = open_checkpoint(against)
-    prefixes = opened.manifest.recipe.get("strip_prefix", ()) if opened.manifest else ()
-    whole = Contents("", strip_prefixes(source.specs, prefixes), source.facts)
-    origins = {spec.name: spec for spec in (*split_experts(whole).tensors, *whole.tensors)}
-    found: dict[str, float] = {}
-
-    def work(spec: TensorSpec) -> None:
-        origin = origins.get(spec.name)
-        if origin is None or origin.shape != spec.shape or origin.dtype not in FLOAT_DTYPES:
-            raise InputError(
-                f"{source.path} has no weight {spec.name!r} of shape {list(spec.shape)}: it is not the source"
-            )
-        with ValueReader(opened, contents) as ours, ValueReader(source, whole) as theirs:
-            signal = noise = 0.0
-            for lo, hi in strips(spec):
-                exact = theirs.values(origin, lo, hi)
-                energy = energies(exact, ours.values(spec, lo, hi))
-                signal, noise = signal + energy[0], noise + energy[1]
-        found[spec.name] = sqnr_db(signal, noise)
-
-    packed = [spec for spec in contents.tensors if spec.name in contents.quantized]
-    run_threads([packed], lambda: nullcontext(work), count=usable_cores(), stop=Stop(), tick=lambda: None)
-    return found
 
 
 def _verdicts(

@@ -4,9 +4,9 @@ from rich.table import Table
 from rich.text import Text
 
 from fp8pack.planning.calibration_summary import CalibrationSummary, SiteSummary
-from fp8pack.report.table import make_console
-from fp8pack.report.text import listed, natural, printable
-from fp8pack.units import format_seconds, format_size
+from fp8pack.report.console import make_console
+from fp8pack.report.text import listed, printable
+from fp8pack.units import format_seconds, format_size, natural
 
 _MAX_NAMES = 4
 

@@ -3,9 +3,10 @@
 from rich.table import Table
 
 from fp8pack.reading.comparison import Comparison, TensorComparison
+from fp8pack.report.console import make_console, print_line
 from fp8pack.report.quality import decibels
-from fp8pack.report.table import make_console, print_line
-from fp8pack.report.text import listed, natural
+from fp8pack.report.text import listed
+from fp8pack.units import natural
 
 
 def print_diff(found: Comparison) -> None:
@@ -44,5 +45,5 @@ def _cells(tensor: TensorComparison) -> list[str]:
         *tensor.formats,
         "" if ratio is None else f"{ratio[0]:.4g} to {ratio[1]:.4g}",
         "" if share is None else f"{share:.2%}",
-        "" if sqnr is None else decibels(sqnr),
+        f"{tensor.num_nonfinite} NaN" if tensor.num_nonfinite else "" if sqnr is None else decibels(sqnr),
     ]

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from rich.table import Table
 
-from fp8pack.report.table import make_console, print_line
+from fp8pack.report.console import make_console, print_line
 from fp8pack.runtime.environment import Environment, GemmSupport
 
 _ACTIVATIONS = {"tensor": "per tensor", "channel": "per token", "group:128": "1x128", "mx": "MX 1x32"}

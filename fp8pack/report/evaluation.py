@@ -5,7 +5,7 @@ from rich.text import Text
 
 from fp8pack.evaluation.evaluation import Evaluation, Quality
 from fp8pack.evaluation.intervals import Interval
-from fp8pack.report.table import make_console, print_line
+from fp8pack.report.console import make_console, print_line
 from fp8pack.units import format_seconds
 
 _SHOWN = 3  # documents and positions; --json has ten

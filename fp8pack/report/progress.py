@@ -23,6 +23,7 @@ class Work:
 
 PACKING = Work("packing", "B", format_size)
 VERIFYING = Work("verifying", "B", format_size)
+MEASURING = Work("measuring", "B", format_size)
 EVALUATING = Work("evaluating", " tokens", lambda tokens: f"{tokens:.0f} tokens")
 CALIBRATING = Work("calibrating", " tokens", lambda tokens: f"{tokens:.0f} tokens")
 

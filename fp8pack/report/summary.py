@@ -8,8 +8,7 @@ from fp8pack.engines.known import BY_ID, id_of
 from fp8pack.engines.serve import serve_command
 from fp8pack.packing.result import PackResult, PlannedTensor, SchemeChoice, SkippedFile
 from fp8pack.report.engines import engine_lines
-from fp8pack.report.text import natural
-from fp8pack.units import format_seconds, format_size
+from fp8pack.units import format_seconds, format_size, natural
 
 _PLURALS = {"norm": "norms", "bias": "biases", "embedding": "embeddings", "router": "routers", "logits": "logits"}
 _MAX_LINES = 4

@@ -1,96 +1,81 @@
-"""What `inspect` prints: a line for each tensor, and the totals."""
+"""What `inspect --tensors` prints: a line for each tensor."""
 
 from collections.abc import Sequence
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fp8pack.reading.inspection import Inspection, TensorInspection
-from fp8pack.report.engines import engine_lines
-from fp8pack.report.quality import decibels
-from fp8pack.report.text import natural, printable, shorten
-from fp8pack.units import format_size
+from fp8pack.reading.inspection import TensorInspection
+from fp8pack.report.console import make_console
+from fp8pack.report.quality import decibels, share
+from fp8pack.report.text import printable, shorten
 
-_WIDTH = 160  # of a table that goes to a file or a pipe
 _NAME_SHARE = 0.45  # of a terminal, for names
+_NARROW, _WIDE = 120, 150  # columns of a terminal: less has no room for all columns, more has it for every metric
+_METRICS = ("error mean", "to zero", "subnormal", "clipped", "amax / rms")
+_FORMAT_WIDTH, _NUMBER_WIDTH = 22, 10
 
 
-def print_inspection(found: Inspection, asked: Sequence[str] = ()) -> None:
-    """Print the tensors of a checkpoint to stdout, and the engines that load it; `asked`: those asked for."""
-    console = make_console([tensor.name for tensor in found.tensors])
+def print_tensors(tensors: Sequence[TensorInspection]) -> None:
+    """Print tensors to stdout, in this order."""
+    console = make_console([tensor.name for tensor in tensors])
+    static = any(tensor.activation_scales for tensor in tensors)
+    measured = any(tensor.error for tensor in tensors)
+    if console.is_terminal and console.width < _NARROW:
+        console.print(_narrow_table(tensors, console.width))
+        return
     names = int(console.width * _NAME_SHARE) if console.is_terminal else console.width
-    static = any(tensor.activation_scales for tensor in found.tensors)
-    measured = any(tensor.sqnr is not None for tensor in found.tensors)
+    whole = measured and (console.width >= _WIDE or not console.is_terminal)
     table = Table(box=None, pad_edge=False, header_style="bold")
     for header in ("tensor", "role", "format", "shape"):
         table.add_column(header, overflow="fold")
     extra = [*(["input, K, V scale"] if static else []), *(["SQNR dB"] if measured else [])]
-    for header in ("scale min", "scale max", *extra):
+    for header in ("scale min", "scale max", *extra, *(_METRICS if whole else ())):
         table.add_column(header, justify="right")
     table.add_column("ignored because", overflow="fold")
-    for tensor in sorted(found.tensors, key=lambda tensor: natural(tensor.name)):
-        cells = _cells(tensor, static=static, measured=measured)
+    for tensor in tensors:
+        cells = _cells(tensor, static=static, measured=measured, whole=whole)
         table.add_row(*(Text(printable(cell)) for cell in (shorten(cells[0], names), *cells[1:])))
     console.print(table)
-    warnings = [f"warning  {warning}" for warning in found.warnings]
-    verdicts = engine_lines(found.engines, asked=asked, command="fp8pack convert ")
-    for line in ("", *_totals(found), *warnings, *verdicts):
-        print_line(console, line)
 
 
-class _Console(Console):
-    """Leaves the error of a closed pipe to the caller."""
-
-    def on_broken_pipe(self) -> None:
-        """Raise the error that rich is about to turn into an exit."""
-        raise  # noqa: PLE0704  (it is called where the error is handled)
-
-
-def make_console(names: list[str]) -> Console:
-    """Return a console for stdout, wide enough for these names and the other columns, unless it is a terminal."""
-    console = _Console(highlight=False, soft_wrap=False)
-    if console.is_terminal:
-        return console
-    return _Console(highlight=False, width=max(_WIDTH, max(map(len, names), default=0) + 100))
-
-
-def print_line(console: Console, line: str) -> None:
-    """Print a line of text as it is, with control characters from files escaped."""
-    console.print(Text(printable(line)), soft_wrap=True)
+def _narrow_table(tensors: Sequence[TensorInspection], width: int) -> Table:
+    """A line for each tensor that no column breaks."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for header in ("tensor", "format"):
+        table.add_column(header, no_wrap=True)
+    for header in ("scale max", "SQNR dB"):
+        table.add_column(header, justify="right", no_wrap=True)
+    names = width - _FORMAT_WIDTH - 2 * _NUMBER_WIDTH
+    for tensor in tensors:
+        stored = f"{tensor.format} {tensor.granularity}" if tensor.format else tensor.dtype
+        scale = f"{tensor.scale.max:.3g}" if tensor.scale and tensor.scale.max is not None else ""
+        sqnr = "NaN" if tensor.problem else decibels(tensor.sqnr) if tensor.sqnr is not None else ""
+        table.add_row(*map(Text, (shorten(printable(tensor.name), names), stored, scale, sqnr)))
+    return table
 
 
-def _cells(tensor: TensorInspection, *, static: bool, measured: bool) -> list[str]:
-    packed, scale = tensor.action == "packed", tensor.scale
+def _cells(tensor: TensorInspection, *, static: bool, measured: bool, whole: bool) -> list[str]:
+    packed, scale = bool(tensor.format), tensor.scale
     cells = [
         tensor.name,
         tensor.role,
         f"{tensor.format} {tensor.granularity}" if packed else tensor.dtype,
         " x ".join(map(str, tensor.shape)) or "scalar",
     ]
-    cells += [f"{scale.min:.3g}", f"{scale.max:.3g}"] if scale else ["", ""]
+    numbers = (scale.min, scale.max) if scale else (None, None)
+    cells += [f"{number:.3g}" if number is not None else "" for number in numbers]
     activations = (tensor.activation_scales or {}).items()
     cells += [" ".join(f"{kind} {value:.3g}" for kind, value in activations)] if static else []
-    cells += [decibels(tensor.sqnr) if tensor.sqnr is not None else ""] if measured else []
-    return [*cells, "" if packed else tensor.reason.removeprefix("policy: ")]
+    cells += [tensor.problem or (decibels(tensor.sqnr) if tensor.sqnr is not None else "")] if measured else []
+    cells += _errors(tensor) if whole else []
+    reason = "" if packed else tensor.reason.removeprefix("policy: ")
+    return [*cells, reason if measured or not tensor.problem else tensor.problem]
 
 
-def _totals(found: Inspection) -> list[str]:
-    totals, recipe = found.totals, found.recipe
-    architecture = f", {found.architecture}" if found.architecture else ""
-    lines = [f"{totals.num_tensors} tensors, {format_size(totals.nbytes)}{architecture}"]
-    payload = format_size(totals.packed_nbytes)
-    if recipe and "scheme" in recipe:
-        lines.append(f"{totals.num_packed} packed, {payload}: {recipe['scheme']}, {found.quant_method or 'fp8pack'}")
-    elif totals.num_packed:
-        method = found.quant_method or "config.json has no quantization_config"
-        lines.append(f"{totals.num_packed} FP8 weights, {payload}: {method}; from another tool, without a manifest")
-    else:
-        lines.append("not packed: no tensor is FP8")
-    if found.root:
-        lines.append(f"root {found.root} (from the manifest; the bytes were not read)")
-    if totals.sqnr_min is not None and totals.sqnr_mean is not None:
-        worst = f"worst {decibels(totals.sqnr_min, 2)} dB in {totals.sqnr_worst_tensor}"
-        of = f"mean {decibels(totals.sqnr_mean, 2)}, {worst}"
-        lines.append(f"weight SQNR against the source (all elements): {of}")
-    return lines
+def _errors(tensor: TensorInspection) -> list[str]:
+    error = tensor.error
+    if error is None or error.num_nonfinite:
+        return [""] * len(_METRICS)
+    outliers = f"{error.outlier_ratio:.1f}" if error.outlier_ratio is not None else ""
+    return [*map(share, (error.relative_mean, error.flushed, error.subnormal, error.saturated)), outliers]

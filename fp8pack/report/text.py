@@ -1,4 +1,4 @@
-"""Text for a terminal: safe, short, in an order that people expect."""
+"""Text for a terminal: safe and short."""
 
 import re
 
@@ -8,11 +8,6 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u206
 def printable(line: str) -> str:
     """Return a line whose control characters, line breaks and changes of direction are escaped."""
     return _CONTROL.sub(lambda match: match[0].encode("unicode_escape", "backslashreplace").decode(), line)
-
-
-def natural(name: str) -> list[tuple[int, str]]:
-    """Return the key that sorts layer 2 before layer 10."""
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 def shorten(name: str, width: int) -> str:

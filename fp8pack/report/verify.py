@@ -1,7 +1,7 @@
 """What `verify` prints: a line for each difference, and what was compared."""
 
 from fp8pack.reading.verification import Verification
-from fp8pack.report.table import make_console, print_line
+from fp8pack.report.console import make_console, print_line
 from fp8pack.units import format_seconds, format_size
 
 _MAX_OTHERS = 5

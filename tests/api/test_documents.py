@@ -45,6 +45,8 @@ def test_documents_of_what_writes_and_reads_checkpoints(make_checkpoint: MakeChe
     returned = json.loads(json.dumps(fp8pack.inspect(tmp_path / "a", source).to_dict()))
     assert {**inspected, "tensors": [], "totals": {}} == {**returned, "tensors": [], "totals": {}}
     assert [tensor["name"] for tensor in inspected["tensors"]] == [tensor["name"] for tensor in returned["tensors"]]
+    detail = printed("inspect", tmp_path / "a", inspected["tensors"][1]["name"], "--against", source)
+    check(detail, "tensor-detail.schema.json")
     compared = printed("diff", tmp_path / "a", source)
     check(compared, "comparison.schema.json")
     assert compared["totals"]["num_tensors"] == fp8pack.diff(tmp_path / "a", source).totals.num_tensors

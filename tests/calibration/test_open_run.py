@@ -17,6 +17,7 @@ from fp8pack.calibration.observers import observable
 from fp8pack.calibration.options import CalibrateOptions
 from fp8pack.checkpoint.calibration_file import read_calibration
 from fp8pack.errors import DeadlineError, InputError, OutputError, RecipeError
+from fp8pack.gemm import device as devices
 from fp8pack.machine import usable_memory
 
 
@@ -57,7 +58,7 @@ def test_a_run_that_did_not_converge_is_no_end_of_one_that_should(tmp_path: Path
 def test_auto_continues_as_it_began(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DeadlineError):
         verbs.calibrate(DEMO, options(tmp_path, deadline=0.0))
-    monkeypatch.setattr(preparing, "_free_memory", lambda device: 0)
+    monkeypatch.setattr(preparing, "free_memory", lambda device: 0)
     assert verbs.calibrate(DEMO, options(tmp_path)).streamed is False
     assert verbs.calibrate(DEMO, options(tmp_path, output=tmp_path / "d.safetensors")).streamed is True
 
@@ -69,7 +70,7 @@ def test_auto_streams_where_the_limit_of_a_container_is_less_than_the_model(
     (tmp_path / "self").mkdir()
     (tmp_path / "self" / "cgroup").write_text("0::/\n")
     (tmp_path / "meminfo").write_text(f"MemAvailable: {10**9} kB\n")
-    monkeypatch.setattr(preparing, "usable_memory", partial(usable_memory, tmp_path, tmp_path))
+    monkeypatch.setattr(devices, "usable_memory", partial(usable_memory, tmp_path, tmp_path))
     assert verbs.calibrate(DEMO, options(tmp_path)).streamed is False
     (tmp_path / "memory.max").write_text("1000000\n")
     (tmp_path / "memory.current").write_text("500000\n")

@@ -45,7 +45,10 @@ UNPACK_OPTIONS = {
     *("--output", "--dtype", "--copy", "--max-shard-size", "--workers", "--max-memory", "--resume", "--no-resume"),
     *("--deadline", "--overwrite", "--dry-run", "--json", "--quiet", "--verbose", "--help"),
 }
-INSPECT_OPTIONS = {"--against", "--fail-if", "--target", "--targets", "--tp", "--gpu", "--json", "--help"}
+INSPECT_OPTIONS = {
+    *("--against", "--fail-if", "--target", "--targets", "--tp", "--gpu", "--tensors", "--only", "--where", "--sort"),
+    *("--explain", "--json", "--quiet", "--help"),
+}
 DIFF_OPTIONS = {"--fail-if", "--json", "--help"}
 ENV_OPTIONS = {"--include-dir", "--json", "--help"}
 
@@ -160,7 +163,7 @@ def test_inspect_shows_every_tensor_packed_or_not(make_checkpoint: MakeCheckpoin
     source = make_checkpoint()
     fp8pack("pack", source, "-o", tmp_path / "out", "-q")
     for folder, words in ((source, "not packed: no tensor is FP8"), (tmp_path / "out", "14 packed")):
-        shown = fp8pack("inspect", folder)
+        shown = fp8pack("inspect", folder, "--tensors")
         assert shown.returncode == 0, shown.stderr
         assert words in shown.stdout
         assert all(name in shown.stdout for name in llama_tensors())

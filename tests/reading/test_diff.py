@@ -17,7 +17,9 @@ from fp8pack.checkpoint.values import strips
 from fp8pack.cli.app import app
 from fp8pack.errors import Fp8PackError
 from fp8pack.modelfacts.spec import TensorSpec
+from fp8pack.numerics.metrics import LOST_DB
 from fp8pack.reading.comparison import Comparison, TensorComparison
+from fp8pack.reading.diff import compare
 
 E4M3, BF16 = ml_dtypes.float8_e4m3fn, ml_dtypes.bfloat16
 MODULE = "model.layers.0.mlp.up_proj"
@@ -167,14 +169,14 @@ def test_what_is_quite_wrong_has_no_good_sqnr_and_breaks_a_bound(kind: str, tmp_
     fine = random_weight(SHAPE, 1)
     a = model(tmp_path / "a", {WEIGHT: exact, "model.layers.1.mlp.up_proj.weight": fine})
     b = model(tmp_path / "b", {WEIGHT: wrong, "model.layers.1.mlp.up_proj.weight": fine * BF16(1.0078125)})
-    facts = fp8pack.diff(a, b)
+    facts = compare(a, b)
     strict(facts)
     found = only(facts)
     assert not found.equal
-    assert found.sqnr is None or found.sqnr <= 0
+    assert (found.sqnr, found.num_nonfinite) == ((LOST_DB, 0) if kind == "zeros in A" else (None, 1))
     ran = CliRunner().invoke(app, ["diff", str(a), str(b), "--fail-if", "sqnr_min<28"])
     assert isinstance(ran.exception, Fp8PackError)
-    assert ran.exception.exit_code == 8
+    assert ran.exception.exit_code == (8 if kind == "zeros in A" else 6)
 
 
 def test_a_nan_byte_in_b_is_no_perfect_weight(tmp_path: Path) -> None:
@@ -183,9 +185,10 @@ def test_a_nan_byte_in_b_is_no_perfect_weight(tmp_path: Path) -> None:
     codes[3, 4] = 0xFF
     a = model(tmp_path / "a", tensors, "channel")
     b = model(tmp_path / "b", tensors | {WEIGHT: codes.view(E4M3)}, "channel")
-    found = only(fp8pack.diff(a, b))
-    assert not found.equal
-    assert found.sqnr is None or found.sqnr <= 0
+    found = only(compare(a, b))
+    assert (found.equal, found.sqnr, found.num_nonfinite) == (False, None, 1)
+    with pytest.raises(fp8pack.VerificationError, match="1 element is NaN or infinite in A or B alone"):
+        fp8pack.diff(a, b)
 
 
 def test_scales_of_zero_are_no_error_of_the_comparison(tmp_path: Path) -> None:

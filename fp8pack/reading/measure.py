@@ -1,0 +1,67 @@
+"""Every quantized weight of a checkpoint against its source, over all elements."""
+
+from collections.abc import Callable, Container
+from contextlib import nullcontext
+from pathlib import Path
+from threading import Lock
+
+from fp8pack.checkpoint.source import Source, open_checkpoint
+from fp8pack.checkpoint.values import ValueReader, strips
+from fp8pack.errors import InputError
+from fp8pack.machine import usable_cores
+from fp8pack.modelfacts.contents import Contents
+from fp8pack.modelfacts.experts import split_experts
+from fp8pack.modelfacts.prefixes import strip_prefixes
+from fp8pack.modelfacts.spec import FLOAT_DTYPES, TensorSpec
+from fp8pack.numerics.metrics import ErrorTally
+from fp8pack.packing.workers import Stop, run_threads
+
+OnProgress = Callable[[int, int], None]
+
+
+class Origin:
+    """The source of a checkpoint: its weights under the names that the checkpoint has for them."""
+
+    def __init__(self, opened: Source, path: Path) -> None:
+        """`opened`: the checkpoint; `path`: the source."""
+        self.source = open_checkpoint(path)
+        prefixes = opened.manifest.recipe.get("strip_prefix", ()) if opened.manifest else ()
+        self.contents = Contents("", strip_prefixes(self.source.specs, prefixes), self.source.facts)
+        split = (*split_experts(self.contents).tensors, *self.contents.tensors)
+        self._specs = {spec.name: spec for spec in split}
+
+    def of(self, spec: TensorSpec) -> TensorSpec:
+        """Return the weight that a quantized one comes from; InputError if there is none."""
+        found = self._specs.get(spec.name)
+        if found is None or found.shape != spec.shape or found.dtype not in FLOAT_DTYPES:
+            raise InputError(
+                f"{self.source.path} has no weight {spec.name!r} of shape {list(spec.shape)}: it is not the source"
+            )
+        return found
+
+
+def measure(
+    opened: Source, contents: Contents, origin: Origin, *, without: Container[str], on_progress: OnProgress
+) -> dict[str, ErrorTally]:
+    """Compare the quantized weights with the source, but those of names in `without`; progress is in bytes of it."""
+    weights = [spec for spec in contents.tensors if spec.name in contents.quantized and spec.name not in without]
+    total, done, lock = sum(origin.of(spec).nbytes for spec in weights), 0, Lock()
+    found: dict[str, ErrorTally] = {}
+
+    def work(spec: TensorSpec) -> None:
+        nonlocal done
+        exact = origin.of(spec)
+        tally = ErrorTally(contents.quantized[spec.name].format, exact.dtype)
+        with ValueReader(opened, contents) as ours, ValueReader(origin.source, origin.contents) as theirs:
+            for lo, hi in strips(spec):
+                bits = theirs.bits(exact, lo, hi)
+                tally.add(bits, *ours.dequantized(spec, lo, hi))
+                with lock:
+                    done += bits.nbytes
+        found[spec.name] = tally
+
+    def tick() -> None:
+        on_progress(done, total)
+
+    run_threads([weights], lambda: nullcontext(work), count=usable_cores(), stop=Stop(), tick=tick)
+    return found
