@@ -8,7 +8,7 @@ NVIDIA_ROOT ?= $(wildcard build/cuda/lib/python3*/site-packages/nvidia/cu13)
 NVIDIA_PACKAGES = nvidia-cublas nvidia-cuda-runtime nvidia-cuda-crt nvidia-cuda-cccl
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast test-families test-faults test-hostile fuzz test-newest test-oldest test-vllm lock check lint format types golden docs dist site links bench bench-calibrate bench-load bench-gpu cpp test-gpu clean
+.PHONY: screenshots help install demo test test-fast test-families test-faults test-hostile fuzz test-newest test-oldest test-vllm lock check lint format types golden docs dist site links bench bench-calibrate bench-load bench-gpu cpp test-gpu clean
 
 help: ## print every target
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-16s %s\n", $$1, $$2}'
@@ -111,6 +111,9 @@ golden: install ## write the golden roots anew; say why in the commit
 
 docs: install ## write the generated parts of docs/ anew
 	$(BIN)/python docs/generate.py
+
+screenshots: install ## take the pictures of docs/images/ anew; needs Chromium
+	PYTHONPATH=tests $(BIN)/python tests/report/take_screenshots.py docs/images
 
 dist: install ## build the source archive and the wheel, and check their metadata
 	rm -rf dist

@@ -65,7 +65,17 @@ and text is accepted wherever a value is. Paths are text or `Path`. Failures are
 """
 API = {
     "Write": ("pack", "convert", "unpack"),
-    "Look": ("inspect", "inspect_tensor", "inspect_calibration", "diff", "verify", "evaluate", "environment"),
+    "Look": (
+        "inspect",
+        "inspect_tensor",
+        "inspect_calibration",
+        "diff",
+        "verify",
+        "evaluate",
+        "html_report",
+        "markdown_report",
+        "environment",
+    ),
     "Calibrate": ("calibrate", "merge", "observe"),
     "Load and multiply": ("load_packed", "linear", "load_model", "report_fp8", "FP8Linear"),
     "Results": (

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from fp8pack.reading.tensor_detail import inspect_tensor as inspect_tensor
     from fp8pack.reading.verification import Verification as Verification
     from fp8pack.reading.verify import verify as verify
+    from fp8pack.report.markdown import markdown_report as markdown_report
+    from fp8pack.report.page.write import html_report as html_report
     from fp8pack.runtime.environment import Environment as Environment
     from fp8pack.runtime.environment import environment as environment
     from fp8pack.runtime.linear import FP8Linear as FP8Linear
@@ -72,6 +74,8 @@ _HOMES = {
     "fp8pack.reading.tensor_detail": "TensorDetail inspect_tensor",
     "fp8pack.reading.verification": "Verification",
     "fp8pack.reading.verify": "verify",
+    "fp8pack.report.markdown": "markdown_report",
+    "fp8pack.report.page.write": "html_report",
     "fp8pack.runtime.environment": "Environment environment",
     "fp8pack.runtime.linear": "FP8Linear linear",
     "fp8pack.runtime.load": "load_packed",

@@ -36,6 +36,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_wheel_holds_prompts_headers_types_and_the_licence(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     wanted = {"_data/prompts.jsonl", "_data/include/fp8pack.hpp", "_data/include/fp8pack_safetensors.hpp", "py.typed"}
+    wanted |= {"report/page/page.css", "report/page/page.js"}
     wanted |= {f"engines/data/{engine.facts}.json" for engine in ENGINES if engine.facts}
     assert {f"fp8pack/{name}" for name in wanted} <= names
     assert any(name.endswith("licenses/LICENSE") for name in names)

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from fp8pack.cli import options
-from fp8pack.cli.output import emit_document, printing
+from fp8pack.cli.output import check_output, show
 from fp8pack.quiet import quiet_imports
 
 _RUNNING = "Running"
@@ -82,6 +82,8 @@ def evaluate(
     fail_on: Annotated[
         str, typer.Option("--fail-on", metavar="NAME", help="Judge the worse end of the 95 % interval, or the point")
     ] = "interval",
+    html: options.Html = None,
+    as_markdown: options.AsMarkdown = False,
     as_json: options.AsJson = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -109,6 +111,7 @@ def evaluate(
         state=state,
         deadline=deadline,
     )  # a wrong value is refused before torch is imported
+    check_output(html, as_json=as_json, as_markdown=as_markdown)
     found_on = parse_choice("fail_on", fail_on, FAIL_ON)
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # torch's threads spin, and starve all others on a shared machine
     with quiet_imports():
@@ -119,9 +122,5 @@ def evaluate(
     bounds = parse_bounds(fail_if or (), METRICS)
     with showing_progress(EVALUATING, quiet) as on_progress:
         found = run_evaluation(checkpoints, against, given, on_progress)
-    if as_json:
-        emit_document(found)
-    else:
-        with printing():
-            print_evaluation(found)
+    show(found, print_evaluation, as_json=as_json, as_markdown=as_markdown, html=html)
     check_bounds(found, bounds, found_on)

@@ -1,14 +1,12 @@
 """`fp8pack inspect`."""
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fp8pack.cli import options
-from fp8pack.cli.output import emit_document, printing
-from fp8pack.documents import Document
+from fp8pack.cli.output import check_output, show
 from fp8pack.engines.known import NAMES, parse_targets
 from fp8pack.errors import RecipeError
 
@@ -16,7 +14,6 @@ if TYPE_CHECKING:
     from fp8pack.reading.inspection import Inspection
 
 _SHOWING = "Tensors"
-Shown = TypeVar("Shown", bound=Document)
 
 
 def inspect(
@@ -72,6 +69,8 @@ def inspect(
             rich_help_panel=_SHOWING,
         ),
     ] = False,
+    html: options.Html = None,
+    as_markdown: options.AsMarkdown = False,
     as_json: options.AsJson = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -89,12 +88,16 @@ def inspect(
 
     bounds = parse_bounds(fail_if or (), INSPECTION_METRICS)
     asked = parse_targets(parse_texts("targets", targets or (), commas=True))
+    check_output(html, as_json=as_json, as_markdown=as_markdown)
     if tensor is not None:
+        if html is not None or as_markdown:
+            raise RecipeError("a page or Markdown is of a whole checkpoint", "leave out the tensor")
         return _show_tensor(checkpoint, tensor, against, explain=explain, as_json=as_json)
     if explain:
-        raise RecipeError("--explain is of one tensor, and none is named", "name it after the checkpoint")
+        raise RecipeError("one tensor is explained, and none is named", "name it after the checkpoint")
     if against is None and checkpoint.is_file() and is_calibration(checkpoint):
-        return _show(inspect_calibration(checkpoint), print_calibration, as_json=as_json)
+        summary = inspect_calibration(checkpoint)
+        return show(summary, print_calibration, as_json=as_json, as_markdown=as_markdown, html=html)
     with showing_progress(MEASURING, quiet) as on_progress:
         found = look(checkpoint, against, targets=asked, tp=tp, gpu=gpu, on_progress=on_progress)
     listed = tensors or bool(only) or bool(where) or sort != "name"
@@ -106,7 +109,7 @@ def inspect(
             print()
         print_overview(found, asked, brief=listed)
 
-    _show(found, print_found, as_json=as_json)
+    show(found, print_found, as_json=as_json, as_markdown=as_markdown, html=html)
     found.check()
     check_bounds(found, bounds)
     check_targets(found, asked)
@@ -117,13 +120,5 @@ def _show_tensor(checkpoint: Path, tensor: str, against: Path | None, *, explain
     from fp8pack.report.tensor import print_tensor
 
     found = inspect_tensor(checkpoint, tensor, against, explain=explain)
-    _show(found, print_tensor, as_json=as_json)
+    show(found, print_tensor, as_json=as_json)
     found.check()
-
-
-def _show(found: Shown, print_found: Callable[[Shown], None], *, as_json: bool) -> None:
-    if as_json:
-        emit_document(found)
-    else:
-        with printing():
-            print_found(found)

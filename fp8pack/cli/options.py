@@ -179,3 +179,10 @@ def request_params(ctx: typer.Context) -> dict[str, Any]:
 def write_params(ctx: typer.Context) -> dict[str, Any]:
     """Return the parameters of a command for writing, as they were typed."""
     return {name: value for name, value in ctx.params.items() if name in _WRITE and value is not None}
+
+
+Html = Annotated[
+    Path | None,
+    typer.Option("--html", metavar="FILE", help="Write a page with all of it: one file, which loads nothing"),
+]
+AsMarkdown = Annotated[bool, typer.Option("--markdown", help="Print Markdown on stdout, for a pull request")]

@@ -3,17 +3,22 @@
 import errno
 import json
 import os
+import shlex
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from io import TextIOWrapper
+from pathlib import Path
+from typing import TypeVar
 
 import typer
 
 from fp8pack.documents import Document
-from fp8pack.errors import Fp8PackError
+from fp8pack.errors import Fp8PackError, RecipeError
 from fp8pack.report.text import printable
+
+Shown = TypeVar("Shown", bound=Document)
 
 
 class Signalled(BaseException):
@@ -89,6 +94,40 @@ def emit(text: str) -> None:
 def emit_document(document: Document) -> None:
     """Print a result on stdout, as JSON."""
     emit(json.dumps(document.to_dict(), indent=2, ensure_ascii=False))
+
+
+def show(
+    found: Shown,
+    print_found: Callable[[Shown], None],
+    *,
+    as_json: bool,
+    as_markdown: bool = False,
+    html: Path | None = None,
+) -> None:
+    """Print a result on stdout, for people, as JSON or as Markdown; write its page first if there is to be one."""
+    if html is not None:
+        from fp8pack.report.page.write import html_report, write_page
+
+        write_page(html, html_report(found, shlex.join(["fp8pack", *sys.argv[1:]])))
+    if as_json:
+        emit_document(found)
+    elif as_markdown:
+        from fp8pack.report.markdown import markdown_report
+
+        emit(markdown_report(found).rstrip("\n"))
+    else:
+        with printing():
+            print_found(found)
+
+
+def check_output(html: Path | None, *, as_json: bool, as_markdown: bool) -> None:
+    """Raise RecipeError for a page that cannot be written, and for two formats on stdout."""
+    if as_json and as_markdown:
+        raise RecipeError("JSON and Markdown would both be printed on stdout", "leave one out")
+    if html is not None:
+        from fp8pack.report.page.write import check_page
+
+        check_page(html)
 
 
 def say(*lines: str) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fp8pack.documents import Document, html_table
-from fp8pack.planning.calibration import GREW, MIN_EXPERT_TOKENS, Calibration, Site, expert_of
+from fp8pack.planning.calibration import GREW, MIN_EXPERT_TOKENS, Calibration, Site, expert_of, values_of
 
 NUM_WIDEST = 10
 _FEWEST_PROMPTS = 4  # with fewer, there is no last quarter
@@ -39,15 +39,23 @@ class RareExpert:
     tokens: int
 
 
+@dataclass(frozen=True, slots=True)
+class GrowthStep:
+    """How much of its final amax a site had after so many prompts, on average over the sites."""
+
+    prompts: int
+    share: float
+
+
 @dataclass(frozen=True, slots=True, repr=False)
 class CalibrationSummary(Document):
     """The content of a calibration file.
 
     growth_last_quarter: the largest growth of an amax over the last quarter of the prompts, None with fewer than 4.
     num_growing: amax that grew by more than 1 % there. num_reached_late: sites first reached there. widest: inputs by
-    width. spikes: sites with one. sites: all of them if asked for, else empty. num_merged: files that
-    `merge` joined, 0 if it did not. Of a run of `calibrate`, else None: model, architecture, streamed (one layer in
-    memory at a time), already_complete, seconds, peak_memory in bytes.
+    width. spikes: sites with one. sites, growth (after 1, 2, 4, … prompts): if asked for, else empty. num_merged: files
+    that `merge` joined, 0 if it did not. Of a run of `calibrate`, else None: model, architecture, streamed (one layer
+    in memory at a time), already_complete, seconds, peak_memory in bytes.
     """
 
     output: Path
@@ -64,6 +72,7 @@ class CalibrationSummary(Document):
     rare_experts: tuple[RareExpert, ...]
     has_all_experts: bool
     sites: tuple[SiteSummary, ...] = ()
+    growth: tuple[GrowthStep, ...] = ()
     num_merged: int = 0
     model: str | None = None
     architecture: str | None = None
@@ -107,6 +116,17 @@ def summarize(calibration: Calibration, *, output: Path, every_site: bool = Fals
         ),
         has_all_experts=bool(calibration.all_experts),
         sites=sites if every_site else (),
+        growth=_growth(calibration) if every_site else (),
+    )
+
+
+def _growth(calibration: Calibration) -> tuple[GrowthStep, ...]:
+    sites = [values_of(site.prompt_amax) for site in calibration.sites if site.amax and site.prompt_amax.size]
+    count = len(calibration.prompts)
+    steps = [*(2**i for i in range(count.bit_length()) if 2**i < count), count]
+    shares = [[float(amax[:step].max() / amax.max()) for amax in sites if amax.max() > 0] for step in steps]
+    return tuple(
+        GrowthStep(step, math.fsum(found) / len(found)) for step, found in zip(steps, shares, strict=True) if found
     )
 
 

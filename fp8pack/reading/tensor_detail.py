@@ -96,7 +96,7 @@ def inspect_tensor(
     if quantized is None and spec.dtype not in FLOAT_DTYPES:
         raise InputError(f"{opened.path}: {spec.name!r} is {spec.dtype}, which has no numeric values")
     if explain and quantized is not None and against is None:
-        raise RecipeError("--explain quantizes the source of the weight, and none is given", "--against SOURCE")
+        raise RecipeError("the source of the weight is what is quantized, and none is given", "--against SOURCE")
     origin = Origin(opened, parse_path("against", against)) if against is not None and quantized is not None else None
     with ValueReader(opened, contents) as reader:
         found = entry_of(spec, contents, opened.manifest, reader)

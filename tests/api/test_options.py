@@ -22,7 +22,7 @@ COMMANDS = {
     "merge": merge.merge,
     "evaluate": evaluation.evaluate,
 }
-PRINTING = {"ctx", "as_json", "quiet", "verbose"}  # of the command line alone
+PRINTING = {"ctx", "as_json", "as_markdown", "html", "quiet", "verbose"}  # of the command line alone
 CHOOSING = {"inspect": {"tensor", "tensors", "only", "where", "sort", "explain"}}  # which tensors are printed
 LISTENING = {"on_progress", "on_note"}  # of Python alone
 INNER = {"rules", "sizes"}  # of recipe files, and of tests
