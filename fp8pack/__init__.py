@@ -21,8 +21,12 @@ if TYPE_CHECKING:
     from fp8pack.errors import RecipeError as RecipeError
     from fp8pack.errors import SpaceError as SpaceError
     from fp8pack.errors import VerificationError as VerificationError
+    from fp8pack.evaluation.compare_models import compare_models as compare_models
+    from fp8pack.evaluation.encoder_evaluation import EncoderEvaluation as EncoderEvaluation
     from fp8pack.evaluation.evaluate import evaluate as evaluate
+    from fp8pack.evaluation.evaluate_encoder import evaluate_encoder as evaluate_encoder
     from fp8pack.evaluation.evaluation import Evaluation as Evaluation
+    from fp8pack.evaluation.model_comparison import ModelComparison as ModelComparison
     from fp8pack.packing.convert import convert as convert
     from fp8pack.packing.pack import pack as pack
     from fp8pack.packing.result import PackResult as PackResult
@@ -60,8 +64,12 @@ _HOMES = {
     "fp8pack.engines.judge": "EngineVerdict",
     "fp8pack.errors": "BoundError DeadlineError DeviceError Fp8PackError InputError OutputError RecipeError SpaceError "
     "VerificationError",
+    "fp8pack.evaluation.compare_models": "compare_models",
+    "fp8pack.evaluation.encoder_evaluation": "EncoderEvaluation",
     "fp8pack.evaluation.evaluate": "evaluate",
+    "fp8pack.evaluation.evaluate_encoder": "evaluate_encoder",
     "fp8pack.evaluation.evaluation": "Evaluation",
+    "fp8pack.evaluation.model_comparison": "ModelComparison",
     "fp8pack.packing.convert": "convert",
     "fp8pack.packing.pack": "pack",
     "fp8pack.packing.result": "PackResult",

@@ -90,7 +90,8 @@ def evaluate(
     """Measure what FP8 cost: run checkpoints and their source over the same text.
 
     Prints perplexity, KL divergence and agreement of the next-token distributions, with 95 % intervals over documents,
-    and where they differ most.
+    and where they differ most. Of an encoder: cosines, rank correlation and neighbours of embeddings; of a classifier:
+    agreement.
     """
     from fp8pack.bounds import parse_bounds
     from fp8pack.evaluation.options import FAIL_ON, EvalOptions
@@ -115,12 +116,21 @@ def evaluate(
     found_on = parse_choice("fail_on", fail_on, FAIL_ON)
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # torch's threads spin, and starve all others on a shared machine
     with quiet_imports():
-        from fp8pack.evaluation.evaluate import METRICS, check_bounds, run_evaluation  # torch, transformers: seconds
-    from fp8pack.report.evaluation import print_evaluation
+        from fp8pack.evaluation import evaluate, evaluate_encoder  # torch, transformers: seconds
+    from fp8pack.checkpoint.source import open_checkpoint
+    from fp8pack.report.evaluation import print_encoder_evaluation, print_evaluation
     from fp8pack.report.progress import EVALUATING, showing_progress
 
-    bounds = parse_bounds(fail_if or (), METRICS)
+    is_encoder = bool(evaluate_encoder.kind_of(open_checkpoint(against)))
+    bounds = parse_bounds(fail_if or (), evaluate_encoder.METRICS if is_encoder else evaluate.METRICS)
     with showing_progress(EVALUATING, quiet) as on_progress:
-        found = run_evaluation(checkpoints, against, given, on_progress)
-    show(found, print_evaluation, as_json=as_json, as_markdown=as_markdown, html=html)
-    check_bounds(found, bounds, found_on)
+        if is_encoder:
+            encoded = evaluate_encoder.run_encoders(checkpoints, against, given, on_progress)
+        else:
+            found = evaluate.run_evaluation(checkpoints, against, given, on_progress)
+    if is_encoder:
+        show(encoded, print_encoder_evaluation, as_json=as_json, as_markdown=as_markdown, html=html)
+        evaluate_encoder.check_bounds(encoded, bounds, found_on)
+    else:
+        show(found, print_evaluation, as_json=as_json, as_markdown=as_markdown, html=html)
+        evaluate.check_bounds(found, bounds, found_on)

@@ -73,6 +73,8 @@ def evaluate(
         the worse end of the 95 % `interval`, or the `point`.
     on_progress: is told (tokens done, tokens in all).
 
+    A model that predicts no next token is for `evaluate_encoder`.
+
     Raises:
         InputError: a checkpoint or a text is refused. RecipeError: an option is out of range.
         VerificationError: logits hold a NaN or infinity. BoundError: a bound is broken.
@@ -133,12 +135,15 @@ def _evaluate(checkpoints: Sequence[Path], against: Path, options: EvalOptions, 
     if options.save_base is not None:
         check_new(options.save_base)
     base = open_source(against, dtype, device, trust_remote_code=trust)
+    base.check_predicts()
     tokenizer = read_tokenizer(base.source, trust_remote_code=trust)
     length = base.loader.length(options.max_length)
     given = read_text(options, tokenizer, length, device)
     for window in given.windows:
         base.loader.check_tokens({given.names[window.document]: window.ids.tolist()})
     others = [open_packed(path, dtype, device, options.activations, trust_remote_code=trust) for path in checkpoints]
+    for opened in others:
+        opened.check_predicts()
     notes = [*given.notes, *(note for opened in others for note in opened.notes)]
     with ExitStack() as stack:
         for opened in others:

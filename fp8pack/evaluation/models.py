@@ -46,6 +46,12 @@ class Opened:
         """Its model."""
         return self.loader.model
 
+    def check_predicts(self) -> None:
+        """Raise InputError if its model predicts no next token."""
+        if self.model.config.is_encoder_decoder or self.model.get_output_embeddings() is None:  # type: ignore[no-untyped-call]
+            name = self.source.facts.architecture or self.path
+            raise InputError(f"{name} predicts no next token, and is no encoder of text that is known")
+
     def outputs(self, ids: Tensor) -> Any:
         """Run the model on tokens [T]."""
         return self.model(input_ids=ids[None], use_cache=False)
@@ -62,11 +68,9 @@ class Opened:
 
 
 def open_source(path: Path, dtype: torch.dtype, device: torch.device, *, trust_remote_code: bool) -> Opened:
-    """Open a checkpoint whose weights are run in floats; InputError if its model predicts no next token."""
+    """Open a checkpoint whose weights are run in floats."""
     source = open_checkpoint(path)
     loader = ModelLoader(source, trust_remote_code=trust_remote_code, device=device, dtype=dtype)
-    if loader.model.config.is_encoder_decoder or loader.model.get_output_embeddings() is None:  # type: ignore[no-untyped-call]
-        raise InputError(f"{source.facts.architecture or path} predicts no next token: only such models are evaluated")
     for config in (loader.model.config, loader.model.config.get_text_config()):
         config.use_cache = False
     return Opened(source, loader, loader.load)
@@ -79,7 +83,7 @@ def open_packed(
 
     With any other kind of quantized weight, all are dequantized.
     Raises:
-        InputError: `static` is asked for, and a weight has no scale of its input; or its model predicts no next token.
+        InputError: `static` is asked for, and a weight has no scale of its input.
     """
     opened = open_source(path, dtype, device, trust_remote_code=trust_remote_code)
     source, loader = opened.source, opened.loader

@@ -3,6 +3,7 @@
 from rich.table import Table
 from rich.text import Text
 
+from fp8pack.evaluation.encoder_evaluation import EncoderEvaluation, EncoderQuality
 from fp8pack.evaluation.evaluation import Evaluation, Quality
 from fp8pack.evaluation.intervals import Interval
 from fp8pack.report.console import make_console, print_line
@@ -33,10 +34,56 @@ def print_evaluation(found: Evaluation) -> None:
     print_line(console, f"result   {format_seconds(found.seconds)}")
 
 
-def _table(quality: Quality) -> Table:
+def print_encoder_evaluation(found: EncoderEvaluation) -> None:
+    """Print an evaluation of an encoder to stdout."""
+    console = make_console([str(quality.checkpoint) for quality in found.checkpoints])
+    texts = f"{found.num_documents} documents, {found.num_texts} sentences or lines, {found.num_tokens} tokens"
+    print_line(console, f"text     {', '.join(found.text)}: {texts}")
+    pooling = f"  pooling {found.pooling}" if found.pooling else ""
+    print_line(console, f"source   {found.source}  {found.dtype}  {found.kind}{pooling}")
+    for note in found.notes:
+        print_line(console, f"note     {note}")
+    for quality in found.checkpoints:
+        print_line(console, "")
+        print_line(console, f"{quality.checkpoint}  activations {quality.activations}")
+        table = _measures_table()
+        for name, cells in encoder_rows(quality):
+            table.add_row(*map(Text, (name, *cells)))
+        console.print(table)
+        print_line(console, "worst texts: KL" if found.kind == "classes" else "worst texts: cosine")
+        for text in quality.worst[:_SHOWN]:
+            print_line(console, f"  {text.value:9.6f}  {text.text[:60]!r}")
+    print_line(console, f"result   {format_seconds(found.seconds)}")
+
+
+def encoder_rows(quality: EncoderQuality) -> list[tuple[str, tuple[str, str]]]:
+    """Return the name, value and interval of each measure of an encoder."""
+    rows: list[tuple[str, Interval | float | None, str]] = [
+        ("cosine, mean", quality.cosine, ".6f"),
+        ("cosine, smallest", quality.cosine_min, ".6f"),
+        ("rank correlation", quality.rank_correlation, ".6f"),
+        ("same nearest neighbour", quality.neighbours, ".2%"),
+        ("same label", quality.agreement, ".2%"),
+        ("KL mean", quality.kl, ".3g"),
+    ]
+    return [
+        (name, (f"{found.value:{how}}", f"{found.low:{how}} to {found.high:{how}}"))
+        if isinstance(found, Interval)
+        else (name, (f"{found:{how}}", ""))
+        for name, found, how in rows
+        if found is not None
+    ]
+
+
+def _measures_table() -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 2))
     for header in ("", "value", "95 % over documents"):
         table.add_column(header, justify="left" if not header else "right")
+    return table
+
+
+def _table(quality: Quality) -> Table:
+    table = _measures_table()
     rows: list[tuple[str, Interval, str]] = [
         ("perplexity", quality.perplexity, ".4g"),
         ("perplexity / source", quality.ppl_ratio, ".5f"),

@@ -4,11 +4,13 @@ from collections.abc import Sequence
 
 from fp8pack.documents import Document
 from fp8pack.engines.known import NAMES
+from fp8pack.evaluation.encoder_evaluation import EncoderEvaluation
 from fp8pack.evaluation.evaluation import Evaluation
 from fp8pack.evaluation.intervals import Interval
 from fp8pack.planning.calibration_summary import CalibrationSummary
 from fp8pack.reading.groups import groups_of, worst_of
 from fp8pack.reading.inspection import Inspection
+from fp8pack.report.evaluation import encoder_rows
 from fp8pack.report.page.evaluation import METRICS, spread
 from fp8pack.report.quality import decibels
 from fp8pack.report.sentences import labels_of, verdict_of_calibration, verdict_of_evaluation, verdict_of_inspection
@@ -22,6 +24,8 @@ def markdown_report(found: Document) -> str:
         return _inspection(found)
     if isinstance(found, Evaluation):
         return _evaluation(found)
+    if isinstance(found, EncoderEvaluation):
+        return _encoder(found)
     if isinstance(found, CalibrationSummary):
         return _calibration(found)
     raise TypeError(f"{type(found).__name__} has no report")
@@ -71,6 +75,19 @@ def _evaluation(found: Evaluation) -> str:
     parts.append(f"Values and 95 % intervals over documents; {_text(run)}; the source has perplexity "
                  f"{spread(found.perplexity, '.4g')} in {found.dtype}.")  # fmt: skip
     parts += [f"Note: {_text(note)}" for note in found.notes]
+    return _joined(parts)
+
+
+def _encoder(found: EncoderEvaluation) -> str:
+    parts = [f"### What FP8 cost {_text(str(found.source.name or found.source))}"]
+    columns = [dict(encoder_rows(quality)) for quality in found.checkpoints]
+    rows = [
+        (name, *(f"{cells[name][0]} ({cells[name][1]})" if cells[name][1] else cells[name][0] for cells in columns))
+        for name in columns[0]
+    ]
+    parts.append(_table(("", *(f"`{quality.checkpoint}`" for quality in found.checkpoints)), rows))
+    run = f"{', '.join(found.text)}: {found.num_texts} texts of {found.num_documents} documents"
+    parts.append(f"Values and 95 % intervals over documents; {_text(run)}, in {found.dtype}.")
     return _joined(parts)
 
 

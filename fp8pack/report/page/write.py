@@ -7,10 +7,12 @@ from pathlib import Path
 from fp8pack.checkpoint.shard_writer import write_file, writing
 from fp8pack.documents import Document
 from fp8pack.errors import OutputError, RecipeError
+from fp8pack.evaluation.encoder_evaluation import EncoderEvaluation
 from fp8pack.evaluation.evaluation import Evaluation
 from fp8pack.planning.calibration_summary import CalibrationSummary
 from fp8pack.reading.inspection import Inspection
 from fp8pack.report.page.calibration import calibration_page
+from fp8pack.report.page.encoder import encoder_page
 from fp8pack.report.page.evaluation import evaluation_page
 from fp8pack.report.page.inspection import inspection_page
 
@@ -26,6 +28,8 @@ def html_report(found: Document, command: str = "") -> str:
         return inspection_page(found, command)
     if isinstance(found, Evaluation):
         return evaluation_page(found, command)
+    if isinstance(found, EncoderEvaluation):
+        return encoder_page(found, command)
     if isinstance(found, CalibrationSummary):
         return calibration_page(found, command)
     raise TypeError(f"{type(found).__name__} has no report")
