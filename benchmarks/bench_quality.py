@@ -173,8 +173,8 @@ distributions, BF16 against FP8.
 ## An embedding model
 
 all-MiniLM-L6-v2 (22.7 million parameters, pooled by the mean, normalized) on {encoded[0].num_texts} sentences or
-lines of the bundled text: cosine of each text's two embeddings, BF16 or FP32 against FP8; Spearman's rank correlation of the
-similarities of all pairs; share of texts whose nearest other text is the same.
+lines of the bundled text: cosine of each text's two embeddings, BF16 or FP32 against FP8; Spearman's rank correlation
+of the similarities of all pairs; share of texts whose nearest other text is the same.
 
 {encoder_table(encoded[0])}
 

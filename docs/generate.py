@@ -40,6 +40,7 @@ SCHEMAS: dict[str, Any] = {
     "calibration-summary.schema.json": fp8pack.CalibrationSummary,
     "evaluation.schema.json": fp8pack.Evaluation,
     "encoder-evaluation.schema.json": fp8pack.EncoderEvaluation,
+    "layer-evaluation.schema.json": fp8pack.LayerEvaluation,
     "environment.schema.json": fp8pack.Environment,
 }
 
@@ -67,15 +68,15 @@ and text is accepted wherever a value is. Paths are text or `Path`. Failures are
 API = {
     "Write": ("pack", "convert", "unpack"),
     "Look": (
-        *("inspect", "inspect_tensor", "inspect_calibration", "diff", "verify", "evaluate", "evaluate_encoder"),
-        *("compare_models", "html_report", "markdown_report", "environment"),
+        *("inspect", "inspect_tensor", "inspect_calibration", "diff", "verify", "evaluate", "evaluate_layers"),
+        *("evaluate_encoder", "compare_models", "html_report", "markdown_report", "environment"),
     ),
     "Calibrate": ("calibrate", "merge", "observe"),
     "Load and multiply": ("load_packed", "linear", "load_model", "report_fp8", "FP8Linear"),
     "Results": (
         *("PackResult", "Inspection", "TensorInspection", "TensorDetail", "Comparison", "CalibrationSummary"),
-        *("EngineVerdict", "Verification", "Evaluation", "EncoderEvaluation", "ModelComparison", "Environment"),
-        *("PackedCheckpoint", "PackedTensor", "FP8Report"),
+        *("EngineVerdict", "Verification", "Evaluation", "LayerEvaluation", "EncoderEvaluation"),
+        *("ModelComparison", "Environment", "PackedCheckpoint", "PackedTensor", "FP8Report"),
     ),
     "Errors": (
         *("Fp8PackError", "RecipeError", "InputError", "OutputError", "SpaceError", "VerificationError"),

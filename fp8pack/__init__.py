@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     from fp8pack.evaluation.encoder_evaluation import EncoderEvaluation as EncoderEvaluation
     from fp8pack.evaluation.evaluate import evaluate as evaluate
     from fp8pack.evaluation.evaluate_encoder import evaluate_encoder as evaluate_encoder
+    from fp8pack.evaluation.evaluate_layers import evaluate_layers as evaluate_layers
     from fp8pack.evaluation.evaluation import Evaluation as Evaluation
+    from fp8pack.evaluation.layer_evaluation import LayerEvaluation as LayerEvaluation
     from fp8pack.evaluation.model_comparison import ModelComparison as ModelComparison
     from fp8pack.packing.convert import convert as convert
     from fp8pack.packing.pack import pack as pack
@@ -69,6 +71,8 @@ _HOMES = {
     "fp8pack.evaluation.evaluate": "evaluate",
     "fp8pack.evaluation.evaluate_encoder": "evaluate_encoder",
     "fp8pack.evaluation.evaluation": "Evaluation",
+    "fp8pack.evaluation.evaluate_layers": "evaluate_layers",
+    "fp8pack.evaluation.layer_evaluation": "LayerEvaluation",
     "fp8pack.evaluation.model_comparison": "ModelComparison",
     "fp8pack.packing.convert": "convert",
     "fp8pack.packing.pack": "pack",

@@ -8,6 +8,7 @@ import typer
 
 from fp8pack.cli import options
 from fp8pack.cli.output import check_output, show
+from fp8pack.errors import RecipeError
 from fp8pack.quiet import quiet_imports
 
 _RUNNING = "Running"
@@ -38,8 +39,13 @@ def evaluate(
         str | None, typer.Option("--text-column", metavar="NAME", help="Column with the text")
     ] = None,
     num_tokens: Annotated[
-        int, typer.Option("--num-tokens", metavar="N", help="At most so many tokens of text", show_default=True)
-    ] = 32768,
+        str | None,
+        typer.Option(
+            "--num-tokens",
+            metavar="N",
+            help="At most so many tokens of text [default: 32768; 4096 with --per-layer]",
+        ),
+    ] = None,
     max_length: Annotated[
         int | None,
         typer.Option("--max-length", metavar="N", help="Tokens of a window [default: the model's limit, at most 2048]"),
@@ -75,6 +81,10 @@ def evaluate(
     deadline: Annotated[
         str | None, _running("--deadline", metavar="TIME", help="Stop after this time, such as 50m; needs --state")
     ] = None,
+    per_layer: Annotated[
+        bool, typer.Option("--per-layer", help="What each decoder layer costs: one at a time in FP8, 4,096 tokens")
+    ] = False,
+    per_linear: Annotated[bool, typer.Option("--per-linear", help="The same for each linear: takes longer")] = False,
     fail_if: Annotated[
         list[str] | None,
         typer.Option("--fail-if", metavar="CONDITION", help="Exit with code 8 when it is true, e.g. 'kl>0.01'"),
@@ -94,13 +104,13 @@ def evaluate(
     agreement.
     """
     from fp8pack.bounds import parse_bounds
-    from fp8pack.evaluation.options import FAIL_ON, EvalOptions
+    from fp8pack.evaluation.options import FAIL_ON, LAYER_TOKENS, EvalOptions
     from fp8pack.inputs import parse_choice
 
     given = EvalOptions(
         text=text or (),
         text_column=text_column,
-        num_tokens=num_tokens,
+        num_tokens=LAYER_TOKENS if num_tokens is None and (per_layer or per_linear) else num_tokens,
         max_length=max_length,
         activations=activations,
         dtype=dtype,
@@ -113,14 +123,22 @@ def evaluate(
         deadline=deadline,
     )  # a wrong value is refused before torch is imported
     check_output(html, as_json=as_json, as_markdown=as_markdown)
+    if (per_layer or per_linear) and (len(checkpoints) > 1 or fail_if):
+        raise RecipeError("layers are measured of one checkpoint, without bounds", "name one, and leave out --fail-if")
     found_on = parse_choice("fail_on", fail_on, FAIL_ON)
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # torch's threads spin, and starve all others on a shared machine
     with quiet_imports():
-        from fp8pack.evaluation import evaluate, evaluate_encoder  # torch, transformers: seconds
+        from fp8pack.evaluation import evaluate, evaluate_encoder, evaluate_layers  # torch, transformers: seconds
     from fp8pack.checkpoint.source import open_checkpoint
-    from fp8pack.report.evaluation import print_encoder_evaluation, print_evaluation
+    from fp8pack.report.evaluation import print_encoder_evaluation, print_evaluation, print_layer_evaluation
     from fp8pack.report.progress import EVALUATING, showing_progress
 
+    if per_layer or per_linear:
+        by = "linear" if per_linear else "layer"
+        with showing_progress(EVALUATING, quiet) as on_progress:
+            layers = evaluate_layers.run_layers(checkpoints[0], against, by, given, on_progress)
+        show(layers, print_layer_evaluation, as_json=as_json, as_markdown=as_markdown, html=html)
+        return
     is_encoder = bool(evaluate_encoder.kind_of(open_checkpoint(against)))
     bounds = parse_bounds(fail_if or (), evaluate_encoder.METRICS if is_encoder else evaluate.METRICS)
     with showing_progress(EVALUATING, quiet) as on_progress:

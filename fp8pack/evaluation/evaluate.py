@@ -18,7 +18,7 @@ from fp8pack.evaluation.evaluation import Evaluation
 from fp8pack.evaluation.intervals import Bootstrap, Interval
 from fp8pack.evaluation.kv_cache import simulating_kv_cache
 from fp8pack.evaluation.models import Opened, open_packed, open_source
-from fp8pack.evaluation.options import DEFAULT_TOKENS, FAIL_ON, EvalOptions
+from fp8pack.evaluation.options import FAIL_ON, EvalOptions
 from fp8pack.evaluation.progress import OnProgress, Progress
 from fp8pack.evaluation.quality import quality_of
 from fp8pack.evaluation.run import Resident, Run, Streamed
@@ -41,7 +41,7 @@ def evaluate(
     *,
     text: Texts = HELD_OUT,
     text_column: str | None = None,
-    num_tokens: int = DEFAULT_TOKENS,
+    num_tokens: int | None = None,
     max_length: int | None = None,
     activations: str = "declared",
     dtype: str = "float32",
@@ -60,8 +60,8 @@ def evaluate(
 
     checkpoints: FP8 or any other; several are compared with one run of the source. against: the source.
     text: `held-out` (bundled, 24 documents), files (JSONL, Parquet, CSV, text) or data sets in the hub cache.
-    num_tokens: at most so many tokens of text. max_length: tokens of a window; by default the model's limit, at most
-        2048.
+    num_tokens: at most so many tokens of text, 32,768 by default. max_length: tokens of a window; by default the
+        model's limit, at most 2048.
     activations: how inputs of FP8 linears are quantized: `declared` by the checkpoint, `none`, `dynamic` or `static`.
     dtype: of everything else: float32 or bfloat16. device: auto, cpu or cuda; on a CPU FP8 products are computed from
         the same FP8 values in float32.

@@ -16,7 +16,7 @@ from fp8pack.errors import BoundError, InputError, RecipeError, VerificationErro
 from fp8pack.evaluation.encoder_evaluation import EncoderEvaluation, EncoderQuality, WorstText
 from fp8pack.evaluation.intervals import Bootstrap, Interval
 from fp8pack.evaluation.models import Opened, open_packed, open_source
-from fp8pack.evaluation.options import DEFAULT_TOKENS, FAIL_ON, EvalOptions
+from fp8pack.evaluation.options import FAIL_ON, EvalOptions
 from fp8pack.evaluation.pooling import Pool, read_pooling
 from fp8pack.evaluation.progress import OnProgress
 from fp8pack.gemm.device import choose_device
@@ -58,7 +58,7 @@ def evaluate_encoder(  # noqa: PLR0913
     *,
     text: Texts = HELD_OUT,
     text_column: str | None = None,
-    num_tokens: int = DEFAULT_TOKENS,
+    num_tokens: int | None = None,
     max_length: int | None = None,
     activations: str = "declared",
     dtype: str = "float32",

@@ -22,7 +22,7 @@ from fp8pack.modelrun.prompts import HELD_OUT
 
 ACTIVATIONS = ("declared", "none", "dynamic", "static")
 FAIL_ON = ("interval", "point")
-DEFAULT_TOKENS = 32768
+DEFAULT_TOKENS, LAYER_TOKENS = 32768, 4096
 _DTYPES = ("float32", "bfloat16")
 _MOST_TOKENS = 1 << 40
 
@@ -54,7 +54,7 @@ class EvalOptions:
         *,
         text: Texts = HELD_OUT,
         text_column: str | None = None,
-        num_tokens: int | str = DEFAULT_TOKENS,
+        num_tokens: int | str | None = None,
         max_length: int | str | None = None,
         activations: str = "declared",
         dtype: str = "float32",
@@ -69,7 +69,8 @@ class EvalOptions:
         put = partial(object.__setattr__, self)
         put("text", parse_texts("text", text) or (HELD_OUT,))
         put("text_column", text_column)
-        put("num_tokens", parse_count("num_tokens", num_tokens, least=2, most=_MOST_TOKENS))
+        count = DEFAULT_TOKENS if num_tokens is None else num_tokens
+        put("num_tokens", parse_count("num_tokens", count, least=2, most=_MOST_TOKENS))
         put("max_length", None if max_length is None else parse_count("max_length", max_length, least=2))
         put("activations", parse_choice("activations", activations, ACTIVATIONS))
         put("dtype", parse_dtype("dtype", dtype, _DTYPES))

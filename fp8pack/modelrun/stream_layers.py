@@ -8,7 +8,7 @@ layers.
 
 import ctypes
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from io import BufferedReader, BufferedWriter
@@ -101,13 +101,17 @@ class Rounds:
         return self._folder / f"hidden-{index:05}.bin"
 
     @contextmanager
-    def round(self, index: int) -> Iterator[Callable[[Callable[[], object]], None]]:
+    def round(
+        self, index: int, *, taking_turns: Sequence[Path] = ()
+    ) -> Iterator[Callable[[Callable[[], object]], None]]:
         """Yield a function that runs one call of the model through layer `index`; the last round is after all layers.
 
-        Calls must have the same order in every round.
+        Calls must have the same order in every round. taking_turns: files of hidden states of several runs, of which
+        each call takes from the next.
         """
         last = index == len(self._stack.layers)
-        entering = self.hidden_path(index).open("rb") if index else None
+        paths = taking_turns or [self.hidden_path(index)]
+        entering = [path.open("rb") for path in paths] if index else []
         target = self.hidden_path(min(index + 1, len(self._stack.layers)))
         with writing(target):
             leaving = None if last else target.open("wb")
@@ -122,8 +126,8 @@ class Rounds:
             with replaced_forwards(zip(self._stack.layers, stubs, strict=True)):
                 yield take
         finally:
-            if entering is not None:
-                entering.close()
+            for file in entering:
+                file.close()
             if leaving is not None:
                 with writing(target):
                     leaving.close()
@@ -156,17 +160,19 @@ class Rounds:
 
 @dataclass(slots=True)
 class _Round:
-    entering: BufferedReader | None
+    entering: list[BufferedReader]
     leaving: BufferedWriter | None
     hidden: Tensor | None = None
+    turn: int = 0
 
     def read(self, like: Tensor) -> Tensor:
         """The next hidden states of the file, in the shape and dtype of this call's embeddings."""
-        assert self.entering is not None
+        file = self.entering[self.turn % len(self.entering)]
+        self.turn += 1
         tensor = torch.empty(like.shape, dtype=like.dtype)
         view = tensor.view(-1).view(torch.uint8).numpy().data
-        if self.entering.readinto(view) != len(view):
-            raise RuntimeError(f"{self.entering.name} is truncated")
+        if file.readinto(view) != len(view):
+            raise RuntimeError(f"{file.name} is truncated")
         return tensor.to(like.device)
 
     def write(self, hidden: Tensor) -> None:

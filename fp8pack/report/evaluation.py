@@ -1,14 +1,20 @@
 """What `eval` prints: a table of the checkpoints, and where they differ most from the source."""
 
+import math
+
 from rich.table import Table
 from rich.text import Text
 
 from fp8pack.evaluation.encoder_evaluation import EncoderEvaluation, EncoderQuality
 from fp8pack.evaluation.evaluation import Evaluation, Quality
 from fp8pack.evaluation.intervals import Interval
+from fp8pack.evaluation.layer_evaluation import LayerEvaluation
 from fp8pack.report.console import make_console, print_line
+from fp8pack.report.quality import decibels
+from fp8pack.report.text import shorten
 from fp8pack.units import format_seconds
 
+_WORST_LINEARS = 5
 _SHOWN = 3  # documents and positions; --json has ten
 
 
@@ -53,6 +59,34 @@ def print_encoder_evaluation(found: EncoderEvaluation) -> None:
         print_line(console, "worst texts: KL" if found.kind == "classes" else "worst texts: cosine")
         for text in quality.worst[:_SHOWN]:
             print_line(console, f"  {text.value:9.6f}  {text.text[:60]!r}")
+    print_line(console, f"result   {format_seconds(found.seconds)}")
+
+
+def print_layer_evaluation(found: LayerEvaluation) -> None:
+    """Print what each layer or linear costs to stdout."""
+    console = make_console([part.name for part in found.parts])
+    run = f"{found.num_documents} documents, {found.num_tokens} tokens predicted"
+    print_line(console, f"text     {', '.join(found.text)}: {run}")
+    print_line(console, f"source   {found.source}  {found.dtype}  perplexity {_spread(found.perplexity, '.4g')}")
+    for note in found.notes:
+        print_line(console, f"note     {note}")
+    print_line(console, "")
+    print_line(console, f"{found.checkpoint}  activations {found.activations}  one {found.by} at a time in FP8")
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 2))
+    for header in (found.by, "KL mean", "95 % over documents", "same top token"):
+        table.add_column(header, justify="left" if header == found.by else "right")
+    names = max(20, console.width - 58)
+    for part in found.parts:
+        interval = f"{part.kl.low:.3g} to {part.kl.high:.3g}"
+        cells = (shorten(part.name, names), f"{part.kl.value:.3g}", interval, f"{part.top1.value:.2%}")
+        table.add_row(*map(Text, cells))
+    console.print(table)
+    worst = sorted(found.linears, key=lambda linear: -math.inf if linear.sqnr is None else linear.sqnr)
+    if worst:
+        print_line(console, f"worst outputs of linears: SQNR dB, over {found.num_linear_tokens} tokens")
+    for linear in worst[:_WORST_LINEARS]:
+        sqnr = "NaN" if linear.sqnr is None else decibels(linear.sqnr, 2)
+        print_line(console, f"  {sqnr:>7}  {shorten(linear.name, max(20, console.width - 12))}")
     print_line(console, f"result   {format_seconds(found.seconds)}")
 
 

@@ -7,13 +7,21 @@ from fp8pack.engines.known import NAMES
 from fp8pack.evaluation.encoder_evaluation import EncoderEvaluation
 from fp8pack.evaluation.evaluation import Evaluation
 from fp8pack.evaluation.intervals import Interval
+from fp8pack.evaluation.layer_evaluation import LayerEvaluation
 from fp8pack.planning.calibration_summary import CalibrationSummary
 from fp8pack.reading.groups import groups_of, worst_of
 from fp8pack.reading.inspection import Inspection
 from fp8pack.report.evaluation import encoder_rows
-from fp8pack.report.page.evaluation import METRICS, spread
+from fp8pack.report.page.evaluation import METRICS
 from fp8pack.report.quality import decibels
-from fp8pack.report.sentences import labels_of, verdict_of_calibration, verdict_of_evaluation, verdict_of_inspection
+from fp8pack.report.sentences import (
+    labels_of,
+    spread,
+    verdict_of_calibration,
+    verdict_of_evaluation,
+    verdict_of_inspection,
+    verdict_of_layers,
+)
 from fp8pack.report.text import printable
 from fp8pack.units import format_size
 
@@ -26,6 +34,8 @@ def markdown_report(found: Document) -> str:
         return _evaluation(found)
     if isinstance(found, EncoderEvaluation):
         return _encoder(found)
+    if isinstance(found, LayerEvaluation):
+        return _layers(found)
     if isinstance(found, CalibrationSummary):
         return _calibration(found)
     raise TypeError(f"{type(found).__name__} has no report")
@@ -89,6 +99,12 @@ def _encoder(found: EncoderEvaluation) -> str:
     run = f"{', '.join(found.text)}: {found.num_texts} texts of {found.num_documents} documents"
     parts.append(f"Values and 95 % intervals over documents; {_text(run)}, in {found.dtype}.")
     return _joined(parts)
+
+
+def _layers(found: LayerEvaluation) -> str:
+    rows = [(f"`{part.name}`", spread(part.kl, ".3g"), f"{part.top1.value:.2%}") for part in found.parts]
+    head = f"### What each {found.by} of {_text(found.checkpoint.name)} costs"
+    return _joined([head, *verdict_of_layers(found), _table((f"{found.by} in FP8", "KL", "same top token"), rows)])
 
 
 def _calibration(found: CalibrationSummary) -> str:

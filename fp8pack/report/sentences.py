@@ -2,6 +2,8 @@
 
 from fp8pack.engines.known import NAMES
 from fp8pack.evaluation.evaluation import Evaluation
+from fp8pack.evaluation.intervals import Interval
+from fp8pack.evaluation.layer_evaluation import LayerEvaluation
 from fp8pack.planning.calibration_summary import CalibrationSummary
 from fp8pack.reading.inspection import Inspection
 from fp8pack.report.quality import decibels
@@ -43,6 +45,20 @@ def verdict_of_evaluation(found: Evaluation) -> list[str]:
         f"{quality.top1.value:.1%} of positions, perplexity times {quality.ppl_ratio.value:.4f}."
         for label, quality in zip(labels_of(found), found.checkpoints, strict=True)
     ]
+
+
+def spread(found: Interval, how: str) -> str:
+    """Return a value and its interval."""
+    return f"{found.value:{how}} ({found.low:{how}} to {found.high:{how}})"
+
+
+def verdict_of_layers(found: LayerEvaluation) -> list[str]:
+    """Return which parts cost most."""
+    total = sum(part.kl.value for part in found.parts)
+    first = found.worst[0]
+    said = f"The {found.by} that costs most is {first.name}: KL divergence {first.kl.value:.3g}"
+    share = f", {first.kl.value / total:.0%} of the sum over all {len(found.parts)}" if total else ""
+    return [f"{said}{share}."]
 
 
 def verdict_of_calibration(found: CalibrationSummary) -> list[str]:

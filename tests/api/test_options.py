@@ -23,7 +23,10 @@ COMMANDS = {
     "evaluate": evaluation.evaluate,
 }
 PRINTING = {"ctx", "as_json", "as_markdown", "html", "quiet", "verbose"}  # of the command line alone
-CHOOSING = {"inspect": {"tensor", "tensors", "only", "where", "sort", "explain"}}  # which tensors are printed
+CHOOSING = {  # which tensors are printed, and which function is called
+    "inspect": {"tensor", "tensors", "only", "where", "sort", "explain"},
+    "evaluate": {"per_layer", "per_linear"},
+}
 LISTENING = {"on_progress", "on_note"}  # of Python alone
 INNER = {"rules", "sizes"}  # of recipe files, and of tests
 

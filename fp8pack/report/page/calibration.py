@@ -5,12 +5,12 @@ from collections.abc import Callable, Iterable
 
 from fp8pack.planning.calibration_summary import CalibrationSummary, SiteSummary
 from fp8pack.report.page.document import document
+from fp8pack.report.page.inspection import by_layer
 from fp8pack.report.page.parts import Column, bars, facts, heat_map, long_table, paragraph, section, table
 from fp8pack.report.sentences import verdict_of_calibration
 from fp8pack.units import natural
 
 _EXPERT = re.compile(r"\.(\d+)\..*\.experts\.(\d+)\.(\w+)\.input$")
-_PLACE = re.compile(r"\.(\d+)\.(.+)$")
 
 
 def calibration_page(found: CalibrationSummary, command: str = "") -> str:
@@ -49,16 +49,8 @@ def _by_layer(
     how: str,
 ) -> str:
     """A heat map of layers and modules; of experts, the largest of a layer."""
-    cells: dict[int, dict[str, float]] = {}
-    for site, point in inputs:
-        found, place = value(site), _PLACE.search(point)
-        if found is not None and place:
-            row = cells.setdefault(int(place[1]), {})
-            module = re.sub(r"\.\d+\.", ".*.", place[2].removesuffix(".input"))
-            row[module] = max(row.get(module, found), found)
-    modules = list(dict.fromkeys(module for row in cells.values() for module in row))
-    rows = {f"layer {i}": [cells[i].get(module) for module in modules] for i in sorted(cells)}
-    return heat_map(caption, modules, rows, how.format)
+    found = {point.removesuffix(".input"): number for site, point in inputs if (number := value(site)) is not None}
+    return heat_map(caption, *by_layer(found, max), how.format)
 
 
 def _heads(found: CalibrationSummary) -> str:

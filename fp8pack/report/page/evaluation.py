@@ -4,7 +4,7 @@ from fp8pack.evaluation.evaluation import Evaluation, Quality
 from fp8pack.evaluation.intervals import Interval
 from fp8pack.report.page.document import document
 from fp8pack.report.page.parts import bars, facts, figure, paragraph, section, table, text
-from fp8pack.report.sentences import labels_of, verdict_of_evaluation
+from fp8pack.report.sentences import labels_of, spread, verdict_of_evaluation
 from fp8pack.units import format_seconds
 
 METRICS = (
@@ -40,11 +40,6 @@ def evaluation_page(found: Evaluation, command: str = "") -> str:
         *(_details(label, quality) for label, quality in zip(labels_of(found), found.checkpoints, strict=True)),
     ]
     return document(f"{found.source.name or found.source}: what FP8 cost", sections, command)
-
-
-def spread(found: Interval, how: str) -> str:
-    """Return a value and its interval."""
-    return f"{found.value:{how}} ({found.low:{how}} to {found.high:{how}})"
 
 
 def metric_table(found: Evaluation) -> str:

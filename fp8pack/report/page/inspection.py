@@ -1,13 +1,13 @@
 """The page of `inspect --html`."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from fp8pack.engines.known import NAMES
 from fp8pack.reading.groups import groups_of, worst_of
-from fp8pack.reading.inspection import Inspection, TensorInspection
+from fp8pack.reading.inspection import Inspection
 from fp8pack.reading.select import METRICS, select
 from fp8pack.reading.tensor_detail import Histogram
 from fp8pack.report.page.document import document
@@ -16,7 +16,7 @@ from fp8pack.report.quality import decibels, share
 from fp8pack.report.sentences import verdict_of_inspection
 from fp8pack.units import format_size
 
-_LAYER = re.compile(r"\.(\d+)\.")
+_PLACE = re.compile(r"\.(\d+)\.(.+)$")  # layer, and what is in it
 _BINS = 24
 _ERRORS = (
     Column("sqnr", "SQNR dB", number=True, digits=2, fixed=True),
@@ -85,26 +85,29 @@ def inspection_page(found: Inspection, command: str = "") -> str:
 
 
 def by_layer(
-    tensors: Sequence[TensorInspection], metric: Callable[[TensorInspection], float | None], worst: Callable[..., float]
+    values: Mapping[str, float], worst: Callable[..., float]
 ) -> tuple[list[str], dict[str, list[float | None]]]:
-    """Return roles, and for each layer the worst value of each role."""
+    """Return the modules of layers, and for each layer the value of each module: of experts, the worst.
+
+    values: by the name of a tensor or module.
+    """
     cells: dict[int, dict[str, float]] = {}
-    for tensor in tensors:
-        value, layer = metric(tensor), _LAYER.search(tensor.name)
-        if tensor.format and value is not None and layer:
-            row = cells.setdefault(int(layer[1]), {})
-            row[tensor.role] = worst(row.get(tensor.role, value), value)
-    roles = list(dict.fromkeys(role for row in cells.values() for role in row))
-    return roles, {f"layer {i}": [cells[i].get(role) for role in roles] for i in sorted(cells)}
+    for name, value in values.items():
+        if place := _PLACE.search(name):
+            row = cells.setdefault(int(place[1]), {})
+            module = re.sub(r"\.\d+\.", ".*.", place[2].removesuffix(".weight"))
+            row[module] = worst(row.get(module, value), value)
+    modules = list(dict.fromkeys(module for row in cells.values() for module in row))
+    return modules, {f"layer {i}": [cells[i].get(module) for module in modules] for i in sorted(cells)}
 
 
 def _heat(found: Inspection, *, measured: bool) -> str:
+    metric = METRICS["sqnr" if measured else "scale_max"]
+    values = {tensor.name: value for tensor in found.tensors if tensor.format and (value := metric(tensor)) is not None}
     if measured:
-        roles, rows = by_layer(found.tensors, METRICS["sqnr"], min)
-        caption = "SQNR of weights in dB, the worst of a layer and role; darker is worse"
-        return heat_map(caption, roles, rows, lambda value: decibels(value, 2), low_is_dark=True)
-    roles, rows = by_layer(found.tensors, METRICS["scale_max"], max)
-    return heat_map("Largest scale of a layer and role; darker is larger", roles, rows, lambda value: f"{value:.2g}")
+        caption = "SQNR of weights in dB; darker is worse"
+        return heat_map(caption, *by_layer(values, min), lambda value: decibels(value, 2), low_is_dark=True)
+    return heat_map("Largest scale; darker is larger", *by_layer(values, max), lambda value: f"{value:.2g}")
 
 
 def _worst(found: Inspection) -> str:

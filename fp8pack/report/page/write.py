@@ -9,12 +9,14 @@ from fp8pack.documents import Document
 from fp8pack.errors import OutputError, RecipeError
 from fp8pack.evaluation.encoder_evaluation import EncoderEvaluation
 from fp8pack.evaluation.evaluation import Evaluation
+from fp8pack.evaluation.layer_evaluation import LayerEvaluation
 from fp8pack.planning.calibration_summary import CalibrationSummary
 from fp8pack.reading.inspection import Inspection
 from fp8pack.report.page.calibration import calibration_page
 from fp8pack.report.page.encoder import encoder_page
 from fp8pack.report.page.evaluation import evaluation_page
 from fp8pack.report.page.inspection import inspection_page
+from fp8pack.report.page.layers import layers_page
 
 _SUFFIXES = (".html", ".htm")
 
@@ -30,6 +32,8 @@ def html_report(found: Document, command: str = "") -> str:
         return evaluation_page(found, command)
     if isinstance(found, EncoderEvaluation):
         return encoder_page(found, command)
+    if isinstance(found, LayerEvaluation):
+        return layers_page(found, command)
     if isinstance(found, CalibrationSummary):
         return calibration_page(found, command)
     raise TypeError(f"{type(found).__name__} has no report")
