@@ -40,6 +40,7 @@ SCHEMAS: dict[str, Any] = {
     "calibration-summary.schema.json": fp8pack.CalibrationSummary,
     "evaluation.schema.json": fp8pack.Evaluation,
     "encoder-evaluation.schema.json": fp8pack.EncoderEvaluation,
+    "output-predictions.schema.json": fp8pack.OutputPredictions,
     "layer-evaluation.schema.json": fp8pack.LayerEvaluation,
     "environment.schema.json": fp8pack.Environment,
 }
@@ -69,14 +70,14 @@ API = {
     "Write": ("pack", "convert", "unpack"),
     "Look": (
         *("inspect", "inspect_tensor", "inspect_calibration", "diff", "verify", "evaluate", "evaluate_layers"),
-        *("evaluate_encoder", "compare_models", "html_report", "markdown_report", "environment"),
+        *("evaluate_encoder", "predict_outputs", "compare_models", "html_report", "markdown_report", "environment"),
     ),
     "Calibrate": ("calibrate", "merge", "observe"),
     "Load and multiply": ("load_packed", "linear", "load_model", "report_fp8", "FP8Linear"),
     "Results": (
         *("PackResult", "Inspection", "TensorInspection", "TensorDetail", "Comparison", "CalibrationSummary"),
         *("EngineVerdict", "Verification", "Evaluation", "LayerEvaluation", "EncoderEvaluation"),
-        *("ModelComparison", "Environment", "PackedCheckpoint", "PackedTensor", "FP8Report"),
+        *("OutputPredictions", "ModelComparison", "Environment", "PackedCheckpoint", "PackedTensor", "FP8Report"),
     ),
     "Errors": (
         *("Fp8PackError", "RecipeError", "InputError", "OutputError", "SpaceError", "VerificationError"),

@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from fp8pack.reading.inspect import inspect_calibration as inspect_calibration
     from fp8pack.reading.inspection import Inspection as Inspection
     from fp8pack.reading.inspection import TensorInspection as TensorInspection
+    from fp8pack.reading.predict import OutputPredictions as OutputPredictions
+    from fp8pack.reading.predict import predict_outputs as predict_outputs
     from fp8pack.reading.tensor_detail import TensorDetail as TensorDetail
     from fp8pack.reading.tensor_detail import inspect_tensor as inspect_tensor
     from fp8pack.reading.verification import Verification as Verification
@@ -83,6 +85,7 @@ _HOMES = {
     "fp8pack.reading.diff": "diff",
     "fp8pack.reading.inspect": "inspect inspect_calibration",
     "fp8pack.reading.inspection": "Inspection TensorInspection",
+    "fp8pack.reading.predict": "OutputPredictions predict_outputs",
     "fp8pack.reading.tensor_detail": "TensorDetail inspect_tensor",
     "fp8pack.reading.verification": "Verification",
     "fp8pack.reading.verify": "verify",

@@ -26,6 +26,14 @@ def inspect(
     against: Annotated[
         Path | None, typer.Option(metavar="SOURCE", help="Compare every FP8 weight with its source")
     ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            "--calibration",
+            metavar="FILE",
+            help="Predict what each output loses; of a source, by format and granularity",
+        ),
+    ] = None,
     fail_if: options.FailIf = None,
     targets: Annotated[
         list[str] | None,
@@ -98,8 +106,12 @@ def inspect(
     if against is None and checkpoint.is_file() and is_calibration(checkpoint):
         summary = inspect_calibration(checkpoint)
         return show(summary, print_calibration, as_json=as_json, as_markdown=as_markdown, html=html)
+    if calibration is not None and against is None:
+        return _show_predictions(checkpoint, calibration, quiet=quiet, as_json=as_json)
     with showing_progress(MEASURING, quiet) as on_progress:
-        found = look(checkpoint, against, targets=asked, tp=tp, gpu=gpu, on_progress=on_progress)
+        found = look(
+            checkpoint, against, targets=asked, tp=tp, gpu=gpu, calibration=calibration, on_progress=on_progress
+        )
     listed = tensors or bool(only) or bool(where) or sort != "name"
     shown = select(found, only=only or (), where=where or (), sort=sort)
 
@@ -122,3 +134,13 @@ def _show_tensor(checkpoint: Path, tensor: str, against: Path | None, *, explain
     found = inspect_tensor(checkpoint, tensor, against, explain=explain)
     show(found, print_tensor, as_json=as_json)
     found.check()
+
+
+def _show_predictions(source: Path, calibration: Path, *, quiet: bool, as_json: bool) -> None:
+    from fp8pack.reading.predict import predict_outputs
+    from fp8pack.report.predictions import print_predictions
+    from fp8pack.report.progress import MEASURING, showing_progress
+
+    with showing_progress(MEASURING, quiet) as on_progress:
+        found = predict_outputs(source, calibration, on_progress=on_progress)
+    show(found, print_predictions, as_json=as_json)

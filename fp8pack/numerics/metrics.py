@@ -106,6 +106,36 @@ class ErrorTally:
         )
 
 
+class OutputTally:
+    """Adds up what a linear's output loses, from the mean square of each input channel, as if they were independent.
+
+    Signal: sum over channels k of m_k |w_k|^2, with the column w_k of the weight; noise: the same of its error, and of
+    the rounding of inputs, r^2 m_k |q_k|^2, where r^2 is the relative energy of that rounding. docs/numerics.md derives
+    it, and says how far it holds.
+    """
+
+    def __init__(self, mean_squares: NDArray[np.float64], rounding: float = 0.0) -> None:
+        """`mean_squares` [K]; `rounding`: r^2, 0 if inputs are not quantized."""
+        self._mean_squares, self._rounding = mean_squares, rounding
+        self._signal = self._noise = 0.0
+
+    def add(self, exact: NDArray[np.float32], approximate: NDArray[np.float32]) -> None:
+        """Count rows [n, K] of the source and of the weight."""
+        self._signal += float(_by_column(exact) @ self._mean_squares)
+        self._noise += float(_by_column(exact - approximate) @ self._mean_squares)
+        if self._rounding:
+            self._noise += self._rounding * float(_by_column(approximate) @ self._mean_squares)
+
+    @property
+    def sqnr(self) -> float | None:
+        """In dB, None where a NaN or infinity is among the values."""
+        return sqnr_db(self._signal, self._noise) if math.isfinite(self._signal + self._noise) else None
+
+
+def _by_column(values: NDArray[np.float32]) -> NDArray[np.float64]:
+    return np.asarray(np.square(values).sum(0, dtype=np.float64))
+
+
 def widen(weight: NDArray[Any], dtype: str) -> NDArray[np.float32]:
     """Return raw bits of `dtype` (BF16, F16, F32) as float32 values."""
     if dtype == "BF16":

@@ -8,7 +8,7 @@ from fp8pack.errors import BoundError, RecipeError
 from fp8pack.reading.comparison import Comparison
 from fp8pack.reading.inspection import Inspection
 
-INSPECTION_METRICS = ("sqnr_min", "sqnr_mean", "cosine_min", "scale_ratio", "nan")
+INSPECTION_METRICS = ("sqnr_min", "sqnr_mean", "cosine_min", "output_sqnr_min", "scale_ratio", "nan")
 COMPARISON_METRICS = ("sqnr_min", "sqnr_mean", "scale_ratio", "nan")
 
 Measured = tuple[float | None, str]  # a value, None if it was not measured, and the tensor that has it
@@ -24,7 +24,8 @@ def check_bounds(found: Inspection | Comparison, asked: Sequence[Bound]) -> None
             if value is None and found.totals.num_equal == found.totals.num_tensors:
                 continue  # nothing differs
         if value is None:
-            raise RecipeError(f"{bound.metric} was not measured", "--against SOURCE measures it")
+            needs = " --calibration FILE" if bound.metric.startswith("output") else ""
+            raise RecipeError(f"{bound.metric} was not measured", f"--against SOURCE{needs} measures it")
         if bound.is_broken_by(value):
             digits = ".2f" if bound.metric.startswith("sqnr") else ".6g"
             where = f" in {tensor}" if tensor else ""
@@ -50,6 +51,9 @@ def _of_inspection(found: Inspection, metric: str) -> Measured:
             errors = ((tensor.error.cosine, tensor.name) for tensor in found.tensors if tensor.error)
             cosines = [(cosine, name) for cosine, name in errors if cosine is not None]
             return min(cosines) if cosines and not totals.num_spoiled else (None, "")
+        case "output_sqnr_min":
+            outputs = [(tensor.output_sqnr, tensor.name) for tensor in found.tensors if tensor.output_sqnr is not None]
+            return min(outputs) if outputs and not totals.num_spoiled else (None, "")
         case "scale_ratio":  # the largest scale of a weight over its smallest
             spreads = ((tensor.scale.spread, tensor.name) for tensor in found.tensors if tensor.scale)
             return max(((spread, name) for spread, name in spreads if spread is not None), default=(1.0, ""))

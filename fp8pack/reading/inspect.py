@@ -19,18 +19,18 @@ from fp8pack.engines.case import make_case
 from fp8pack.engines.judge import EngineVerdict, judge_engines
 from fp8pack.engines.known import id_of, parse_targets
 from fp8pack.engines.scale_layouts import scale_problem
-from fp8pack.errors import InputError
+from fp8pack.errors import InputError, RecipeError
 from fp8pack.inputs import Texts, parse_count, parse_path, parse_texts
 from fp8pack.modelfacts.contents import Contents, Quantized
 from fp8pack.modelfacts.experts import split_experts
 from fp8pack.modelfacts.roles import judge
 from fp8pack.modelfacts.spec import DTYPE_BITS, Stored, TensorSpec
-from fp8pack.numerics.metrics import ErrorTally
 from fp8pack.planning.calibration_summary import CalibrationSummary, summarize
 from fp8pack.planning.recipe import MAX_TP
 from fp8pack.reading.bounds import INSPECTION_METRICS, check_bounds
+from fp8pack.reading.inputs_of import read_inputs
 from fp8pack.reading.inspection import Inspection, ScaleRange, TensorInspection, Totals
-from fp8pack.reading.measure import OnProgress, Origin, measure
+from fp8pack.reading.measure import Measured, OnProgress, Origin, measure
 
 
 def inspect(  # noqa: PLR0913
@@ -41,6 +41,7 @@ def inspect(  # noqa: PLR0913
     targets: Texts = (),
     tp: int | None = None,
     gpu: str | None = None,
+    calibration: str | Path | None = None,
     on_progress: OnProgress = lambda done, total: None,
 ) -> Inspection:
     """Return the tensors of a checkpoint of any quant method, and the engines that load it.
@@ -48,6 +49,7 @@ def inspect(  # noqa: PLR0913
     against: the source of an FP8 checkpoint: measures the SQNR and other errors of every FP8 weight. fail_if: bounds
         such as "sqnr_min<28". targets, tp, gpu: the engines to judge, and what they run on; `.engines` has the
         verdicts.
+    calibration: of the source: predicts the SQNR of each output from the mean squares of its input channels.
     on_progress: called with (bytes done, bytes in all) of the source.
 
     Raises:
@@ -58,19 +60,20 @@ def inspect(  # noqa: PLR0913
     """
     bounds = parse_bounds(fail_if, INSPECTION_METRICS)
     asked = parse_targets(parse_texts("targets", targets, commas=True))
-    found = look(checkpoint, against, targets=asked, tp=tp, gpu=gpu, on_progress=on_progress)
+    found = look(checkpoint, against, targets=asked, tp=tp, gpu=gpu, calibration=calibration, on_progress=on_progress)
     found.check()
     check_bounds(found, bounds)
     return found
 
 
-def look(
+def look(  # noqa: PLR0913
     checkpoint: str | Path,
     against: str | Path | None = None,
     *,
     targets: tuple[str, ...] = (),
     tp: int | str | None = None,
     gpu: str | None = None,
+    calibration: str | Path | None = None,
     on_progress: OnProgress = lambda done, total: None,
 ) -> Inspection:
     """Return what `inspect` does, without checking values and bounds."""
@@ -83,6 +86,8 @@ def look(
     manifest = opened.manifest
     if manifest is not None:
         check_headers(opened.specs, manifest)
+    if calibration is not None and against is None:
+        raise RecipeError("the source of the weights is needed, too", "--against SOURCE")
     if against is not None and not contents.quantized:
         raise InputError(f"{checkpoint} has no FP8 weight to compare with {against}", "leave out --against")
     origin = None if against is None else Origin(opened, parse_path("against", against))
@@ -90,7 +95,8 @@ def look(
         tensors = [entry_of(spec, contents, manifest, reader) for spec in contents.tensors]
     if origin is not None:
         spoiled = {tensor.name for tensor in tensors if tensor.problem}
-        tallies = measure(opened, contents, origin, without=spoiled, on_progress=on_progress)
+        inputs = None if calibration is None else read_inputs(parse_path("calibration", calibration), origin.source)
+        tallies = measure(opened, contents, origin, without=spoiled, inputs=inputs, on_progress=on_progress)
         tensors = [with_errors(tensor, tallies.get(tensor.name)) for tensor in tensors]
     return Inspection(
         checkpoint=opened.path,
@@ -130,6 +136,7 @@ def _totals(opened: Source, contents: Contents, tensors: Sequence[TensorInspecti
         sqnr_mean=float(np.mean([sqnr for sqnr, _ in measured])) if measured else None,
         sqnr_worst_tensor=worst[1] if worst else None,
         cosine_min=min(cosines, default=None),
+        output_sqnr_min=min((t.output_sqnr for t in tensors if t.output_sqnr is not None), default=None),
     )
 
 
@@ -140,9 +147,12 @@ def _nbytes_before(tensor: TensorInspection) -> int:
     return prod(tensor.shape) * DTYPE_BITS[tensor.source_dtype] // 8
 
 
-def with_errors(tensor: TensorInspection, tally: ErrorTally | None) -> TensorInspection:
+def with_errors(tensor: TensorInspection, found: Measured | None) -> TensorInspection:
     """Return a tensor with what was measured of it."""
-    return tensor if tally is None else replace(tensor, sqnr=tally.sqnr, error=tally.error)
+    if found is None:
+        return tensor
+    output = found.output.sqnr if found.output is not None else None
+    return replace(tensor, sqnr=found.error.sqnr, error=found.error.error, output_sqnr=output)
 
 
 def entry_of(spec: TensorSpec, contents: Contents, manifest: Manifest | None, reader: ValueReader) -> TensorInspection:

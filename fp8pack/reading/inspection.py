@@ -36,7 +36,8 @@ class TensorInspection:
     action: `packed`, `copied`, `cast` or `unpacked` in the manifest, `stored` without one. dtype, shape, nbytes:
     as stored. format, granularity, scale: of a quantized weight. source_dtype: before quantization. amax: of its
     source, as recorded. activation_scales: by kind, `input`, `k` or `v`. sqnr: in dB against the source over all
-    elements, if it was measured; error: its other metrics. Where a NaN or infinity is among the values, metrics are
+    elements, if it was measured; error: its other metrics; output_sqnr: of the linear's output, predicted from a
+    calibration. Where a NaN or infinity is among the values, metrics are
     None.
     """
 
@@ -55,6 +56,7 @@ class TensorInspection:
     activation_scales: Mapping[str, float] | None = None
     sqnr: float | None = None
     error: WeightError | None = None
+    output_sqnr: float | None = None
 
     @property
     def problem(self) -> str:
@@ -71,7 +73,7 @@ class Totals:
     """Sums over the tensors.
 
     source_nbytes: before quantization. num_spoiled: weights with a NaN or infinity where numbers should be. sqnr_min,
-    sqnr_mean, cosine_min: None unless they were measured, and where a weight is spoiled.
+    sqnr_mean, cosine_min, output_sqnr_min: None unless they were measured, and where a weight is spoiled.
     """
 
     num_tensors: int
@@ -84,6 +86,7 @@ class Totals:
     sqnr_mean: float | None = None
     sqnr_worst_tensor: str | None = None
     cosine_min: float | None = None
+    output_sqnr_min: float | None = None
 
 
 @dataclass(frozen=True, slots=True, repr=False)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Container
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 
@@ -13,8 +14,9 @@ from fp8pack.modelfacts.contents import Contents
 from fp8pack.modelfacts.experts import split_experts
 from fp8pack.modelfacts.prefixes import strip_prefixes
 from fp8pack.modelfacts.spec import FLOAT_DTYPES, TensorSpec
-from fp8pack.numerics.metrics import ErrorTally
+from fp8pack.numerics.metrics import ErrorTally, OutputTally, widen
 from fp8pack.packing.workers import Stop, run_threads
+from fp8pack.reading.inputs_of import Inputs
 
 OnProgress = Callable[[int, int], None]
 
@@ -40,25 +42,43 @@ class Origin:
         return found
 
 
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A weight against its source, and its output if the calibration has statistics of its input."""
+
+    error: ErrorTally
+    output: OutputTally | None
+
+
 def measure(
-    opened: Source, contents: Contents, origin: Origin, *, without: Container[str], on_progress: OnProgress
-) -> dict[str, ErrorTally]:
+    opened: Source,
+    contents: Contents,
+    origin: Origin,
+    *,
+    without: Container[str],
+    inputs: Inputs | None = None,
+    on_progress: OnProgress,
+) -> dict[str, Measured]:
     """Compare the quantized weights with the source, but those of names in `without`; progress is in bytes of it."""
     weights = [spec for spec in contents.tensors if spec.name in contents.quantized and spec.name not in without]
     total, done, lock = sum(origin.of(spec).nbytes for spec in weights), 0, Lock()
-    found: dict[str, ErrorTally] = {}
+    found: dict[str, Measured] = {}
 
     def work(spec: TensorSpec) -> None:
         nonlocal done
         exact = origin.of(spec)
         tally = ErrorTally(contents.quantized[spec.name].format, exact.dtype)
+        output = None if inputs is None else inputs.tally_of(spec.name, contents.activations)
         with ValueReader(opened, contents) as ours, ValueReader(origin.source, origin.contents) as theirs:
             for lo, hi in strips(spec):
                 bits = theirs.bits(exact, lo, hi)
-                tally.add(bits, *ours.dequantized(spec, lo, hi))
+                values, codes = ours.dequantized(spec, lo, hi)
+                tally.add(bits, values, codes)
+                if output is not None:
+                    output.add(widen(bits, exact.dtype), values)
                 with lock:
                     done += bits.nbytes
-        found[spec.name] = tally
+        found[spec.name] = Measured(tally, output)
 
     def tick() -> None:
         on_progress(done, total)

@@ -23,6 +23,7 @@ def _of_scale(metric: Callable[[ScaleRange], float | None]) -> Metric:
 
 METRICS: Final[dict[str, Metric]] = {
     "sqnr": lambda tensor: tensor.sqnr,
+    "output_sqnr": lambda tensor: tensor.output_sqnr,
     "cosine": _of_error(lambda error: error.cosine),
     "relative_mean": _of_error(lambda error: error.relative_mean),
     "relative_max": _of_error(lambda error: error.relative_max),

@@ -1,10 +1,8 @@
 """One tensor of a checkpoint: its numbers as histograms, why it is stored as it is, what others would cost."""
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,19 +15,13 @@ from fp8pack.errors import InputError, RecipeError, VerificationError
 from fp8pack.inputs import parse_path, parse_switch
 from fp8pack.modelfacts.contents import Contents
 from fp8pack.modelfacts.spec import FLOAT_DTYPES, TensorSpec
-from fp8pack.numerics import native
-from fp8pack.numerics.formats import FORMATS, Float8Format
-from fp8pack.numerics.granularity import BLOCK_128, CHANNEL, MX, TENSOR, Granularity, parse_granularity
 from fp8pack.numerics.metrics import ErrorTally, WeightError
-from fp8pack.numerics.rounding import ScaleRounding
-from fp8pack.numerics.scaling import scale_of
+from fp8pack.reading.alternatives import CASES, quantized_strips
 from fp8pack.reading.inspect import entry_of, with_errors
 from fp8pack.reading.inspection import TensorInspection
 from fp8pack.reading.measure import Origin, measure
 
-GRANULARITIES = (TENSOR, CHANNEL, parse_granularity("group:128"), BLOCK_128, MX)
 _VALUE_BINS, _SCALE_BINS = 24, 16
-_ROWS = 128  # of a strip that is quantized: whole regions of every granularity
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,37 +153,11 @@ def _by_ratio(scales: NDArray[np.float32]) -> Histogram | None:
 
 def _alternatives(source: Source, contents: Contents, spec: TensorSpec) -> Iterator[Alternative]:
     """The weight of a source in every format and granularity."""
-    n, k = spec.matrix
+    tallies = {case: ErrorTally(case.format, spec.dtype) for case in CASES}
     with ValueReader(source, contents) as reader:
-        amax = max(
-            (native.amax_rows(reader.bits(spec, lo, hi), dtype=spec.dtype) for lo, hi in strips(spec)), default=0.0
-        )
-        if math.isnan(amax) or not n * k:
-            raise InputError(f"{source.path}: {spec.name!r} cannot be quantized: it is empty or has a NaN or infinity")
-        cases = [(format, granularity) for format in FORMATS for granularity in GRANULARITIES]
-        tallies = [ErrorTally(format, spec.dtype) for format, _ in cases]
-        for lo in range(0, n, _ROWS):
-            bits = reader.bits(spec, lo, min(lo + _ROWS, n))
-            for (format, granularity), tally in zip(cases, tallies, strict=True):
-                tally.add(bits, *_round_trip(bits, spec, format, granularity, amax))
-    for (format, granularity), tally in zip(cases, tallies, strict=True):
-        scales = granularity.scale_shape((n, k))
-        nbytes = n * k + scales[0] * scales[1] * (1 if granularity is MX else 4)
-        yield Alternative(format.name, granularity.name, nbytes, tally.sqnr, tally.error)
-
-
-def _round_trip(
-    bits: NDArray[Any], spec: TensorSpec, format: Float8Format, granularity: Granularity, amax: float
-) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
-    """Rows of a weight quantized and dequantized, and the payload."""
-    payload, values = np.empty(bits.shape, np.uint8), np.empty(bits.shape, np.uint32)
-    rounding = ScaleRounding.UP if granularity is MX else ScaleRounding.NONE
-    region, fixed = granularity.region(bits.shape), granularity is TENSOR
-    scales = np.empty(granularity.scale_shape(bits.shape), np.float32)
-    if fixed:
-        scales[:] = scale_of(amax, format, rounding)
-    native.quantize_rows(
-        *(bits, payload, scales), dtype=spec.dtype, region=region, format=format, rounding=None if fixed else rounding
-    )
-    native.dequantize_rows(payload, scales, values, region=region, format=format)
-    return values.view(np.float32), payload
+        for bits, found in quantized_strips(reader, spec):
+            for case, (values, codes) in found.items():
+                tallies[case].add(bits, values, codes)
+    for case, tally in tallies.items():
+        nbytes = case.nbytes((spec.matrix[0], spec.matrix[1]))
+        yield Alternative(case.format.name, case.granularity.name, nbytes, tally.sqnr, tally.error)

@@ -59,6 +59,9 @@ def _head(found: Inspection) -> list[str]:
     if totals.sqnr_min is not None and totals.sqnr_mean is not None:
         of = f"mean {decibels(totals.sqnr_mean, 2)}, worst {decibels(totals.sqnr_min, 2)} dB"
         lines.append(f"SQNR     of weights against {found.against} (all elements): {of}")
+    if totals.output_sqnr_min is not None:
+        worst = min((t for t in found.tensors if t.output_sqnr is not None), key=lambda t: t.output_sqnr or 0.0)
+        lines.append(f"outputs  SQNR predicted: worst {decibels(totals.output_sqnr_min, 2)} dB in {worst.name}")
     return lines
 
 

@@ -47,7 +47,7 @@ UNPACK_OPTIONS = {
 }
 INSPECT_OPTIONS = {
     *("--against", "--fail-if", "--target", "--targets", "--tp", "--gpu", "--tensors", "--only", "--where", "--sort"),
-    *("--explain", "--html", "--markdown", "--json", "--quiet", "--help"),
+    *("--explain", "--calibration", "--html", "--markdown", "--json", "--quiet", "--help"),
 }
 DIFF_OPTIONS = {"--fail-if", "--json", "--help"}
 ENV_OPTIONS = {"--include-dir", "--json", "--help"}

@@ -20,6 +20,7 @@ _PLACE = re.compile(r"\.(\d+)\.(.+)$")  # layer, and what is in it
 _BINS = 24
 _ERRORS = (
     Column("sqnr", "SQNR dB", number=True, digits=2, fixed=True),
+    Column("output_sqnr", "output dB", number=True, digits=2, fixed=True),
     Column("relative_mean", "error mean", number=True, percent=True, down=True),
     Column("flushed", "to zero", number=True, percent=True, down=True),
     Column("subnormal", "subnormal", number=True, percent=True, down=True),
