@@ -14,6 +14,8 @@ A programming mistake is a ValueError or TypeError with its traceback.
 """
 
 import re
+from collections.abc import Iterable
+from difflib import get_close_matches
 
 
 class Fp8PackError(Exception):
@@ -94,6 +96,18 @@ class BoundError(Fp8PackError):
 
 class DeviceError(Fp8PackError):
     """torch finds no such device, or fp8pack does not run on this system."""
+
+
+class NoSuchName(KeyError):
+    """A KeyError that names the nearest ones; they are looked for only when it is shown, since `get` raises many."""
+
+    def __init__(self, name: str, names: Iterable[str]) -> None:
+        super().__init__(name)
+        self._names = names
+
+    def __str__(self) -> str:
+        near = get_close_matches(self.args[0], list(self._names), 3)
+        return f"no {self.args[0]!r}" + (f": did you mean {' or '.join(map(repr, near))}?" if near else "")
 
 
 _OPTION = re.compile(r"(?<![\w-])--(?P<no>no-)?(?P<name>[a-z][a-z-]*)(?:[ =](?P<value>'[^']*'|[^\s,:;)`]+))?")

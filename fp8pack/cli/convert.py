@@ -38,6 +38,7 @@ def convert(
     kept_dtype: options.KeptDtype = None,
     targets: options.Targets = None,
     tp: options.TensorParallel = None,
+    ep: options.ExpertParallel = None,
     gpu: options.GpuName = None,
     strict_target: options.StrictTarget = False,
     strip_prefix: options.StripPrefix = None,

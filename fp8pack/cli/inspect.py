@@ -46,6 +46,7 @@ def inspect(
         ),
     ] = None,
     tp: Annotated[str | None, typer.Option(metavar="N", help="Tensor-parallel size to check")] = None,
+    ep: Annotated[str | None, typer.Option(metavar="N", help="Groups of GPUs among which experts are divided")] = None,
     gpu: Annotated[str | None, typer.Option(metavar="NAME", help="GPU to check, e.g. h100, b200 or mi300x")] = None,
     tensors: Annotated[
         bool, typer.Option("-v", "--tensors", help="List every tensor", rich_help_panel=_SHOWING)
@@ -110,7 +111,7 @@ def inspect(
         return _show_predictions(checkpoint, calibration, quiet=quiet, as_json=as_json)
     with showing_progress(MEASURING, quiet) as on_progress:
         found = look(
-            checkpoint, against, targets=asked, tp=tp, gpu=gpu, calibration=calibration, on_progress=on_progress
+            checkpoint, against, targets=asked, tp=tp, ep=ep, gpu=gpu, calibration=calibration, on_progress=on_progress
         )
     listed = tensors or bool(only) or bool(where) or sort != "name"
     shown = select(found, only=only or (), where=where or (), sort=sort)

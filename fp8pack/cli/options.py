@@ -128,6 +128,9 @@ Targets = Annotated[
         values=tuple(NAMES),
     ),
 ]
+ExpertParallel = Annotated[
+    str | None, recipe_option("--ep", metavar="N", help="Groups of GPUs among which the targets divide experts")
+]
 TensorParallel = Annotated[str | None, recipe_option("--tp", metavar="N", help="Tensor-parallel size of the targets")]
 GpuName = Annotated[
     str | None, recipe_option("--gpu", help="Target GPU, e.g. h100, b200 or mi300x", values=tuple(GPUS))

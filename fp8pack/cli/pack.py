@@ -39,6 +39,7 @@ def pack(
     kept_dtype: options.KeptDtype = None,
     targets: options.Targets = None,
     tp: options.TensorParallel = None,
+    ep: options.ExpertParallel = None,
     gpu: options.GpuName = None,
     strict_target: options.StrictTarget = False,
     strip_prefix: options.StripPrefix = None,
@@ -50,6 +51,12 @@ def pack(
     resume: options.Resume = True,
     deadline: options.Deadline = None,
     overwrite: options.Overwrite = False,
+    evaluate: Annotated[
+        bool,
+        typer.Option(
+            "--eval", help="Measure what it cost the model, as `fp8pack eval` does, and put that into the model card"
+        ),
+    ] = False,
     dry_run: options.DryRun = False,
     as_json: options.AsJson = False,
     quiet: options.Quiet = False,
@@ -67,4 +74,9 @@ def pack(
 
     request = make_request(recipe, **options.request_params(ctx))
     prepared = prepare_pack(model, request, WriteOptions(**options.write_params(ctx)))
-    write(prepared, dry_run=dry_run, as_json=as_json, quiet=quiet, verbose=verbose)
+    section = None
+    if evaluate:
+        from fp8pack.cli.card_section import measured_section
+
+        section = measured_section(prepared.source, quiet=quiet)
+    write(prepared, dry_run=dry_run, as_json=as_json, quiet=quiet, verbose=verbose, card_section=section)

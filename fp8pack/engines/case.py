@@ -53,6 +53,11 @@ class Weights:
         return found
 
     @cached_property
+    def num_experts(self) -> int:
+        """How many experts a layer has; 0 if there are none."""
+        return len({match[0] for spec, _ in self.packed if (match := EXPERT.search(spec.name))})
+
+    @cached_property
     def groups(self) -> dict[str | None, str]:
         """Each fused module of an engine -> an FP8 part of it."""
         return {together(spec.name): spec.name.removesuffix(".weight") for spec, _ in reversed(self.packed)}
@@ -68,6 +73,7 @@ class Case:
     sizes: tuple[int, ...]
     gpu: Gpu | None = None
     ignored: tuple[str, ...] = ()
+    ep: int = 1
 
     @property
     def packed(self) -> Packed:
@@ -82,7 +88,7 @@ class Case:
     @cached_property
     def cuts(self) -> dict[int, str | None]:
         """Why the weights cannot be sharded at each tensor-parallel size, None if they can."""
-        return {tp: tp_problem(self.packed, self.storage.granularity, tp, self.facts) for tp in self.sizes}
+        return {tp: tp_problem(self.packed, self.storage.granularity, tp, self.facts, self.ep) for tp in self.sizes}
 
     def built_by(self, engine: Engine) -> ClassFacts | None:
         """What the code of an engine says of this model's class, None if it has none or was not read."""
@@ -90,18 +96,21 @@ class Case:
         return known.classes.get(self.facts.architecture) if known else None
 
 
-def make_case(
+def make_case(  # noqa: PLR0913
     storage: Storage,
     packed: Packed,
     facts: ModelFacts,
     *,
     tp: int | None = None,
+    ep: int | None = None,
     gpu: str | None = None,
     ignored: Sequence[str] = (),
 ) -> Case:
     """Return the case of a checkpoint.
 
-    packed: the FP8 weights [N, K] and their roles. tp, gpu: default to the usual sizes and any GPU.
+    packed: the FP8 weights [N, K] and their roles. tp, gpu: default to the usual sizes and any GPU. ep: groups
+        of GPUs among which experts are divided.
     ignored: the ignored modules, as the checkpoint lists them; empty if the list is unknown.
     """
-    return Case(storage, Weights(packed), facts, (tp,) if tp else TP_SIZES, parse_gpu(gpu), tuple(ignored))
+    sizes = (tp,) if tp else tuple(size for size in TP_SIZES if size >= (ep or 1))
+    return Case(storage, Weights(packed), facts, sizes, parse_gpu(gpu), tuple(ignored), ep or 1)

@@ -123,10 +123,27 @@ def judge_engine(engine: Engine, case: Case) -> EngineVerdict:
         whole = case.storage.granularity.rows == 1 and 1 in case.sizes
         note = "; ".join(filter(None, [note, f"TP 1 only: {parts}"]))
         return EngineVerdict(engine.id, True, (1,), note) if whole else EngineVerdict(engine.id, None, (), "", parts)
-    fitting = tuple(tp for tp, cut in case.cuts.items() if cut is None)
-    tp, cut = next(((tp, cut) for tp, cut in case.cuts.items() if cut), (1, ""))
-    remedy = _remedy_of_cut(engine, case, tp) if cut else ""
+    cuts = {tp: cut or _cut_of_experts(engine, case, tp) for tp, cut in case.cuts.items()}
+    fitting = tuple(tp for tp, cut in cuts.items() if not cut)
+    tp, cut = next(((tp, cut) for tp, cut in cuts.items() if cut), (1, ""))
+    remedy = _remedy_of_cut(engine, case, tp) if case.cuts.get(tp) else ""
     return EngineVerdict(engine.id, bool(fitting), fitting, note, cut, remedy)
+
+
+def _cut_of_experts(engine: Engine, case: Case, tp: int) -> str:
+    """Why an engine cannot divide experts into these groups at this tensor-parallel size, empty if it can.
+
+    Sources: vllm/model_executor/layers/fused_moe/config.py (among all GPUs), determine_expert_map (with a rest);
+    sglang/srt/layers/moe/fused_moe_triton/layer.py (asserts that there is no rest).
+    """
+    count = case.weights.num_experts
+    if case.ep == 1 or not count:
+        return ""
+    if engine.id == "vllm" and tp != case.ep:
+        return f"it divides experts among all {tp} GPUs, not into {case.ep} groups"
+    if engine.id == "sglang" and count % case.ep:
+        return f"{count} experts do not divide evenly among {case.ep} groups of GPUs"
+    return ""
 
 
 def _remedy(engine: Engine, case: Case) -> str:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from fp8pack.documents import Document, html_table
+from fp8pack.errors import NoSuchName
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +29,7 @@ class ModelComparison(Document):
         for module in self.modules:
             if module.name == name:
                 return module
-        raise KeyError(name)
+        raise NoSuchName(name, [module.name for module in self.modules])
 
     def _repr_html_(self) -> str:
         rows = [

@@ -166,27 +166,32 @@ def _check(spec: TensorSpec, region: int | None, length: int, cuts: list[Span]) 
         raise InputError(f"{spec.name} would be cut at {bad}, within a scale block of {region}", _WHOLE)
 
 
-def tp_problem(packed: Packed, granularity: Granularity, tp: int, facts: ModelFacts) -> str | None:
+def tp_problem(packed: Packed, granularity: Granularity, tp: int, facts: ModelFacts, ep: int = 1) -> str | None:
     """Return the first weight whose shard on one of `tp` GPUs would cut a scale region, as text.
 
+    ep: groups of GPUs among which experts are divided; each expert is sharded over the tp / ep GPUs of its group.
     q/k/v, gate/up are sharded along N, o and down along K; with fewer key heads than GPUs, k and v are replicated, and
     the first projections of latent attention always.
     """
     heads, kv_heads = facts.num_heads, facts.num_kv_heads
     if heads % tp or (kv_heads and kv_heads % tp and tp % kv_heads):
         return f"{heads} attention heads with {kv_heads} key heads do not spread over {tp} GPUs"
+    if tp % ep:
+        return f"{tp} GPUs do not divide into {ep} groups of experts"
     if tp == 1:
         return None  # nothing is sharded
     rows = granularity.rows if granularity.rows and granularity.rows > 1 else GEMM_MULTIPLE
     cols = max(granularity.cols or GEMM_MULTIPLE, GEMM_MULTIPLE)
     for spec, role in packed:
         n, k = spec.shape
-        parts = tp
+        parts = tp // ep if role.startswith("expert") else tp
+        if parts == 1:
+            continue
         if role in ("attn.k", "attn.v") and kv_heads and facts.head_dim:
             parts = min(tp, kv_heads)
         if role.startswith("attn.o") or role.endswith(".down"):
-            if k % tp or (k // tp) % cols:
-                return f"{spec.name} has K = {k}, and {k} / {tp} is not a multiple of {cols}"
+            if k % parts or (k // parts) % cols:
+                return f"{spec.name} has K = {k}, and {k} / {parts} is not a multiple of {cols}"
         elif not (n % parts or (n // parts) % rows) or spec.name.split(".")[-2] in REPLICATED:
             continue
         elif fused_module(spec.name) or role.startswith(("attn", "mlp", "expert")):

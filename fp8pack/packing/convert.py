@@ -31,6 +31,7 @@ def convert(
     kept_dtype: str | None = None,
     targets: Texts = (),
     tp: int | None = None,
+    ep: int | None = None,
     gpu: str | None = None,
     strict_target: bool = False,
     strip_prefix: Texts = (),
@@ -58,7 +59,7 @@ def convert(
     activations: dynamic, static or none. calibration: the file of `fp8pack.calibrate`, for static activations and
         `kv_cache`. percentile: clip activations there instead of at amax. margin: activation scales times 2^margin.
         warmup: skip the first prompts.
-    ignore: patterns of tensors to dequantize to BF16, or to `kept_dtype`. only, pack, kept_dtype, targets, tp, gpu,
+    ignore: patterns of tensors to dequantize to BF16, or to `kept_dtype`. only, pack, kept_dtype, targets, tp, ep, gpu,
         strict_target, strip_prefix: as in `pack`.
     output: by default beside the source, named after the scheme. copy: patterns of side files that are skipped by
         default. max_shard_size: such as "5GB". workers: threads. max_memory: bounds them. device: cpu or cuda; the
@@ -86,6 +87,7 @@ def convert(
         kept_dtype=kept_dtype,
         targets=targets,
         tp=tp,
+        ep=ep,
         gpu=gpu,
         strict_target=strict_target,
         strip_prefix=strip_prefix,

@@ -19,11 +19,13 @@ from fp8pack.modelfacts.contents import Quantized
 from fp8pack.modelfacts.spec import Stored
 from fp8pack.numerics.metrics import sqnr_db
 from fp8pack.packing.execute import ShardWork
-from fp8pack.packing.model_card import CARD_NAME, MAX_CARD_NBYTES, model_card, strip_card
+from fp8pack.packing.model_card import CARD_NAME, MAX_CARD_NBYTES, missing_from_card, model_card, strip_card
 from fp8pack.packing.prepare import Prepared
 from fp8pack.packing.side_work import SideWork, digest_of, read_side_file
 from fp8pack.planning.activation_scales import ActivationScale
 from fp8pack.planning.plan import Action, Packing, PackPlan, Plan, TensorPlan
+
+CardSection = Callable[[Path], str]  # a section of the model card, as Markdown, from what is packed
 
 
 def side_files_to_copy(prepared: Prepared) -> tuple[SideFile, ...]:
@@ -32,14 +34,16 @@ def side_files_to_copy(prepared: Prepared) -> tuple[SideFile, ...]:
     return tuple(side for side in prepared.side_files if side.rule is None and side.name not in anew)
 
 
-def write_metadata(prepared: Prepared, works: tuple[ShardWork, ...], sides: tuple[SideWork, ...], folder: Path) -> str:
+def write_metadata(
+    prepared: Prepared,
+    works: tuple[ShardWork, ...],
+    sides: tuple[SideWork, ...],
+    folder: Path,
+    card_section: CardSection | None = None,
+) -> str:
     """Write everything beside shards and copied side files into the staged directory; return the manifest's root."""
     source, files = prepared.source, shard_entries(works)
-    contents = _contents(prepared)
-    card = _card(prepared, sqnr_of(works))
-    if card is not None:
-        contents[CARD_NAME] = card
-    for name, content in contents.items():
+    for name, content in _contents(prepared).items():
         write_file(folder / name, content)
         files[name] = _small_entry(content)
     for work in sides:
@@ -47,6 +51,14 @@ def write_metadata(prepared: Prepared, works: tuple[ShardWork, ...], sides: tupl
     name = (
         prepared.output.name.removesuffix(".safetensors") + ".fp8pack.json" if source.is_single_file else MANIFEST_NAME
     )
+    section = ""
+    if card_section is not None:  # which loads the checkpoint, and may need the manifest for it
+        write_manifest(folder / name, head_of(prepared, files), tensor_entries(works))
+        section = card_section(folder)
+    card = _card(prepared, sqnr_of(works), section)
+    if card is not None:
+        write_file(folder / CARD_NAME, card)
+        files[CARD_NAME] = _small_entry(card)
     return write_manifest(folder / name, head_of(prepared, files), tensor_entries(works))
 
 
@@ -73,7 +85,7 @@ def sqnr_of(works: tuple[ShardWork, ...]) -> dict[str, float]:
     return sqnr
 
 
-def _card(prepared: Prepared, sqnr: dict[str, float]) -> bytes | None:
+def _card(prepared: Prepared, sqnr: dict[str, float], section: str = "") -> bytes | None:
     """The model card of a directory: with FP8 weights, above the text of the base model's; else without what was ours.
 
     None where there is none: nothing is left of it, or that of the source is too long and is copied.
@@ -86,11 +98,22 @@ def _card(prepared: Prepared, sqnr: dict[str, float]) -> bytes | None:
     base = read_side_file(found, source.directory) if found else b""
     text = base.decode(errors="replace")
     if isinstance(plan, PackPlan):
-        return model_card(prepared.verb, plan, source, sqnr, text)
+        return model_card(prepared.verb, plan, source, sqnr, text, section)
     stripped = strip_card(text)
     if stripped == text:
         return base if found else None
     return stripped.encode() or None
+
+
+def card_notes(prepared: Prepared) -> tuple[str, ...]:
+    """Return what to add to the model card before it is published."""
+    if prepared.source.is_single_file or not isinstance(prepared.plan, PackPlan):
+        return ()
+    found = _small_card(prepared)
+    base = read_side_file(found, prepared.source.directory).decode(errors="replace") if found else ""
+    missing = missing_from_card(prepared.source, base)
+    it = "them" if len(missing) > 1 else "it"
+    return (f"README.md names no {' and no '.join(missing)}: add {it} before you publish",) if missing else ()
 
 
 def _small_card(prepared: Prepared) -> SideFile | None:

@@ -34,11 +34,13 @@ _ACTIVATIONS = {
 }
 
 
-def model_card(verb: str, plan: PackPlan, source: Source, sqnr: Mapping[str, float], base: str) -> bytes:
+def model_card(
+    verb: str, plan: PackPlan, source: Source, sqnr: Mapping[str, float], base: str, section: str = ""
+) -> bytes:
     """Return the text of README.md.
 
     verb: `pack` or `convert`. sqnr: in dB, of every weight that was quantized, over the rows that were measured.
-        base: the text of the base model's card, empty if it has none.
+        base: the text of the base model's card, empty if it has none. section: more of what quantization cost.
     """
     head, body = _split(strip_card(base))
     model = _base_model(source, base)
@@ -49,11 +51,19 @@ def model_card(verb: str, plan: PackPlan, source: Source, sqnr: Mapping[str, flo
         _what(verb, plan, model),
         _ignored(plan),
         _quality(plan, sqnr),
+        section.strip(),
         _serving(plan),
         _END,
         f"---\n\n{body.strip()}" if body.strip() else "",
     ]
     return ("\n\n".join(part for part in parts if part) + "\n").encode()
+
+
+def missing_from_card(source: Source, base: str) -> list[str]:
+    """Return what a card that is published should say, and neither the source nor its card does."""
+    head = _split(strip_card(base))[0]
+    found = [] if _base_model(source, base) or "base_model" in head else ["base model"]
+    return found + ([] if "license" in head else ["licence"])
 
 
 def strip_card(text: str) -> str:
@@ -148,7 +158,17 @@ def _what(verb: str, plan: PackPlan, model: str) -> str:
     table = "\n".join(f"| {key} | {value} |" for key, value in rows)
     return (
         f"{_escape(model) or 'The base model'}, quantized with fp8pack.\n\n| | |\n|---|---|\n{table}\n\n"
-        f"```\n{_command(verb, plan, model)}\n```"
+        f"```\n{_command(verb, plan, model)}\n```{_calibrated(plan)}"
+    )
+
+
+def _calibrated(plan: PackPlan) -> str:
+    """Which statistics the scales are from, if any."""
+    if plan.recipe.calibration is None:
+        return ""
+    digest = plan.recipe_data["calibration"]
+    return (
+        f"\n\n`FILE` is a calibration with the statistics `{digest}`; `fp8pack.json` is the whole recipe (`--recipe`)."
     )
 
 
@@ -176,7 +196,7 @@ def _command(verb: str, plan: PackPlan, model: str) -> str:
         words += [word for pattern in selection.get(flag, ()) for word in (f"--{flag}", pattern)]
     words += [word for prefix in selection.get("strip_prefix", ()) for word in ("--strip-prefix", prefix)]
     if selection.keys() & {"rules", "keep_first_layers", "keep_last_layers"}:
-        words += ["--recipe", "FILE"]
+        words += ["--recipe", "fp8pack.json"]
     return shlex.join(words)
 
 
@@ -225,7 +245,7 @@ def _serving(plan: PackPlan) -> str:
     for verdict in plan.engines:
         if not verdict.tp:
             continue
-        command = serve_command(verdict.engine, ".", tp=min(verdict.tp), kv_cache=plan.recipe.kv_cache)
+        command = serve_command(verdict.engine, ".", tp=min(verdict.tp), ep=plan.ep or 1, kv_cache=plan.recipe.kv_cache)
         code = load_code(verdict.engine, ".", plan.facts.architecture)
         if command or code:
             about = [verdict.note] if verdict.note else []

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from fp8pack.inputs import Duration, Size, Texts, parse_path
+from fp8pack.packing.metadata import CardSection
 from fp8pack.packing.options import WriteOptions
 from fp8pack.packing.prepare import prepare_pack
 from fp8pack.packing.result import PackResult
@@ -35,6 +36,7 @@ def pack(
     kept_dtype: str | None = None,
     targets: Texts = (),
     tp: int | None = None,
+    ep: int | None = None,
     gpu: str | None = None,
     strict_target: bool = False,
     strip_prefix: Texts = (),
@@ -47,6 +49,7 @@ def pack(
     overwrite: bool = False,
     deadline: Duration | None = None,
     on_progress: OnProgress | None = None,
+    card_section: CardSection | None = None,
     dry_run: bool = False,
 ) -> PackResult:
     """Pack a checkpoint into FP8.
@@ -67,12 +70,15 @@ def pack(
     keep_first_layers, keep_last_layers: so many decoder layers stay in BF16.
     kept_dtype: bfloat16 or float16: the dtype of floats that are not quantized, rounded once to nearest even; what
         engines keep in float32 stays. By default that of the source.
-    targets, tp, gpu: the engines that must load the output, at which tensor-parallel size, on which GPU. strict_target:
+    targets, tp, ep, gpu: the engines that must load the output, at which tensor-parallel size, with experts divided
+        among how many groups of GPUs, on which GPU. strict_target:
         raise if it is not known whether one does. strip_prefix: prefixes to remove from tensor names: `_orig_mod.`.
     output: by default beside the source, named after the scheme. copy: patterns of side files that are skipped by
         default. max_shard_size: such as "5GB". workers: threads. max_memory: bounds them. device: cpu or cuda; the
         bytes are the same. resume: continue unfinished work. deadline: such as "50m"; the same call continues.
     on_progress: is told (bytes done, bytes in all). dry_run: decide and check everything, write nothing.
+    card_section: called with the packed directory before it gets its name; the Markdown that it returns goes into the
+        model card. `pack --eval` puts the result of `evaluate` there.
     Raises:
         RecipeError: the options cannot be carried out, or a target cannot load the result.
         InputError: the checkpoint is refused. OutputError, SpaceError: the output cannot be written.
@@ -99,6 +105,7 @@ def pack(
         kept_dtype=kept_dtype,
         targets=targets,
         tp=tp,
+        ep=ep,
         gpu=gpu,
         strict_target=strict_target,
         strip_prefix=strip_prefix,
@@ -114,4 +121,5 @@ def pack(
         overwrite=overwrite,
         deadline=deadline,
     )
-    return run(prepare_pack(parse_path("model", model), request, how), on_progress, dry_run=dry_run)
+    prepared = prepare_pack(parse_path("model", model), request, how)
+    return run(prepared, on_progress, dry_run=dry_run, card_section=card_section)

@@ -86,7 +86,7 @@ class PackResult(Document):
 
     scheme: None when unpacking. recipe: as the manifest records it. kept: every tensor that is not packed. tensors: all
     of them, in a dry run or when asked for, else empty. num_carried: packed weights whose FP8 bytes are the source's.
-    targets, tp: as asked. engines: who loads the output, empty when unpacking. free_nbytes: on its file system,
+    targets, tp, ep: as asked. engines: who loads the output, empty when unpacking. free_nbytes: on its file system,
     before the work. root: of the manifest; None in a dry run, as are `seconds` and `peak_memory`.
     """
 
@@ -110,6 +110,7 @@ class PackResult(Document):
     free_nbytes: int
     targets: tuple[str, ...]
     tp: int | None
+    ep: int | None
     engines: tuple[EngineVerdict, ...]
     warnings: tuple[str, ...]
     notes: tuple[str, ...]
@@ -161,6 +162,7 @@ def make_result(prepared: Prepared, written: Written | None = None, *, every_ten
         free_nbytes=free_space(prepared.output.parent),
         targets=plan.targets if isinstance(plan, PackPlan) else (),
         tp=plan.tp if isinstance(plan, PackPlan) else None,
+        ep=plan.ep if isinstance(plan, PackPlan) else None,
         engines=_engines(plan),
         warnings=plan.warnings,
         notes=written.notes if written else (),

@@ -16,7 +16,15 @@ from fp8pack.machine import usable_cores
 from fp8pack.packing.bands import Band
 from fp8pack.packing.codecs import make_codec
 from fp8pack.packing.execute import Execution, plan_work
-from fp8pack.packing.metadata import describes, manifest_path, side_files_to_copy, sqnr_of, write_metadata
+from fp8pack.packing.metadata import (
+    CardSection,
+    card_notes,
+    describes,
+    manifest_path,
+    side_files_to_copy,
+    sqnr_of,
+    write_metadata,
+)
 from fp8pack.packing.prepare import Prepared
 from fp8pack.packing.result import PackResult, Sqnr, Written, make_result
 from fp8pack.packing.side_work import SideWork
@@ -29,12 +37,18 @@ _BASE_MEMORY = 100 << 20  # interpreter and libraries
 OnProgress = Callable[[int, int], None]  # bytes gone through, bytes in all, side files included
 
 
-def run(prepared: Prepared, on_progress: OnProgress | None = None, *, dry_run: bool = False) -> PackResult:
+def run(
+    prepared: Prepared,
+    on_progress: OnProgress | None = None,
+    *,
+    dry_run: bool = False,
+    card_section: CardSection | None = None,
+) -> PackResult:
     """Carry out what is prepared, or in a dry run check that it can be; raises as `carry_out` does."""
     if dry_run:
         check(prepared)
         return make_result(prepared, every_tensor=True)
-    return make_result(prepared, carry_out(prepared, on_progress or (lambda done, total: None)))
+    return make_result(prepared, carry_out(prepared, on_progress or (lambda done, total: None), card_section))
 
 
 def check(prepared: Prepared) -> None:
@@ -53,8 +67,14 @@ def check(prepared: Prepared) -> None:
         check_space(prepared.output.parent, files + _side_nbytes(prepared))
 
 
-def carry_out(prepared: Prepared, on_progress: OnProgress = lambda done, total: None) -> Written:
+def carry_out(
+    prepared: Prepared,
+    on_progress: OnProgress = lambda done, total: None,
+    card_section: CardSection | None = None,
+) -> Written:
     """Write the checkpoint; a finished one of the same source and recipe is left as it is.
+
+    card_section: called with the staged directory before it is committed; what it returns goes into the model card.
 
     Raises:
         OutputError: the output exists, is being written, or holds unfinished work of another recipe.
@@ -97,7 +117,10 @@ def carry_out(prepared: Prepared, on_progress: OnProgress = lambda done, total: 
                 )
             staging.keep_only({work.plan.file for work in execution.works} | {work.side.name for work in sides})
             prepared.source.check_unchanged()
-            root = write_metadata(prepared, execution.works, sides, staging.content)
+            packed = time.monotonic()
+            root = write_metadata(prepared, execution.works, sides, staging.content, card_section)
+            if card_section is not None:
+                started += time.monotonic() - packed  # which would be taken for the speed of packing
         commit = staging.commit_file if prepared.source.is_single_file else staging.commit
         commit(overwrite=options.overwrite or half_committed)
     return _result(prepared, root, time.monotonic() - started, execution, staging)
@@ -177,5 +200,5 @@ def _result(prepared: Prepared, root: str, seconds: float, execution: Execution,
         resumed_nbytes=execution.counters.resumed_nbytes,
         peak_memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         sqnr=Sqnr(sum(sqnr.values()) / len(sqnr), sqnr[worst], worst) if worst else None,
-        notes=tuple(staging.notes),
+        notes=(*staging.notes, *card_notes(prepared)),
     )

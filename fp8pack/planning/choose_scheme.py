@@ -98,7 +98,7 @@ def _choose(request: Request, packed: Packed, facts: ModelFacts, is_diffusion: b
         return scaled, "auto: a diffusion model, as ComfyUI loads it"
     if static:
         return FP8, "auto: the calibration gives static activation scales"
-    problems = (tp_problem(packed, BLOCK_128, tp, facts) for tp in _sizes(request, packed))
+    problems = (tp_problem(packed, BLOCK_128, tp, facts, request.ep or 1) for tp in _sizes(request, packed))
     if problem := _ragged(packed) or next(filter(None, problems), None):
         return FP8_DYNAMIC, f"auto: {problem}"
     for engine in ENGINES:
@@ -171,7 +171,7 @@ def _try(choice: Scheme, request: Request, packed: Packed, facts: ModelFacts, si
         powers_of_two=choice.scale_rounding != ScaleRounding.NONE,
         spelling=spelling_of(request, choice.quant_method, choice.granularity),
     )
-    case = Case(storage, Weights(held), facts, sizes, parse_gpu(request.gpu))
+    case = Case(storage, Weights(held), facts, sizes, parse_gpu(request.gpu), ep=request.ep or 1)
     verdicts = [judge_engine(find_engine(target), case) for target in request.targets]
     refusals = {
         verdict.engine: verdict.reason
@@ -190,13 +190,24 @@ def _held(granularity: Granularity, packed: Packed) -> Packed:
     return [(spec, role) for spec, role in packed if (together(spec.name) or spec.name) not in broken]
 
 
+def _blockers(trials: Sequence[_Trial], target: str) -> str:
+    """Why a target loads none of the schemes: each reason with the schemes it is of, or the only one."""
+    known = [trial for trial in trials if trial.scheme in (FP8_BLOCK, FP8_DYNAMIC, MXFP8)] or trials[:1]
+    blockers: dict[str, list[str]] = {}
+    for trial in known:
+        blockers.setdefault(trial.refusals[target], []).append(trial.scheme.name)
+    if len(blockers) == 1:
+        return next(iter(blockers))
+    return "; ".join(f"{' and '.join(names)}: {reason}" for reason, names in blockers.items())
+
+
 def _conflict(trials: Sequence[_Trial], targets: Sequence[str]) -> RecipeError:
     """Return the error of a target that loads no scheme, or of two that exclude each other."""
     loaded = {target: [trial for trial in trials if target not in trial.refusals] for target in targets}
     for target in targets:
         if not loaded[target]:
-            sentence = f"{NAMES[target]} loads no scheme of this model: {trials[0].refusals[target]}"
-            return RecipeError(sentence, trials[0].remedies[target])
+            reasons = _blockers(trials, target)
+            return RecipeError(f"{NAMES[target]} loads no scheme of this model: {reasons}", trials[0].remedies[target])
     for one, other in combinations(targets, 2):
         if not any(trial in loaded[other] for trial in loaded[one]):
             of_one, of_other = loaded[other][0].refusals[one], loaded[one][0].refusals[other]

@@ -79,7 +79,9 @@ def make_plan(  # noqa: PLR0913
     _check_names(tensors)
     packed = [(tensor.spec, tensor.role) for tensor in tensors if tensor.packing]
     ignored = _ignored_modules(tensors, contents.facts)
-    case = make_case(recipe.storage, packed, contents.facts, tp=request.tp, gpu=request.gpu, ignored=ignored)
+    case = make_case(
+        recipe.storage, packed, contents.facts, tp=request.tp, ep=request.ep, gpu=request.gpu, ignored=ignored
+    )
     engines = judge_engines(case, request.targets)
     check_targets(engines, recipe.storage, request.targets, strict=request.strict_target)
     metadata = method.metadata(tensors, recipe.storage)
@@ -96,6 +98,7 @@ def make_plan(  # noqa: PLR0913
         ignored,
         request.targets,
         request.tp,
+        request.ep,
     )
 
 

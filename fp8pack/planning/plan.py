@@ -146,6 +146,7 @@ class PackPlan(Plan):
     ignored_modules: tuple[str, ...]
     targets: tuple[str, ...] = ()
     tp: int | None = None
+    ep: int | None = None
 
 
 class QuantMethod(Protocol):

@@ -104,6 +104,7 @@ class Request:
     kept_dtype: str | None
     targets: tuple[str, ...]
     tp: int | None
+    ep: int | None
     gpu: str | None
     strict_target: bool
     strip_prefix: tuple[str, ...]
@@ -131,6 +132,7 @@ class Request:
         kept_dtype: str | None = None,
         targets: Texts = (),
         tp: int | str | None = None,
+        ep: int | str | None = None,
         gpu: str | None = None,
         strict_target: bool = False,
         strip_prefix: Texts = (),
@@ -157,6 +159,7 @@ class Request:
         put("kept_dtype", None if kept_dtype is None else parse_dtype("kept_dtype", kept_dtype, KEPT_DTYPES))
         put("targets", parse_targets(parse_texts("targets", targets, commas=True)))
         put("tp", None if tp is None else parse_count("tp", tp, least=1, most=MAX_TP))
+        put("ep", None if ep is None else parse_count("ep", ep, least=1, most=MAX_TP))
         put("strict_target", parse_switch("strict_target", strict_target))
         put("strip_prefix", parse_texts("strip_prefix", strip_prefix))
         put("gpu", None if (known := parse_gpu(gpu)) is None else known.name)

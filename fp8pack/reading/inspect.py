@@ -40,6 +40,7 @@ def inspect(  # noqa: PLR0913
     fail_if: Texts = (),
     targets: Texts = (),
     tp: int | None = None,
+    ep: int | None = None,
     gpu: str | None = None,
     calibration: str | Path | None = None,
     on_progress: OnProgress = lambda done, total: None,
@@ -47,7 +48,7 @@ def inspect(  # noqa: PLR0913
     """Return the tensors of a checkpoint of any quant method, and the engines that load it.
 
     against: the source of an FP8 checkpoint: measures the SQNR and other errors of every FP8 weight. fail_if: bounds
-        such as "sqnr_min<28". targets, tp, gpu: the engines to judge, and what they run on; `.engines` has the
+        such as "sqnr_min<28". targets, tp, ep, gpu: the engines to judge, and what they run on; `.engines` has the
         verdicts.
     calibration: of the source: predicts the SQNR of each output from the mean squares of its input channels.
     on_progress: called with (bytes done, bytes in all) of the source.
@@ -60,7 +61,9 @@ def inspect(  # noqa: PLR0913
     """
     bounds = parse_bounds(fail_if, INSPECTION_METRICS)
     asked = parse_targets(parse_texts("targets", targets, commas=True))
-    found = look(checkpoint, against, targets=asked, tp=tp, gpu=gpu, calibration=calibration, on_progress=on_progress)
+    found = look(
+        checkpoint, against, targets=asked, tp=tp, ep=ep, gpu=gpu, calibration=calibration, on_progress=on_progress
+    )
     found.check()
     check_bounds(found, bounds)
     return found
@@ -72,6 +75,7 @@ def look(  # noqa: PLR0913
     *,
     targets: tuple[str, ...] = (),
     tp: int | str | None = None,
+    ep: int | str | None = None,
     gpu: str | None = None,
     calibration: str | Path | None = None,
     on_progress: OnProgress = lambda done, total: None,
@@ -81,6 +85,7 @@ def look(  # noqa: PLR0913
     if path.is_file() and is_calibration(path):
         raise InputError(f"{path} is a calibration file, not a checkpoint", "fp8pack.inspect_calibration() reads it")
     size = None if tp is None else parse_count("tp", tp, least=1, most=MAX_TP)
+    groups = None if ep is None else parse_count("ep", ep, least=1, most=MAX_TP)
     opened = open_checkpoint(path)
     contents = read_contents(opened)
     manifest = opened.manifest
@@ -107,7 +112,7 @@ def look(  # noqa: PLR0913
         root=manifest.root if manifest else None,
         tensors=tuple(tensors),
         totals=_totals(opened, contents, tensors),
-        engines=_verdicts(opened, contents, targets, size, gpu),
+        engines=_verdicts(opened, contents, targets, size, groups, gpu),
         warnings=tuple(_warnings(contents)),
     )
 
@@ -203,7 +208,7 @@ def _guess(spec: TensorSpec, contents: Contents, quantized: Quantized | None) ->
 
 
 def _verdicts(
-    opened: Source, contents: Contents, targets: tuple[str, ...], tp: int | None, gpu: str | None
+    opened: Source, contents: Contents, targets: tuple[str, ...], tp: int | None, ep: int | None, gpu: str | None
 ) -> tuple[EngineVerdict, ...]:
     """The verdicts of the engines that were asked for, or of all, on an FP8 checkpoint."""
     storage = contents.storage
@@ -223,7 +228,7 @@ def _verdicts(
         for spec in split.tensors
         if spec.name in split.quantized and len(spec.shape) == 2
     ]
-    case = make_case(storage, packed, contents.facts, tp=tp, gpu=gpu, ignored=contents.ignored)
+    case = make_case(storage, packed, contents.facts, tp=tp, ep=ep, gpu=gpu, ignored=contents.ignored)
     verdicts = judge_engines(case, targets)
     return tuple(verdict for verdict in verdicts if not targets or verdict.engine in map(id_of, targets))
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from fp8pack.documents import Document, html_table
 from fp8pack.engines.judge import EngineVerdict
-from fp8pack.errors import VerificationError
+from fp8pack.errors import NoSuchName, VerificationError
 from fp8pack.numerics.metrics import WeightError
 from fp8pack.units import format_size
 
@@ -114,7 +114,7 @@ class Inspection(Document):
         for tensor in self.tensors:
             if tensor.name == name:
                 return tensor
-        raise KeyError(name)
+        raise NoSuchName(name, [tensor.name for tensor in self.tensors])
 
     def check(self) -> None:
         """Raise VerificationError if a NaN or infinity stands where numbers should be."""

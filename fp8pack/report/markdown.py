@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from fp8pack.documents import Document
 from fp8pack.engines.known import NAMES
 from fp8pack.evaluation.encoder_evaluation import EncoderEvaluation
-from fp8pack.evaluation.evaluation import Evaluation
+from fp8pack.evaluation.evaluation import Evaluation, Quality
 from fp8pack.evaluation.intervals import Interval
 from fp8pack.evaluation.layer_evaluation import LayerEvaluation
 from fp8pack.planning.calibration_summary import CalibrationSummary
@@ -99,6 +99,26 @@ def _encoder(found: EncoderEvaluation) -> str:
     run = f"{', '.join(found.text)}: {found.num_texts} texts of {found.num_documents} documents"
     parts.append(f"Values and 95 % intervals over documents; {_text(run)}, in {found.dtype}.")
     return _joined(parts)
+
+
+def card_section(found: Evaluation | EncoderEvaluation) -> str:
+    """Return what one checkpoint cost as a section of its model card."""
+    (quality,) = found.checkpoints
+    if isinstance(quality, Quality):
+        rows = [(name, *_cells(getattr(quality, field), how)) for name, field, how in METRICS]
+        text = f"{found.num_documents} documents, by their next-token distributions"
+    else:
+        rows = [(name, value, interval) for name, (value, interval) in encoder_rows(quality)]
+        text = f"sentences and lines of {found.num_documents} documents"
+    head = "## What it cost the model"
+    about = f"Measured by `fp8pack eval` against the source on {', '.join(found.text)} text: {_text(text)}; " + (
+        f"activations {quality.activations}; {found.dtype} arithmetic with the FP8 values that are served."
+    )
+    return _joined([head, about, _table(("", "value", "95 % over documents"), rows)])
+
+
+def _cells(found: Interval, how: str) -> tuple[str, str]:
+    return f"{found.value:{how}}", f"{found.low:{how}} to {found.high:{how}}"
 
 
 def _layers(found: LayerEvaluation) -> str:

@@ -1,6 +1,7 @@
 """What is said of a result in a sentence or two."""
 
 from fp8pack.engines.known import NAMES
+from fp8pack.evaluation.encoder_evaluation import EncoderEvaluation, measures
 from fp8pack.evaluation.evaluation import Evaluation
 from fp8pack.evaluation.intervals import Interval
 from fp8pack.evaluation.layer_evaluation import LayerEvaluation
@@ -45,6 +46,15 @@ def verdict_of_evaluation(found: Evaluation) -> list[str]:
         f"{quality.top1.value:.1%} of positions, perplexity times {quality.ppl_ratio.value:.4f}."
         for label, quality in zip(labels_of(found), found.checkpoints, strict=True)
     ]
+
+
+def verdict_of_encoders(found: EncoderEvaluation) -> list[str]:
+    """Return what FP8 cost an encoder, checkpoint by checkpoint."""
+    said = []
+    for quality in found.checkpoints:
+        values = ", ".join(f"{name.replace('_', ' ')} {value:.6g}" for name, value in measures(quality))
+        said.append(f"{quality.checkpoint.name}: {values}.")
+    return said
 
 
 def spread(found: Interval, how: str) -> str:

@@ -90,7 +90,8 @@ def _next(result: PackResult) -> str:
     for engine in tuple(map(id_of, result.targets)) or tuple(loading):
         if engine in loading and BY_ID[engine].is_for_language_models:
             kv_cache = result.scheme is not None and result.scheme.kv_cache
-            if command := serve_command(engine, path, tp=result.tp or min(loading[engine].tp), kv_cache=kv_cache):
+            tp = result.tp or min(loading[engine].tp)
+            if command := serve_command(engine, path, tp=tp, ep=result.ep or 1, kv_cache=kv_cache):
                 return command
     return f"fp8pack inspect {shlex.quote(path)}"
 

@@ -1,5 +1,6 @@
 """A loaded checkpoint: a mapping from names to packed tensors and plain ones."""
 
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from itertools import pairwise
@@ -8,10 +9,10 @@ import torch
 from torch import Tensor
 
 from fp8pack.checkpoint.source import Source
-from fp8pack.errors import InputError
+from fp8pack.errors import InputError, NoSuchName
 from fp8pack.gemm.device import describe
 from fp8pack.modelfacts.contents import Contents, Quantized
-from fp8pack.modelfacts.fused import is_part_of, storage_key
+from fp8pack.modelfacts.fused import fused_module, is_part_of, storage_key
 from fp8pack.modelfacts.spec import TensorSpec
 from fp8pack.modelfacts.tensor_parallel import Part
 from fp8pack.numerics.formats import E4M3
@@ -20,7 +21,7 @@ from fp8pack.numerics.torch_dtypes import TORCH_DTYPES
 from fp8pack.runtime.fnuz import double
 from fp8pack.runtime.memory import Memory
 from fp8pack.runtime.packed_tensor import PackedTensor, grid_of
-from fp8pack.units import ceil_div
+from fp8pack.units import ceil_div, format_size
 
 
 class PackedCheckpoint(Mapping[str, PackedTensor | Tensor]):
@@ -49,14 +50,22 @@ class PackedCheckpoint(Mapping[str, PackedTensor | Tensor]):
         self.kv_scales = {point: memory.tensor(spec) for point, spec in contents.kv_scales.items()}
 
     def __repr__(self) -> str:
-        packed = len(self._contents.quantized)
+        stored = Counter(
+            f"{quantized.format.name} {quantized.granularity}"
+            for name, quantized in self._contents.quantized.items()
+            if name in self._specs
+        )
+        packed = ", ".join(f"{count} {what}" for what, count in stored.most_common())
+        nbytes = format_size(sum(spec.nbytes for spec in self._specs.values()))
         return (
-            f"PackedCheckpoint(quant_method={self.quant_method!r}, activations={self.activations!r}, "
-            f"packed={packed}, plain={len(self) - packed})"
+            f"PackedCheckpoint({packed or 'no FP8 weight'}, {len(self) - stored.total()} plain, {nbytes}, "
+            f"activations={self.activations!r}, quant_method={self.quant_method!r})"
         )
 
     def __getitem__(self, name: str) -> PackedTensor | Tensor:
         if name not in self._made:
+            if name not in self._specs:
+                raise NoSuchName(name, self._specs)
             spec, quantized = self._specs[name], self._contents.quantized.get(name)
             self._made[name] = self._packed(spec, quantized) if quantized else self._memory.tensor(spec)
         return self._made[name]
@@ -92,7 +101,7 @@ class PackedCheckpoint(Mapping[str, PackedTensor | Tensor]):
         names = sorted((name for name in self if is_part_of(name, module)), key=storage_key)
         parts = [part for part in map(self.__getitem__, names) if isinstance(part, PackedTensor)]
         if not parts:
-            raise KeyError(module)
+            raise NoSuchName(module, {fused for name in self if (fused := fused_module(name))})
         if missing := [name for name in self._stored_weights if is_part_of(name, module) and name not in self._specs]:
             raise InputError(f"{missing[0]} belongs to {module} and is not loaded", f"add {missing[0]!r} to `tensors`")
         first = parts[0]

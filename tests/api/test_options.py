@@ -26,8 +26,9 @@ PRINTING = {"ctx", "as_json", "as_markdown", "html", "quiet", "verbose"}  # of t
 CHOOSING = {  # which tensors are printed, and which function is called
     "inspect": {"tensor", "tensors", "only", "where", "sort", "explain"},
     "evaluate": {"per_layer", "per_linear"},
+    "pack": {"evaluate"},  # in Python: card_section
 }
-LISTENING = {"on_progress", "on_note"}  # of Python alone
+LISTENING = {"on_progress", "on_note", "card_section"}  # of Python alone
 INNER = {"rules", "sizes"}  # of recipe files, and of tests
 
 

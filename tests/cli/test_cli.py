@@ -23,6 +23,7 @@ PACK_OPTIONS = {
         "--pack",
         "--target",
         "--tp",
+        "--ep",
         "--gpu",
         "--strict-target",
         "--strip-prefix",
@@ -31,7 +32,7 @@ PACK_OPTIONS = {
         "--max-shard-size",
     ),
     *("--workers", "--max-memory", "--device", "--resume", "--no-resume", "--deadline", "--overwrite", "--dry-run"),
-    *("--json", "--quiet", "--verbose", "--help"),
+    *("--eval", "--json", "--quiet", "--verbose", "--help"),
 }
 CALIBRATE_OPTIONS = {
     *("--output", "--prompts", "--text-column", "--num-prompts", "--max-length", "--batch-size"),
@@ -40,13 +41,25 @@ CALIBRATE_OPTIONS = {
     *("--json", "--quiet", "--help"),
 }
 MERGE_OPTIONS = {"--output", "--overwrite", "--json", "--quiet", "--help"}
-CONVERT_OPTIONS = PACK_OPTIONS - {"--recipe", "--keep-first-layers", "--keep-last-layers"}
+CONVERT_OPTIONS = PACK_OPTIONS - {"--eval", "--recipe", "--keep-first-layers", "--keep-last-layers"}
 UNPACK_OPTIONS = {
     *("--output", "--dtype", "--copy", "--max-shard-size", "--workers", "--max-memory", "--resume", "--no-resume"),
     *("--deadline", "--overwrite", "--dry-run", "--json", "--quiet", "--verbose", "--help"),
 }
 INSPECT_OPTIONS = {
-    *("--against", "--fail-if", "--target", "--targets", "--tp", "--gpu", "--tensors", "--only", "--where", "--sort"),
+    *(
+        "--against",
+        "--fail-if",
+        "--target",
+        "--targets",
+        "--tp",
+        "--ep",
+        "--gpu",
+        "--tensors",
+        "--only",
+        "--where",
+        "--sort",
+    ),
     *("--explain", "--calibration", "--html", "--markdown", "--json", "--quiet", "--help"),
 }
 DIFF_OPTIONS = {"--fail-if", "--json", "--help"}
@@ -71,7 +84,7 @@ def test_pack_prints_the_output_path_and_nothing_else_on_stdout(
     assert done.stdout == f"{tmp_path / 'out'}\n"
     first, *rest = done.stderr.splitlines()
     assert first.startswith("model  Qwen3ForCausalLM  BF16  21 tensors")
-    assert [line.split()[0] for line in rest] == ["scheme", "packed", "result", "SQNR", "loads", "not", "next"]
+    assert [line.split()[0] for line in rest] == ["scheme", "packed", "note", "result", "SQNR", "loads", "not", "next"]
 
 
 def test_json_is_one_document_with_the_same_facts_as_the_function(

@@ -127,7 +127,12 @@ def test_what_is_printed_is_short(make_checkpoint: MakeCheckpoint, tmp_path: Pat
     asked = Request(granularity=parse_granularity("block:128x128"), quant_method="fp8pack")
     verbs.pack(make_checkpoint(weights), asked, WriteOptions(tmp_path / "out"))
     loaded = fp8pack.load_packed(tmp_path / "out")
-    assert repr(loaded) == "PackedCheckpoint(quant_method='fp8pack', activations='dynamic', packed=1, plain=1)"
+    assert repr(loaded) == (
+        "PackedCheckpoint(1 e4m3 block:128x128, 1 plain, 26.6 kB, activations='dynamic', quant_method='fp8pack')"
+    )
+    with pytest.raises(KeyError, match=f"did you mean '{NAME}'"):
+        loaded[NAME.removesuffix(".weight")]
+    assert loaded.get("another") is None
     assert str(loaded[NAME]) == repr(loaded[NAME])
     assert repr(loaded[NAME]) == (
         f"PackedTensor('{NAME}', shape=[131, 200], format='e4m3', granularity='block:128x128', block=(128, 128), "
