@@ -101,6 +101,7 @@ class Streamed:
         yield
         self.stack.layers[index].to("meta")
         self.opened.release()
+        return_memory_at_once()
 
     def finish(self, done: int) -> None:
         """Record that so many layers are done, once their hidden states are on the disk."""

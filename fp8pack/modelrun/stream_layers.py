@@ -66,13 +66,15 @@ def open_stack(
 
 
 def return_memory_at_once() -> None:
-    """Make glibc map every large tensor separately, and unmap it when it is freed.
+    """Make glibc map every large tensor separately and unmap it when it is freed; give back what is free by now.
 
     Its threshold grows with freed blocks, up to 32 MiB; then layers fragment the heap, and a process with one layer at
-    a time grows to the size of ten.
+    a time grows to the size of ten. What is free in the heap is used first, whatever the threshold, page after page.
     """
     with suppress(AttributeError):  # another C library, without mallopt
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_MMAP_THRESHOLD, 1 << 20)
+        libc.malloc_trim(0)
 
 
 def probe(path: str, layers: tuple[nn.Module, ...], call: Callable[[], object]) -> Stack | str:

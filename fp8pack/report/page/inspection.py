@@ -56,6 +56,7 @@ def inspection_page(found: Inspection, command: str = "") -> str:
         *(paragraph(f"Warning: {warning}", "bad") for warning in found.warnings),
         section("Size", bars("Bytes of all tensors", sizes)),
         section("What each layer lost" if measured else "Scales by layer", _heat(found, measured=measured)),
+        section("What each output loses, predicted", _outputs(found)),
         section("Worst weights", _worst(found)),
         section("Distributions", *_distributions(found)),
         section(
@@ -109,6 +110,12 @@ def _heat(found: Inspection, *, measured: bool) -> str:
         caption = "SQNR of weights in dB; darker is worse"
         return heat_map(caption, *by_layer(values, min), lambda value: decibels(value, 2), low_is_dark=True)
     return heat_map("Largest scale; darker is larger", *by_layer(values, max), lambda value: f"{value:.2g}")
+
+
+def _outputs(found: Inspection) -> str:
+    values = {tensor.name: tensor.output_sqnr for tensor in found.tensors if tensor.output_sqnr is not None}
+    caption = "SQNR of outputs in dB, as if input channels were independent; darker is worse"
+    return heat_map(caption, *by_layer(values, min), lambda value: decibels(value, 2), low_is_dark=True)
 
 
 def _worst(found: Inspection) -> str:
