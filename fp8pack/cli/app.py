@@ -61,10 +61,10 @@ def _root(
 def main() -> NoReturn:
     """Run the command line; an expected failure is printed as one line on stderr and exits with its exit code."""
     open_streams()
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:  # which nohup sets
-            signal.signal(signum, _interrupt)
     try:
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:  # which nohup sets
+                signal.signal(signum, _interrupt)
         check_system()
         app()
     except Fp8PackError as error:

@@ -8,7 +8,7 @@ from gemms import AS_ENTERED, AS_QUANTIZED, as_quantized, error, weight_of
 
 from fp8pack.gemm.activations import float_scale_of, quantize_activation, quantize_in_torch, quantize_on_cpu
 from fp8pack.gemm.operand import Backend
-from fp8pack.gemm.reference_backend import ReferenceBackend
+from fp8pack.gemm.reference_backend import ReferenceBackend, dequantize
 from fp8pack.gemm.scheme import scheme_of
 from fp8pack.gemm.torch_backend import TorchBackend
 from fp8pack.numerics import torch_codec
@@ -145,3 +145,21 @@ def test_the_kernel_gives_the_bytes_of_torch(
     expected = quantize_in_torch(x, granularity, padded=(48, 256), scale=scale, tiled=tiled)
     assert torch.equal(found[0].view(torch.uint8), expected[0].view(torch.uint8))
     torch.testing.assert_close(found[1], expected[1], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("special", [0x00, 0x7F, 0x7C, 0x80])
+def test_the_kernel_dequantizes_as_torch_does(shape: tuple[int, int, int], granularity: str, special: int) -> None:
+    generator = torch.Generator().manual_seed(shape[1])
+    n, k = shape[1], shape[2]
+    region = parse_granularity(granularity).region((n, k))
+    codes = torch.randint(0, 0x78, (n, k), generator=generator, dtype=torch.uint8)
+    codes[-1, -1] = special
+    grid = -(-n // region[0]), -(-k // region[1])
+    scales = torch.rand(grid, generator=generator) * 1e-3
+    for dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+        found, expected = (how(codes.view(dtype), scales, region) for how in (dequantize, torch_codec.dequantize))
+        assert torch.equal(found.isnan(), expected.isnan())
+        same = ~expected.isnan()
+        assert torch.equal(found[same].view(torch.int32), expected[same].view(torch.int32))
