@@ -123,8 +123,9 @@ def evaluate(
         deadline=deadline,
     )  # a wrong value is refused before torch is imported
     check_output(html, as_json=as_json, as_markdown=as_markdown)
-    if (per_layer or per_linear) and (len(checkpoints) > 1 or fail_if):
-        raise RecipeError("layers are measured of one checkpoint, without bounds", "name one, and leave out --fail-if")
+    if (per_layer or per_linear) and (len(checkpoints) > 1 or fail_if or base or save_base):
+        sentence = "layers are measured of one checkpoint, without bounds and base"
+        raise RecipeError(sentence, "name one, and leave out --fail-if, --base and --save-base")
     found_on = parse_choice("fail_on", fail_on, FAIL_ON)
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # torch's threads spin, and starve all others on a shared machine
     with quiet_imports():

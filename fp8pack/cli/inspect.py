@@ -89,7 +89,7 @@ def inspect(
     from fp8pack.inputs import parse_texts
     from fp8pack.reading.bounds import INSPECTION_METRICS, check_bounds, check_targets
     from fp8pack.reading.inspect import inspect_calibration, look
-    from fp8pack.reading.select import select
+    from fp8pack.reading.select import check_selection, select
     from fp8pack.report.calibration import print_calibration
     from fp8pack.report.overview import print_overview
     from fp8pack.report.progress import MEASURING, showing_progress
@@ -98,16 +98,21 @@ def inspect(
     bounds = parse_bounds(fail_if or (), INSPECTION_METRICS)
     asked = parse_targets(parse_texts("targets", targets or (), commas=True))
     check_output(html, as_json=as_json, as_markdown=as_markdown)
-    if tensor is not None:
-        if html is not None or as_markdown:
-            raise RecipeError("a page or Markdown is of a whole checkpoint", "leave out the tensor")
-        return _show_tensor(checkpoint, tensor, against, explain=explain, as_json=as_json)
-    if explain:
+    check_selection(only=only or (), where=where or (), sort=sort)
+    of_calibration = against is None and checkpoint.is_file() and is_calibration(checkpoint)
+    predicts = calibration is not None and against is None
+    if (bounds or asked) and (tensor is not None or of_calibration or predicts):
+        raise RecipeError("bounds and targets are of a whole checkpoint", "leave out --fail-if and --target")
+    if (html is not None or as_markdown) and (tensor is not None or predicts):
+        raise RecipeError("a page or Markdown is of a whole checkpoint", "leave out --html and --markdown")
+    if explain and tensor is None:
         raise RecipeError("one tensor is explained, and none is named", "name it after the checkpoint")
-    if against is None and checkpoint.is_file() and is_calibration(checkpoint):
+    if tensor is not None:
+        return _show_tensor(checkpoint, tensor, against, explain=explain, as_json=as_json)
+    if of_calibration:
         summary = inspect_calibration(checkpoint)
         return show(summary, print_calibration, as_json=as_json, as_markdown=as_markdown, html=html)
-    if calibration is not None and against is None:
+    if calibration is not None and predicts:
         return _show_predictions(checkpoint, calibration, quiet=quiet, as_json=as_json)
     with showing_progress(MEASURING, quiet) as on_progress:
         found = look(

@@ -127,8 +127,9 @@ def _totals(opened: Source, contents: Contents, tensors: Sequence[TensorInspecti
     num_spoiled = sum(bool(tensor.problem) for tensor in tensors)
     measured = [(tensor.sqnr, tensor.name) for tensor in tensors if tensor.sqnr is not None]
     cosines = [tensor.error.cosine for tensor in tensors if tensor.error and tensor.error.cosine is not None]
+    outputs = [tensor.output_sqnr for tensor in tensors if tensor.output_sqnr is not None]
     if num_spoiled:
-        measured, cosines = [], []  # a mean over the others would hide it
+        measured, cosines, outputs = [], [], []  # a mean over the others would hide it
     worst = min(measured, default=None)
     return Totals(
         num_tensors=len(tensors),
@@ -141,7 +142,7 @@ def _totals(opened: Source, contents: Contents, tensors: Sequence[TensorInspecti
         sqnr_mean=float(np.mean([sqnr for sqnr, _ in measured])) if measured else None,
         sqnr_worst_tensor=worst[1] if worst else None,
         cosine_min=min(cosines, default=None),
-        output_sqnr_min=min((t.output_sqnr for t in tensors if t.output_sqnr is not None), default=None),
+        output_sqnr_min=min(outputs, default=None),
     )
 
 

@@ -40,6 +40,13 @@ METRICS: Final[dict[str, Metric]] = {
 ORDERS = ("name", "sqnr", "scale", "size")
 
 
+def check_selection(*, only: Patterns, where: Texts, sort: str) -> None:
+    """Raise what `select` raises of its options, before anything is read."""
+    parse_bounds(where, tuple(METRICS), "where")
+    parse_choice("sort", sort, ORDERS)
+    parse_patterns("only", only)
+
+
 def select(
     found: Inspection, *, only: Patterns = (), where: Texts = (), sort: str = "name"
 ) -> tuple[TensorInspection, ...]:

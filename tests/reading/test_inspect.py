@@ -172,6 +172,22 @@ def test_one_tensor_that_is_a_float_is_explained_from_itself(pair: tuple[Path, P
         inspect_tensor(out, "layers.0.mlp.down_proj")
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        [NAME, "--fail-if", "sqnr_min<99"],
+        ["--calibration", "c.safetensors", "--fail-if", "output_sqnr_min<99"],
+        ["--calibration", "c.safetensors", "--html", "page.html"],
+        ["--sort", "colour"],
+        ["--where", "colour<3"],
+    ],
+    ids=" ".join,
+)
+def test_what_would_be_ignored_is_refused_before_anything_is_read(words: list[str], tmp_path: Path) -> None:
+    ran = CliRunner().invoke(app, ["inspect", str(tmp_path / "missing"), *words])
+    assert isinstance(ran.exception, fp8pack.RecipeError)
+
+
 def test_the_overview_fits_a_screen(pair: tuple[Path, Path]) -> None:
     source, out = pair
     ran = CliRunner().invoke(app, ["inspect", str(out), "--against", str(source)])
