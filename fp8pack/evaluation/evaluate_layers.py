@@ -273,18 +273,12 @@ class _Layers:
         last = len(self.names)
         paths = [self._source.last_hidden_path, *(self._rounds(name).hidden_path(last) for name in self.state.parts)]
         measured: dict[str, list[Positions]] = {name: [] for name in self.state.parts}
-        found: list[Tensor] = []
-        with self._source.rounds.round(last, taking_turns=paths) as take:
-
-            def predict(ids: Tensor) -> Tensor:
-                take(lambda: found.append(self._source.opened.logits(ids)))
-                tick(len(ids))
-                return found.pop()
-
+        with self._source.predicting_from(paths) as predict:
             for window in self._windows:
                 reference = predict(window.ids)
                 for name in self.state.parts:
                     measured[name].append(compare_logits(reference, predict(window.ids), window.ids[1:]))
+                tick(len(window.ids) * len(paths))
         return measured
 
     def _rounds(self, name: str) -> Rounds:

@@ -12,6 +12,7 @@ from fp8pack.checkpoint.shard_writer import check_space, sync_file, write_file
 from fp8pack.evaluation.models import Opened
 from fp8pack.evaluation.text import Window
 from fp8pack.modelrun.stream_layers import Rounds, Stack, return_memory_at_once
+from fp8pack.modelrun.stream_vocabulary import Vocabulary
 
 Tick = Callable[[int], None]
 Predict = Callable[[Tensor], Tensor]  # tokens [T] to logits [T - 1, V]
@@ -55,12 +56,16 @@ class Resident:
 
 
 class Streamed:
-    """A model with one decoder layer in memory; the folder keeps hidden states, so that a run can be continued."""
+    """A model with one decoder layer in memory; the folder keeps hidden states, so that a run can be continued.
+
+    What lies outside of its layers is loaded; the input embedding and the head are freed until a round uses them.
+    """
 
     def __init__(self, opened: Opened, stack: Stack, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.opened, self.stack, self._folder = opened, stack, folder
         self.rounds = Rounds(stack, folder)
+        self._vocabulary = Vocabulary(opened.model, stack, opened.load)
         self._parameters = list(opened.model.state_dict())
 
     @property
@@ -95,10 +100,12 @@ class Streamed:
 
     @contextmanager
     def layer(self, index: int) -> Iterator[None]:
-        """Have a layer in memory within this context."""
+        """Have a layer in memory within this context, and before the first the embedding."""
         inside = f"{self.stack.path}.{index}."
         self.opened.load(name for name in self._parameters if name.startswith(inside))
-        yield
+        with self._vocabulary.in_memory(embedding=index == 0, head=False):
+            self.opened.release()
+            yield
         self.stack.layers[index].to("meta")
         self.opened.release()
         return_memory_at_once()
@@ -111,7 +118,16 @@ class Streamed:
     @contextmanager
     def predicting(self) -> Iterator[Predict]:
         """Yield logits from the hidden states after the last layer."""
-        with self.rounds.round(len(self.stack.layers)) as take:
+        with self.predicting_from([self.last_hidden_path]) as predict:
+            yield predict
+
+    @contextmanager
+    def predicting_from(self, paths: Sequence[Path]) -> Iterator[Predict]:
+        """Yield logits from hidden states after the last layer, of several runs that take turns."""
+        with (
+            self._vocabulary.in_memory(embedding=False, head=True),
+            self.rounds.round(len(self.stack.layers), taking_turns=paths) as take,
+        ):
 
             def predict(ids: Tensor) -> Tensor:
                 found: list[Tensor] = []

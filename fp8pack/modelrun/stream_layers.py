@@ -60,6 +60,7 @@ def open_stack(
     if isinstance(found, str):
         return found
     path, layers = found
+    return_memory_at_once()
     load(name for name in model.state_dict() if not name.startswith(f"{path}."))
     ids = torch.ones((1, 4), dtype=torch.long, device=device)
     return probe(path, layers, lambda: model(input_ids=ids))
@@ -89,6 +90,11 @@ def probe(path: str, layers: tuple[nn.Module, ...], call: Callable[[], object]) 
         if not problem:
             return Stack(path, layers, returns_tuple)
     return problem
+
+
+def why_no_stack(stack: Stack, call: Callable[[], object]) -> str:
+    """Run the model once without its layers; return why they cannot be streamed in this call, empty if they can."""
+    return _probe(stack.layers, call, stack.returns_tuple)
 
 
 class Rounds:
@@ -202,7 +208,7 @@ def _probe(layers: tuple[nn.Module, ...], call: Callable[[], object], returns_tu
                 problems.append(f"its layers share the argument {shared[0]}")
             elif not _is_plain(told):
                 problems.append("its layers share an argument")
-            elif order and _has_nan((*told, *named.values())):
+            elif _has_nan((*told, *named.values())):
                 problems.append("a layer gets the hidden states of several layers")
             order.append(i)
             returned.append(torch.full_like(hidden, 0.5 if i == len(layers) - 1 else math.nan))

@@ -380,10 +380,15 @@ def _self_contained(function: Any, name: str) -> llvm.ModuleRef:
 
     Numba links in what raises Python exceptions and frees arrays. Nothing here raises or owns memory, so that code is
     never reached; declared unreachable, it leaves an object file that needs neither Numba nor Python.
+    Raises:
+        ValueError: it calls anything else, such as a function of the C library.
     """
     ir = function.inspect_llvm().replace(function.native_name, name)
     unreachable = r"define internal \1 {\n  unreachable\n}"
-    ir = re.sub(r"^declare ((?!.*@llvm\.)[^@]*@[\w.]+\([^)]*\))[^\n]*$", unreachable, ir, flags=re.MULTILINE)
+    helpers = r"^declare ([^@]*@(?:NRT_|Py|numba_)\w+\([^)]*\))[^\n]*$"
+    ir = re.sub(helpers, unreachable, ir, flags=re.MULTILINE)
+    if others := re.findall(r"^declare [^@]*@(?!llvm\.)([\w.]+)\(", ir, flags=re.MULTILINE):
+        raise ValueError(f"{name} calls {', '.join(others)}")
     ir = re.sub(
         r"^(@PyExc_\w+) = external (?:local_unnamed_addr )?global (\S+).*$",
         r"\1 = internal global \2 zeroinitializer",

@@ -20,11 +20,21 @@ from numpy.typing import NDArray
 from fp8pack.numerics.formats import Float8Format
 from fp8pack.numerics.kernel_cache import read_code, write_code
 from fp8pack.numerics.rounding import ScaleRounding
+from fp8pack.numerics.value_table import value_table
 from fp8pack.units import ceil_div
 
 Array = NDArray[Any]
 Bits = Literal["uint16", "uint32"]
-Module = Literal["uint16", "uint32", "observe", "compare-uint16", "compare-uint32"]
+Module = Literal[
+    "uint16",
+    "uint32",
+    "observe",
+    "compare-uint16",
+    "compare-uint32",
+    "moments",
+    "compensate-uint16",
+    "compensate-uint32",
+]
 
 _KIND: Final = {"BF16": 0, "F16": 1, "F32": 2}
 _BITS: Final[dict[str, Bits]] = {"BF16": "uint16", "F16": "uint16", "F32": "uint32"}
@@ -32,6 +42,7 @@ _SIGN_MASK: Final = {"BF16": 0x7FFF, "F16": 0x7FFF, "F32": 0x7FFFFFFF}
 _INFINITY: Final = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F800000}
 _ROUNDING: Final = {ScaleRounding.NONE: 0, ScaleRounding.UP: 1, ScaleRounding.FLOOR: 2}
 _U8, _U16, _U32, _F32 = np.dtype(np.uint8), np.dtype(np.uint16), np.dtype(np.uint32), np.dtype(np.float32)
+_F64 = np.dtype(np.float64)
 _DTYPES: Final[dict[Bits, np.dtype[Any]]] = {"uint16": _U16, "uint32": _U32}
 _WEIGHT_KERNELS = ("quantize", "amax", "dequantize", "largest_codes")
 _KERNELS: Final[dict[Module, tuple[str, ...]]] = {
@@ -39,7 +50,12 @@ _KERNELS: Final[dict[Module, tuple[str, ...]]] = {
     "observe": ("observe",),
     "compare-uint16": ("compare",),
     "compare-uint32": ("compare",),
+    "moments": ("add_moments", "factor"),
+    "compensate-uint16": ("compensate",),
+    "compensate-uint32": ("compensate",),
 }
+_SOURCES = ("kernels.py", "compensation_kernels.py")
+_LANES, _TILE = 64, 128  # of compensation_kernels.py, which imports Numba
 _CHUNK = 2048  # elements that `compare` widens at a time
 _BEYOND = 1 + 2.0**-8  # a weight that is larger than the largest value by more than a BF16 rounding was clipped
 
@@ -51,6 +67,9 @@ _SIGNATURES: Final = {
     "largest_codes": (None, _P, _P, *[_I] * 8),
     "observe": (_I, *[_P] * 6, *[_I] * 5),
     "compare": (None, *[_P] * 6, *[_I] * 3, _B, _B, _F),
+    "add_moments": (None, *[_P] * 5, *[_I] * 4),
+    "factor": (_I, _P, _P, _I),
+    "compensate": (None, *[_P] * 6, *[_I] * 7, _F, *[_U] * 3),
 }
 
 
@@ -76,9 +95,7 @@ def quantize_rows(  # noqa: PLR0913
     are the code; the constant is even and small, so it rides in the low bits of the addend.
     """
     (n, k), bits, (rows, cols) = weight.shape, _BITS[dtype], region
-    shift = 23 - format.mantissa_bits
-    smallest = (128 - format.bias) << 23  # float32 bits of the smallest normal FP8 number
-    constant = -((128 - format.bias) << format.mantissa_bits) & 0xFF
+    smallest, addend, shift = _encoder(format)
     scratch = np.empty((3, k), np.uint32)
     first = address_of(scratch, _U32, 3 * k, written=True)
     return float(
@@ -88,10 +105,17 @@ def quantize_rows(  # noqa: PLR0913
             address_of(scales, _F32, ceil_div(n, rows) * ceil_div(k, cols), written=rounding is not None),
             *(first, first + 4 * k, first + 8 * k),
             *(n, k, *region, _KIND[dtype], _SIGN_MASK[dtype], _INFINITY[dtype]),
-            *(format.max, format.emax, smallest, (shift << 23) | constant, shift),
+            *(format.max, format.emax, smallest, addend, shift),
             *(0 if rounding is None else _ROUNDING[rounding], int(rounding is None)),
         )
     )
+
+
+def _encoder(format: Float8Format) -> tuple[int, int, int]:
+    """The constants of the encoder: float32 bits of the smallest normal number, the addend, the shift."""
+    shift = 23 - format.mantissa_bits
+    constant = -((128 - format.bias) << format.mantissa_bits) & 0xFF
+    return (128 - format.bias) << 23, (shift << 23) | constant, shift
 
 
 def amax_rows(weight: Array, *, dtype: str) -> float:
@@ -196,6 +220,63 @@ def compare_rows(  # noqa: PLR0913
     )
 
 
+def add_moments(values: NDArray[np.uint16], prompts: NDArray[np.int32], moments: NDArray[np.float64]) -> None:
+    """Add X^T X of activations to their second moments, in float64, row after row.
+
+    Shapes: values [T, K], raw BF16 bits; prompts [T], negative for padding, which is left out; moments [B, S, S], of
+        blocks of S channels, of which the last may be narrower. Of each block the upper triangle alone is added to.
+    """
+    (n, k), (blocks, size, _) = values.shape, moments.shape
+    if prompts.size != n or blocks != ceil_div(k, size):
+        raise ValueError(f"{blocks} blocks of {size} channels and {prompts.size} prompts are none of {n} x {k}")
+    scratch = np.empty((2, size * _TILE))
+    first = address_of(scratch, _F64, scratch.size, written=True)
+    _kernels("moments").call["add_moments"](
+        address_of(values, _U16, n * k),
+        address_of(prompts, np.dtype(np.int32), n),
+        address_of(moments, _F64, blocks * size * size, written=True),
+        *(first, first + 8 * size * _TILE),
+        *(n, k, blocks, size),
+    )
+
+
+def factor(matrix: NDArray[np.float64]) -> bool:
+    """Replace the upper triangle of H [S, S] by R, upper triangular, with R R^T = H; False if H has no such factor."""
+    size = matrix.shape[0]
+    panel = np.empty((_LANES, size))
+    places = (address_of(matrix, _F64, size * size, written=True), address_of(panel, _F64, panel.size, written=True))
+    return bool(_kernels("moments").call["factor"](*places, size))
+
+
+def compensate_rows(  # noqa: PLR0913
+    weight: Array,
+    payload: Array,
+    scales: NDArray[np.float32],
+    feedback: NDArray[np.float64],
+    *,
+    dtype: str,
+    region: tuple[int, int],
+    format: Float8Format,
+) -> None:
+    """Write the payload of rows of a weight, rounded with feedback, for scales that are given.
+
+    Shapes: weight, payload and scales as in `quantize_rows`; feedback [B, S, S] float64, as `feedback_of` returns it.
+    """
+    (n, k), bits, (rows, cols), (blocks, size, _) = weight.shape, _BITS[dtype], region, feedback.shape
+    if blocks != ceil_div(k, size):
+        raise ValueError(f"{blocks} blocks of {size} channels are none of {k}")
+    scratch, values = np.empty(2 * size * _LANES), value_table(format)  # kept while the kernel runs
+    _kernels("compensate-uint16" if bits == "uint16" else "compensate-uint32").call["compensate"](
+        address_of(weight, _DTYPES[bits], n * k),
+        address_of(payload, _U8, n * k, written=True),
+        address_of(scales, _F32, ceil_div(n, rows) * ceil_div(k, cols)),
+        address_of(feedback, _F64, feedback.size),
+        address_of(values, _F32, 256),
+        address_of(scratch, _F64, scratch.size, written=True),
+        *(n, k, blocks, size, rows, cols, _KIND[dtype], format.max, *_encoder(format)),
+    )
+
+
 class _Kernels:
     """The C functions of a module, and the engine that owns their code."""
 
@@ -226,8 +307,7 @@ def _load(module: Module) -> _Kernels:
     machine = llvm.Target.from_default_triple().create_target_machine(
         cpu=cpu, features=features, opt=3, reloc="pic", codemodel="jitdefault", jit=True
     )
-    source = Path(__file__).with_name("kernels.py").read_bytes()
-    key = blake3(source)
+    key = blake3(b"".join(Path(__file__).with_name(name).read_bytes() for name in _SOURCES))
     key.update(repr((module, cpu, features, llvmlite.__version__)).encode())
     name = f"kernels-{key.hexdigest(16)}.o"
     machine_code = read_code(name)
@@ -238,8 +318,12 @@ def _load(module: Module) -> _Kernels:
 
 
 def _compile(module: Module) -> str:
-    from fp8pack.numerics import kernels  # imports Numba, for compiling only
+    from fp8pack.numerics import compensation_kernels, kernels  # imports Numba, for compiling only
 
+    if module == "moments":
+        return compensation_kernels.compile_moments()
+    if module == "compensate-uint16" or module == "compensate-uint32":  # noqa: PLR1714
+        return compensation_kernels.compile_compensation("uint16" if module == "compensate-uint16" else "uint32")
     if module == "observe":
         return kernels.compile_observer()
     if module == "uint16" or module == "uint32":  # noqa: PLR1714  (mypy narrows this, not `in`)

@@ -1,0 +1,170 @@
+"""Compensated rounding, byte for byte against GPTQ in NumPy, which inverts, and shares no code with it."""
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import oracle
+import pytest
+from numpy.typing import NDArray
+
+from fp8pack.numerics.compensation import DAMPING, feedback_of
+from fp8pack.numerics.formats import E4M3, FORMATS, Float8Format
+from fp8pack.numerics.granularity import parse_granularity
+from fp8pack.numerics.native import add_moments, compensate_rows, factor, quantize_rows
+from fp8pack.numerics.rounding import ScaleRounding
+
+Array = NDArray[Any]
+GRANULARITIES = ("tensor", "channel", "group:64", "block:128x128", "mx")
+SIZES = (128, 1000)  # of a block of moments: diagonal blocks, and the whole
+
+
+def make_inputs(tokens: int, channels: int, seed: int = 0) -> Array:
+    """Return BF16 activations [T, K] whose channels are correlated, some larger than others."""
+    rng = np.random.default_rng(seed)
+    strength = (1 + np.arange(channels)) ** -0.5  # few directions hold most of the energy, as in a model
+    mixed = rng.standard_normal((tokens, channels)) * strength @ rng.standard_normal((channels, channels))
+    return (mixed * np.exp2(rng.integers(-3, 3, channels))).astype(ml_dtypes.bfloat16)
+
+
+def moments_of(inputs: Array, size: int) -> Array:
+    """Return second moments [B, S, S] as the kernel adds them."""
+    tokens, channels = inputs.shape
+    moments = np.zeros((-(-channels // size), size, size))
+    add_moments(inputs.view(np.uint16), np.zeros(tokens, np.int32), moments)
+    return moments
+
+
+def gptq(weight: Array, inputs: Array, scales: Array, format: str, size: int) -> Array:
+    """Return the codes [N, K] of GPTQ: the Cholesky factor of the inverse, each column's error spread over the rest."""
+    codes = np.empty(weight.shape, np.uint8)
+    for first in range(0, weight.shape[1], size):
+        last = min(first + size, weight.shape[1])
+        x = inputs[:, first:last].astype(np.float64)
+        hessian = x.T @ x
+        hessian += DAMPING * np.diagonal(hessian).mean() * np.eye(last - first)
+        upper = np.linalg.cholesky(np.linalg.inv(hessian)).T
+        left = weight[:, first:last].astype(np.float64)
+        for i in range(last - first):
+            scale = scales[:, first + i]
+            element, largest, _ = oracle.ELEMENT[format]
+            rounded = np.clip(left[:, i].astype(np.float32) / scale, -largest, largest).astype(element)
+            codes[:, first + i] = rounded.view(np.uint8)
+            rounded = rounded.astype(np.float32) * scale
+            left[:, i:] -= np.outer((left[:, i] - rounded) / upper[i, i], upper[i, i:])
+    return codes
+
+
+def quantize(weight: Array, dtype: str, format: Float8Format, granularity: str) -> tuple[Array, Array]:
+    """Return payload and scales of rounding to nearest."""
+    bits, described = weight.view(f"u{weight.dtype.itemsize}"), parse_granularity(granularity)
+    payload, scales = np.empty(bits.shape, np.uint8), np.empty(described.scale_shape(bits.shape), np.float32)
+    region = described.region(bits.shape)
+    quantize_rows(bits, payload, scales, dtype=dtype, region=region, format=format, rounding=ScaleRounding.NONE)
+    return payload, scales
+
+
+def compensate(
+    weight: Array, scales: Array, feedback: Array, *, dtype: str, format: Float8Format, granularity: str
+) -> Array:
+    """Return the payload of compensated rounding."""
+    bits = weight.view(f"u{weight.dtype.itemsize}")
+    payload, region = np.empty(bits.shape, np.uint8), parse_granularity(granularity).region(bits.shape)
+    compensate_rows(bits, payload, scales, feedback, dtype=dtype, region=region, format=format)
+    return payload
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("format", FORMATS, ids=lambda f: f.name)
+def test_bytes_equal_gptq(format: Float8Format, granularity: str, size: int) -> None:
+    inputs = make_inputs(700, 320)
+    size = min(size, inputs.shape[1])
+    feedback = feedback_of(moments_of(inputs, size))
+    for dtype, kind in (("BF16", ml_dtypes.bfloat16), ("F32", np.float32)):
+        weight = np.random.default_rng(1).standard_normal((130, 320)).astype(kind)
+        _, scales = quantize(weight, dtype, format, granularity)
+        found = compensate(weight, scales, feedback, dtype=dtype, format=format, granularity=granularity)
+        region = parse_granularity(granularity).region(weight.shape)
+        spread = scales.repeat(region[0], 0).repeat(region[1], 1)[:130, :320]
+        np.testing.assert_array_equal(found, gptq(weight, inputs, spread, format.name, size))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_outputs_are_closer_than_with_rounding_to_nearest(size: int) -> None:
+    inputs = make_inputs(2000, 256)
+    weight = np.random.default_rng(2).standard_normal((96, 256)).astype(ml_dtypes.bfloat16)
+    nearest, scales = quantize(weight, "BF16", E4M3, "channel")
+    feedback = feedback_of(moments_of(inputs, min(size, 256)))
+    found = compensate(weight, scales, feedback, dtype="BF16", format=E4M3, granularity="channel")
+
+    def noise(codes: Array) -> float:
+        error = weight.astype(np.float64) - codes.view(ml_dtypes.float8_e4m3fn).astype(np.float64) * scales
+        return float(np.square(inputs.astype(np.float64) @ error.T).sum())
+
+    assert noise(found) < 0.5 * noise(nearest)
+
+
+def test_moments_are_x_transposed_x_and_leave_padding_out() -> None:
+    inputs = make_inputs(333, 200)
+    prompts = np.where(np.arange(333) % 5 == 0, -1, 3).astype(np.int32)
+    moments = np.zeros((2, 128, 128))
+    add_moments(inputs.view(np.uint16), prompts, moments)
+    x = inputs[prompts >= 0].astype(np.float64)
+    np.testing.assert_allclose(moments[0], np.triu((x.T @ x)[:128, :128]), rtol=1e-12, atol=1e-10)
+    np.testing.assert_allclose(moments[1, :72, :72], np.triu((x.T @ x)[128:, 128:]), rtol=1e-12, atol=1e-10)
+    assert not moments[1, 72:].any() and not moments[1, :, 72:].any()
+
+
+def test_moments_of_parts_in_order_are_those_of_the_whole_bit_for_bit() -> None:
+    inputs, none = make_inputs(300, 160), np.zeros(300, np.int32)
+    whole, parts = np.zeros((1, 160, 160)), np.zeros((1, 160, 160))
+    add_moments(inputs.view(np.uint16), none, whole)
+    for begin, end in ((0, 7), (7, 135), (135, 300)):
+        add_moments(np.ascontiguousarray(inputs[begin:end]).view(np.uint16), none[begin:end], parts)
+    np.testing.assert_array_equal(whole, parts)
+
+
+@pytest.mark.parametrize("size", [1, 63, 64, 65, 200])
+def test_the_factor_is_upper_triangular_and_multiplies_to_the_matrix(size: int) -> None:
+    x = np.random.default_rng(0).standard_normal((2 * size, size))
+    exact = x.T @ x
+    matrix = exact.copy()
+    assert factor(matrix)
+    root = np.triu(matrix)
+    np.testing.assert_allclose(root @ root.T, exact, rtol=1e-11, atol=1e-11 * float(np.abs(exact).max()))
+    assert not factor(np.zeros((size, size)))
+
+
+def test_the_bytes_of_a_row_do_not_depend_on_the_rows_beside_it() -> None:
+    feedback = feedback_of(moments_of(make_inputs(500, 192), 192))
+    weight = np.random.default_rng(3).standard_normal((150, 192)).astype(ml_dtypes.bfloat16)
+    _, scales = quantize(weight, "BF16", E4M3, "channel")
+    together = compensate(weight, scales, feedback, dtype="BF16", format=E4M3, granularity="channel")
+    for begin, end in ((0, 1), (1, 70), (70, 150)):
+        part = np.ascontiguousarray(weight[begin:end])
+        alone = compensate(part, scales[begin:end], feedback, dtype="BF16", format=E4M3, granularity="channel")
+        np.testing.assert_array_equal(alone, together[begin:end])
+
+
+def test_without_tokens_rounding_is_to_nearest_and_dead_channels_do_no_harm() -> None:
+    weight = np.random.default_rng(4).standard_normal((9, 96)).astype(ml_dtypes.bfloat16)
+    nearest, scales = quantize(weight, "BF16", E4M3, "channel")
+    none = feedback_of(np.zeros((1, 96, 96)))
+    found = compensate(weight, scales, none, dtype="BF16", format=E4M3, granularity="channel")
+    np.testing.assert_array_equal(found, nearest)
+    inputs = make_inputs(5, 96)  # fewer tokens than channels
+    inputs[:, ::3] = 0
+    found = compensate(
+        weight, scales, feedback_of(moments_of(inputs, 96)), dtype="BF16", format=E4M3, granularity="channel"
+    )
+    np.testing.assert_array_equal(found[:, ::3], nearest[:, ::3])
+    assert not np.isin(found & 0x7F, E4M3.nan_codes).any()
+
+
+def test_arrays_that_do_not_belong_together_are_refused() -> None:
+    weight, payload, scales = np.zeros((2, 96), np.uint16), np.zeros((2, 96), np.uint8), np.ones((2, 1), np.float32)
+    with pytest.raises(ValueError, match="blocks"):
+        compensate_rows(weight, payload, scales, np.zeros((2, 96, 96)), dtype="BF16", region=(1, 96), format=E4M3)
+    with pytest.raises(ValueError, match="blocks"):
+        add_moments(weight, np.zeros(2, np.int32), np.zeros((1, 64, 64)))
