@@ -4,8 +4,8 @@ Everything here is a sum of products into a row of values, `_add_products`, whic
 index, each product rounded on its own: no fused multiply-add, no fast-math, no BLAS. So results do not depend on tiles,
 threads or processors. Tiles only keep what is read again in the cache.
 
-Legend: second moments H [B, S, S] of inputs in B blocks of S channels; feedback G [B, S, S], strictly lower; weight
-[N, K] as raw bits; errors E [S, LANES] and values V [S, LANES] of rows that are rounded side by side.
+Legend: second moments H [B, S, S] of inputs in B blocks of S channels; gains G [B, S, S] in the order [B, S] in which
+channels are rounded; weight [N, K] as raw bits; sums and errors [S, LANES] of rows that are rounded side by side.
 """
 
 from typing import Any, Literal
@@ -103,36 +103,62 @@ def _factor(matrix, panel):
 
 
 @_inline
-def _compensate(weight, payload, scales, feedback, values, scratch, rows, cols, kind, target):
-    """Round every row from its first column on: what rounding adds to the output is taken off the columns after it.
+def _read_columns(weight, payload, scales, columns, place, region, kind, values, state):
+    """Columns of rows of a weight, one after the other: their values, their scales, and the errors of their codes."""
+    exact, spread, _, errors = state
+    for i in range(columns.size):
+        c = place[1] + columns[i]
+        for r in range(exact.shape[1]):
+            row = place[0] + r
+            scale = scales[row // region[0], c // region[1]]
+            exact[i, r], spread[i, r] = np.float64(_widen(weight[row, c], kind)), scale
+            errors[i, r] = exact[i, r] - np.float64(np.float32(values[payload[row, c]] * scale))
 
-    v_i = w_i + sum over j < i of G[i, j] (w_j - q_j), and q_i is the FP8 value nearest to float32(v_i).
+
+@_inline
+def _round_columns(payload, columns, gains, place, values, target, state, is_again):
+    """Round column i to the FP8 value nearest to w_i + sum over j of G[i, j] (w_j - q_j).
+
+    The first time the sum runs over j < i, again over all others.
     """
-    (n, k), (count, size, _) = weight.shape, feedback.shape
-    sums, errors = scratch
+    exact, spread, sums, errors = state
+    width = columns.size
+    for begin in range(0, width, LANES):
+        end = min(width, begin + LANES)
+        for i in range(begin, end):
+            for r in range(exact.shape[1]):
+                sums[i, r] = exact[i, r]
+        for left in range(0, width if is_again else begin, TILE):
+            right = min(width if is_again else begin, left + TILE)
+            for i in range(begin, end):
+                _add_products(sums[i], gains[i, left : min(right, begin)], errors[left : min(right, begin)])
+                _add_products(sums[i], gains[i, max(left, end) : right], errors[max(left, end) : right])
+        for i in range(begin, end):
+            last = end if is_again else i
+            _add_products(sums[i], gains[i, begin:last], errors[begin:last])
+            for r in range(exact.shape[1]):
+                scale = np.float32(spread[i, r])
+                code = _encode(np.float32(sums[i, r]), scale, target)
+                payload[place[0] + r, place[1] + columns[i]] = code
+                errors[i, r] = exact[i, r] - np.float64(np.float32(values[code] * scale))
+
+
+@_inline
+def _compensate(weight, payload, scales, gains, order, values, scratch, region, kind, target, is_again):
+    (n, k), (count, size, _) = weight.shape, gains.shape
     for top in range(0, n, LANES):
         lanes = min(LANES, n - top)
         for block in range(count):
-            first, gains = block * size, feedback[block]
-            width = min(size, k - first)
-            for begin in range(0, width, LANES):
-                end = min(width, begin + LANES)
-                for i in range(begin, end):
-                    for r in range(lanes):
-                        sums[i, r] = np.float64(_widen(weight[top + r, first + i], kind))
-                for left in range(0, begin, TILE):
-                    right = min(begin, left + TILE)
-                    for i in range(begin, end):
-                        _add_products(sums[i, :lanes], gains[i, left:right], errors[left:right, :lanes])
-                for i in range(begin, end):
-                    c = first + i
-                    _add_products(sums[i, :lanes], gains[i, begin:i], errors[begin:i, :lanes])
-                    for r in range(lanes):
-                        scale = scales[(top + r) // rows, c // cols]
-                        code = _encode(np.float32(sums[i, r]), scale, target)
-                        payload[top + r, c] = code
-                        exact = np.float64(_widen(weight[top + r, c], kind))
-                        errors[i, r] = exact - np.float64(np.float32(values[code] * scale))
+            place, width = (top, block * size), min(size, k - block * size)
+            columns = order[block, :width]
+            state = (
+                scratch[0, :width, :lanes],
+                scratch[1, :width, :lanes],
+                scratch[2, :width, :lanes],
+                scratch[3, :width, :lanes],
+            )
+            _read_columns(weight, payload, scales, columns, place, region, kind, values, state)
+            _round_columns(payload, columns, gains[block], place, values, target, state, is_again)
 
 
 def compile_moments() -> str:
@@ -163,22 +189,20 @@ def compile_compensation(bits: Literal["uint16", "uint32"]) -> str:
     """Return LLVM IR of the kernel that rounds weights of these raw bits, optimised for this processor.
 
     It defines a C function, with pointers to contiguous arrays:
-        void fp8pack_compensate(weight, payload, scales, feedback, values, scratch, n, k, blocks, size, rows, cols,
-                                kind, max, smallest, addend, shift)
+        void fp8pack_compensate(weight, payload, scales, gains, order, values, scratch, n, k, blocks, size, rows,
+                                cols, kind, is_again, max, smallest, addend, shift)
     """
     u, p, i, f, w = getattr(types, bits), types.CPointer, types.int64, types.float32, types.uint32
     d, b = types.float64, types.uint8
 
-    @cfunc(types.void(p(u), p(b), p(f), p(d), p(f), p(d), i, i, i, i, i, i, i, f, w, w, w), error_model="numpy")
-    def compensate(weight, payload, scales, feedback, values, scratch, n, k, blocks, size, rows, cols, kind,
-                   largest, smallest, addend, shift):  # fmt: skip
+    @cfunc(types.void(p(u), p(b), p(f), p(d), p(i), p(f), p(d), *[i] * 8, f, w, w, w), error_model="numpy")
+    def compensate(weight, payload, scales, gains, order, values, scratch, n, k, blocks, size, rows, cols, kind,
+                   is_again, largest, smallest, addend, shift):  # fmt: skip
         shape = ((n + rows - 1) // rows, (k + cols - 1) // cols)
-        both = carray(scratch, (2, size, LANES))
         arrays = (carray(weight, (n, k)), carray(payload, (n, k)), carray(scales, shape))
-        moments = (carray(feedback, (blocks, size, size)), carray(values, (256,)))
-        target = (largest, 0, smallest, addend, shift)
-        _compensate(
-            arrays[0], arrays[1], arrays[2], moments[0], moments[1], (both[0], both[1]), rows, cols, kind, target
-        )
+        feedback = (carray(gains, (blocks, size, size)), carray(order, (blocks, size)))
+        table, target = carray(values, (256,)), (largest, 0, smallest, addend, shift)
+        _compensate(arrays[0], arrays[1], arrays[2], feedback[0], feedback[1], table,
+                    carray(scratch, (4, size, LANES)), (rows, cols), kind, target, is_again)  # fmt: skip
 
     return str(_self_contained(compensate, "fp8pack_compensate"))

@@ -69,7 +69,7 @@ _SIGNATURES: Final = {
     "compare": (None, *[_P] * 6, *[_I] * 3, _B, _B, _F),
     "add_moments": (None, *[_P] * 5, *[_I] * 4),
     "factor": (_I, _P, _P, _I),
-    "compensate": (None, *[_P] * 6, *[_I] * 7, _F, *[_U] * 3),
+    "compensate": (None, *[_P] * 7, *[_I] * 8, _F, *[_U] * 3),
 }
 
 
@@ -252,28 +252,35 @@ def compensate_rows(  # noqa: PLR0913
     weight: Array,
     payload: Array,
     scales: NDArray[np.float32],
-    feedback: NDArray[np.float64],
+    gains: NDArray[np.float64],
+    order: NDArray[np.int64],
     *,
     dtype: str,
     region: tuple[int, int],
     format: Float8Format,
+    again: bool = False,
 ) -> None:
     """Write the payload of rows of a weight, rounded with feedback, for scales that are given.
 
-    Shapes: weight, payload and scales as in `quantize_rows`; feedback [B, S, S] float64, as `feedback_of` returns it.
+    Shapes: weight, payload and scales as in `quantize_rows`; gains [B, S, S] float64 and order [B, S] int64, a
+        permutation of the channels of each block, as compensation.py makes them.
+    again: the payload is rounded already; every column is rounded once more, given all others.
     """
-    (n, k), bits, (rows, cols), (blocks, size, _) = weight.shape, _BITS[dtype], region, feedback.shape
+    (n, k), bits, (rows, cols), (blocks, size, _) = weight.shape, _BITS[dtype], region, gains.shape
     if blocks != ceil_div(k, size):
         raise ValueError(f"{blocks} blocks of {size} channels are none of {k}")
-    scratch, values = np.empty(2 * size * _LANES), value_table(format)  # kept while the kernel runs
+    if order.shape != (blocks, size) or (np.sort(order) != np.arange(size)).any():
+        raise ValueError("the order of a block is no permutation of its channels")
+    scratch, values = np.empty(4 * size * _LANES), value_table(format)  # kept while the kernel runs
     _kernels("compensate-uint16" if bits == "uint16" else "compensate-uint32").call["compensate"](
         address_of(weight, _DTYPES[bits], n * k),
         address_of(payload, _U8, n * k, written=True),
         address_of(scales, _F32, ceil_div(n, rows) * ceil_div(k, cols)),
-        address_of(feedback, _F64, feedback.size),
+        address_of(gains, _F64, gains.size),
+        address_of(order, np.dtype(np.int64), blocks * size),
         address_of(values, _F32, 256),
         address_of(scratch, _F64, scratch.size, written=True),
-        *(n, k, blocks, size, rows, cols, _KIND[dtype], format.max, *_encoder(format)),
+        *(n, k, blocks, size, rows, cols, _KIND[dtype], int(again), format.max, *_encoder(format)),
     )
 
 

@@ -8,7 +8,7 @@ import oracle
 import pytest
 from numpy.typing import NDArray
 
-from fp8pack.numerics.compensation import DAMPING, feedback_of
+from fp8pack.numerics.compensation import DAMPING, Feedback, compensate, feedback_of
 from fp8pack.numerics.formats import E4M3, FORMATS, Float8Format
 from fp8pack.numerics.granularity import parse_granularity
 from fp8pack.numerics.native import add_moments, compensate_rows, factor, quantize_rows
@@ -36,22 +36,31 @@ def moments_of(inputs: Array, size: int) -> Array:
 
 
 def gptq(weight: Array, inputs: Array, scales: Array, format: str, size: int) -> Array:
-    """Return the codes [N, K] of GPTQ: the Cholesky factor of the inverse, each column's error spread over the rest."""
-    codes = np.empty(weight.shape, np.uint8)
+    """Return the codes [N, K] of GPTQ, channels in order of their energy, each rounded once more given all others."""
+    codes, (element, largest, _) = np.empty(weight.shape, np.uint8), oracle.ELEMENT[format]
+
+    def round_to(values: Array, column: int) -> Array:
+        scale = scales[:, column]
+        rounded = np.clip(values.astype(np.float32) / scale, -largest, largest).astype(element)
+        codes[:, column] = rounded.view(np.uint8)
+        return rounded.astype(np.float32) * scale
+
     for first in range(0, weight.shape[1], size):
         last = min(first + size, weight.shape[1])
         x = inputs[:, first:last].astype(np.float64)
+        order = np.argsort(-np.square(x).sum(0), kind="stable")
+        x, exact = x[:, order], weight[:, first:last][:, order].astype(np.float64)
         hessian = x.T @ x
         hessian += DAMPING * np.diagonal(hessian).mean() * np.eye(last - first)
         upper = np.linalg.cholesky(np.linalg.inv(hessian)).T
-        left = weight[:, first:last].astype(np.float64)
-        for i in range(last - first):
-            scale = scales[:, first + i]
-            element, largest, _ = oracle.ELEMENT[format]
-            rounded = np.clip(left[:, i].astype(np.float32) / scale, -largest, largest).astype(element)
-            codes[:, first + i] = rounded.view(np.uint8)
-            rounded = rounded.astype(np.float32) * scale
-            left[:, i:] -= np.outer((left[:, i] - rounded) / upper[i, i], upper[i, i:])
+        left, rounded = exact.copy(), np.empty_like(exact)
+        for i, channel in enumerate(order):
+            rounded[:, i] = round_to(left[:, i], first + channel)
+            left[:, i:] -= np.outer((left[:, i] - rounded[:, i]) / upper[i, i], upper[i, i:])
+        for i, channel in enumerate(order):
+            error = exact - rounded
+            error[:, i] = 0
+            rounded[:, i] = round_to(exact[:, i] + error @ hessian[:, i] / hessian[i, i], first + channel)
     return codes
 
 
@@ -64,13 +73,13 @@ def quantize(weight: Array, dtype: str, format: Float8Format, granularity: str) 
     return payload, scales
 
 
-def compensate(
-    weight: Array, scales: Array, feedback: Array, *, dtype: str, format: Float8Format, granularity: str
+def round_compensated(
+    weight: Array, scales: Array, feedback: Feedback, *, dtype: str, format: Float8Format, granularity: str
 ) -> Array:
     """Return the payload of compensated rounding."""
     bits = weight.view(f"u{weight.dtype.itemsize}")
     payload, region = np.empty(bits.shape, np.uint8), parse_granularity(granularity).region(bits.shape)
-    compensate_rows(bits, payload, scales, feedback, dtype=dtype, region=region, format=format)
+    compensate(bits, payload, scales, feedback, dtype=dtype, region=region, format=format)
     return payload
 
 
@@ -84,7 +93,7 @@ def test_bytes_equal_gptq(format: Float8Format, granularity: str, size: int) -> 
     for dtype, kind in (("BF16", ml_dtypes.bfloat16), ("F32", np.float32)):
         weight = np.random.default_rng(1).standard_normal((130, 320)).astype(kind)
         _, scales = quantize(weight, dtype, format, granularity)
-        found = compensate(weight, scales, feedback, dtype=dtype, format=format, granularity=granularity)
+        found = round_compensated(weight, scales, feedback, dtype=dtype, format=format, granularity=granularity)
         region = parse_granularity(granularity).region(weight.shape)
         spread = scales.repeat(region[0], 0).repeat(region[1], 1)[:130, :320]
         np.testing.assert_array_equal(found, gptq(weight, inputs, spread, format.name, size))
@@ -96,7 +105,7 @@ def test_outputs_are_closer_than_with_rounding_to_nearest(size: int) -> None:
     weight = np.random.default_rng(2).standard_normal((96, 256)).astype(ml_dtypes.bfloat16)
     nearest, scales = quantize(weight, "BF16", E4M3, "channel")
     feedback = feedback_of(moments_of(inputs, min(size, 256)))
-    found = compensate(weight, scales, feedback, dtype="BF16", format=E4M3, granularity="channel")
+    found = round_compensated(weight, scales, feedback, dtype="BF16", format=E4M3, granularity="channel")
 
     def noise(codes: Array) -> float:
         error = weight.astype(np.float64) - codes.view(ml_dtypes.float8_e4m3fn).astype(np.float64) * scales
@@ -140,10 +149,10 @@ def test_the_bytes_of_a_row_do_not_depend_on_the_rows_beside_it() -> None:
     feedback = feedback_of(moments_of(make_inputs(500, 192), 192))
     weight = np.random.default_rng(3).standard_normal((150, 192)).astype(ml_dtypes.bfloat16)
     _, scales = quantize(weight, "BF16", E4M3, "channel")
-    together = compensate(weight, scales, feedback, dtype="BF16", format=E4M3, granularity="channel")
+    together = round_compensated(weight, scales, feedback, dtype="BF16", format=E4M3, granularity="channel")
     for begin, end in ((0, 1), (1, 70), (70, 150)):
         part = np.ascontiguousarray(weight[begin:end])
-        alone = compensate(part, scales[begin:end], feedback, dtype="BF16", format=E4M3, granularity="channel")
+        alone = round_compensated(part, scales[begin:end], feedback, dtype="BF16", format=E4M3, granularity="channel")
         np.testing.assert_array_equal(alone, together[begin:end])
 
 
@@ -151,11 +160,11 @@ def test_without_tokens_rounding_is_to_nearest_and_dead_channels_do_no_harm() ->
     weight = np.random.default_rng(4).standard_normal((9, 96)).astype(ml_dtypes.bfloat16)
     nearest, scales = quantize(weight, "BF16", E4M3, "channel")
     none = feedback_of(np.zeros((1, 96, 96)))
-    found = compensate(weight, scales, none, dtype="BF16", format=E4M3, granularity="channel")
+    found = round_compensated(weight, scales, none, dtype="BF16", format=E4M3, granularity="channel")
     np.testing.assert_array_equal(found, nearest)
     inputs = make_inputs(5, 96)  # fewer tokens than channels
     inputs[:, ::3] = 0
-    found = compensate(
+    found = round_compensated(
         weight, scales, feedback_of(moments_of(inputs, 96)), dtype="BF16", format=E4M3, granularity="channel"
     )
     np.testing.assert_array_equal(found[:, ::3], nearest[:, ::3])
@@ -164,7 +173,13 @@ def test_without_tokens_rounding_is_to_nearest_and_dead_channels_do_no_harm() ->
 
 def test_arrays_that_do_not_belong_together_are_refused() -> None:
     weight, payload, scales = np.zeros((2, 96), np.uint16), np.zeros((2, 96), np.uint8), np.ones((2, 1), np.float32)
-    with pytest.raises(ValueError, match="blocks"):
-        compensate_rows(weight, payload, scales, np.zeros((2, 96, 96)), dtype="BF16", region=(1, 96), format=E4M3)
+    for gains, order, problem in (
+        (np.zeros((2, 96, 96)), np.arange(96)[None].repeat(2, 0), "blocks"),
+        (np.zeros((1, 96, 96)), np.arange(1, 97)[None], "permutation"),
+        (np.zeros((1, 96, 96)), np.zeros((1, 96), np.int64), "permutation"),
+        (np.zeros((1, 96, 96)), np.arange(95)[None], "permutation"),
+    ):
+        with pytest.raises(ValueError, match=problem):
+            compensate_rows(weight, payload, scales, gains, order, dtype="BF16", region=(1, 96), format=E4M3)
     with pytest.raises(ValueError, match="blocks"):
         add_moments(weight, np.zeros(2, np.int32), np.zeros((1, 64, 64)))
