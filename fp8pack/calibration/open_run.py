@@ -21,7 +21,7 @@ from fp8pack.modelfacts.patterns import ignoring_all
 from fp8pack.modelfacts.roles import judge
 from fp8pack.modelrun.loader import ModelLoader, read_tokenizer
 from fp8pack.modelrun.prompts import load_prompts, tokenize
-from fp8pack.modelrun.stream_layers import Stack, open_stack
+from fp8pack.modelrun.stream_layers import Stack, open_stack, return_memory_at_once
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +77,8 @@ def open_run(model: Path, options: CalibrateOptions) -> Run:
     if not prompts:
         raise InputError(f"{', '.join(options.prompts)} has no prompt")
     device = choose_device(options.device)
+    if options.stream_layers == "on":
+        return_memory_at_once()
     loader = ModelLoader(source, trust_remote_code=options.trust_remote_code, device=device)
     if loader.model.config.is_encoder_decoder:
         raise InputError(

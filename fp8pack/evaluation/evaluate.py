@@ -29,7 +29,7 @@ from fp8pack.inputs import Duration, Paths, Texts, parse_choice, parse_path, par
 from fp8pack.modelfacts.spec import TORCH_NAMES
 from fp8pack.modelrun.loader import quiet_transformers, read_tokenizer
 from fp8pack.modelrun.prompts import HELD_OUT
-from fp8pack.modelrun.stream_layers import Stack, open_stack
+from fp8pack.modelrun.stream_layers import Stack, open_stack, return_memory_at_once
 from fp8pack.numerics.torch_dtypes import TORCH_DTYPES
 
 METRICS = ("kl", "kl_median", "kl_p90", "kl_p99", "kl_p999", "ppl_ratio", "top1", "top5")
@@ -134,6 +134,8 @@ def _evaluate(checkpoints: Sequence[Path], against: Path, options: EvalOptions, 
     dtype, trust = TORCH_DTYPES[TORCH_NAMES[options.dtype]], options.trust_remote_code
     if options.save_base is not None:
         check_new(options.save_base)
+    if options.stream_layers == "on":
+        return_memory_at_once()
     base = open_source(against, dtype, device, trust_remote_code=trust)
     base.check_predicts()
     tokenizer = read_tokenizer(base.source, trust_remote_code=trust)

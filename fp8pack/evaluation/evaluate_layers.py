@@ -174,7 +174,6 @@ class _Layers:
         tokens = sum(len(window.ids) for window in self._windows)
         count = 1 + sum(len(self.parts_of(i)) for i in range(len(self.names)))
         check_space(self._folder, (count + 2) * tokens * self._source.opened.loader.hidden_nbytes)
-        return_memory_at_once()
         for index in range(len(self.names)):
             parts = self.parts_of(index)
             if index < self.state.done:
@@ -307,6 +306,7 @@ def _evaluate(
 ) -> LayerEvaluation:
     started, device = time.monotonic(), choose_device(options.device)
     dtype, trust = TORCH_DTYPES[TORCH_NAMES[options.dtype]], options.trust_remote_code
+    return_memory_at_once()
     base = open_source(against, dtype, device, trust_remote_code=trust)
     base.check_predicts()
     tokenizer = read_tokenizer(base.source, trust_remote_code=trust)

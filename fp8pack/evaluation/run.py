@@ -80,7 +80,6 @@ class Streamed:
 
     def prepare(self, windows: Sequence[Window], tick: Tick) -> None:
         """Run all layers, from the first that is not done."""
-        return_memory_at_once()
         tokens = sum(len(window.ids) for window in windows)
         check_space(self._folder, 2 * tokens * self.opened.loader.hidden_nbytes)
         first = self._done()

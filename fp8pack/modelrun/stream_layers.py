@@ -70,7 +70,8 @@ def return_memory_at_once() -> None:
     """Make glibc map every large tensor separately and unmap it when it is freed; give back what is free by now.
 
     Its threshold grows with freed blocks, up to 32 MiB; then layers fragment the heap, and a process with one layer at
-    a time grows to the size of ten. What is free in the heap is used first, whatever the threshold, page after page.
+    a time grows to the size of ten. What is free in the heap is used first, whatever the threshold, page after page: so
+    call it before a model is built, which makes room for its weights in the heap that they never fill.
     """
     with suppress(AttributeError):  # another C library, without mallopt
         libc = ctypes.CDLL(None)
