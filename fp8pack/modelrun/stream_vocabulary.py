@@ -23,7 +23,8 @@ class Vocabulary:
     def __init__(self, model: PreTrainedModel, stack: Stack, load: Callable[[Iterable[str]], None]) -> None:
         embedding, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[no-untyped-call]
         self._load, self._embedding, self._head = load, _Part(model, embedding), _Part(model, head)
-        self._is_tied = head is not None and getattr(head, "weight", None) is embedding.weight
+        weight = getattr(embedding, "weight", None)  # some models embed by several modules
+        self._is_tied = weight is not None and getattr(head, "weight", None) is weight
         self._has_stand_in = _can_stand_in(model, stack, embedding)
         self._embedding.free()
         self._head.free()
