@@ -2,7 +2,7 @@
 
     python benchmarks/bench_eval.py --out docs/benchmarks/eval_MACHINE_YYYYMM.md
 
-Run it where fp8pack alone is installed: transformers loads torchao if it finds it, which is 100 MiB.
+Run it where fp8pack alone is installed: transformers loads torchao if it finds it, which is 200 MiB.
 
 A Qwen3 of random weights is made; its logits mean nothing, and its arithmetic is that of a real one.
 """

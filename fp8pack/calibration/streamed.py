@@ -9,7 +9,7 @@ from fp8pack.calibration.open_run import Run
 from fp8pack.calibration.progress import Progress
 from fp8pack.checkpoint.calibration_file import read_calibration, write_calibration
 from fp8pack.checkpoint.shard_writer import sync_file
-from fp8pack.modelrun.stream_layers import Rounds, Stack, return_memory_at_once
+from fp8pack.modelrun.stream_layers import Rounds, Stack
 from fp8pack.planning.calibration import Calibration, Site, site_order
 
 
@@ -20,7 +20,6 @@ def run_streamed(
 
     folder: for the hidden states that are the next layer's input, and the statistics of finished layers.
     """
-    return_memory_at_once()
     loader, rounds = run.loader, Rounds(stack, folder)
     parameters = list(loader.model.state_dict())
     progress.start(run.num_tokens * journal.done)

@@ -134,7 +134,7 @@ def _evaluate(checkpoints: Sequence[Path], against: Path, options: EvalOptions, 
     dtype, trust = TORCH_DTYPES[TORCH_NAMES[options.dtype]], options.trust_remote_code
     if options.save_base is not None:
         check_new(options.save_base)
-    if options.stream_layers == "on":
+    if options.stream_layers == "on" or options.state is not None:
         return_memory_at_once()
     base = open_source(against, dtype, device, trust_remote_code=trust)
     base.check_predicts()

@@ -55,7 +55,10 @@ def find_stack(model: nn.Module, *, least_share: float = 0.0) -> tuple[str, tupl
 def open_stack(
     model: nn.Module, load: Callable[[Iterable[str]], None], device: torch.device, *, least_share: float = 0.0
 ) -> Stack | str:
-    """Load what lies outside of the layers; return the stack, or why its layers cannot be streamed."""
+    """Load what lies outside of the layers; return the stack, or why its layers cannot be streamed.
+
+    Memory is returned at once from then on.
+    """
     found = find_stack(model, least_share=least_share)
     if isinstance(found, str):
         return found

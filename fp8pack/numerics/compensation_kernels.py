@@ -15,9 +15,7 @@ from numba import carray, cfunc, njit, types
 from numba.extending import intrinsic
 
 from fp8pack.numerics.kernels import BF16, _encode, _self_contained, _widen
-
-LANES = 64  # rows of a weight that are rounded side by side, and columns of a panel
-TILE = 128  # terms that are added to all rows of a panel before the next ones are read
+from fp8pack.numerics.tiles import LANES, TILE
 
 _inline = njit(nogil=True, error_model="numpy")
 

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from fp8pack.numerics.formats import Float8Format
 from fp8pack.numerics.kernel_cache import read_code, write_code
 from fp8pack.numerics.rounding import ScaleRounding
+from fp8pack.numerics.tiles import LANES, TILE
 from fp8pack.numerics.value_table import value_table
 from fp8pack.units import ceil_div
 
@@ -54,8 +55,7 @@ _KERNELS: Final[dict[Module, tuple[str, ...]]] = {
     "compensate-uint16": ("compensate",),
     "compensate-uint32": ("compensate",),
 }
-_SOURCES = ("kernels.py", "compensation_kernels.py")
-_LANES, _TILE = 64, 128  # of compensation_kernels.py, which imports Numba
+_SOURCES = ("kernels.py", "compensation_kernels.py", "tiles.py")
 _CHUNK = 2048  # elements that `compare` widens at a time
 _BEYOND = 1 + 2.0**-8  # a weight that is larger than the largest value by more than a BF16 rounding was clipped
 
@@ -229,13 +229,13 @@ def add_moments(values: NDArray[np.uint16], prompts: NDArray[np.int32], moments:
     (n, k), (blocks, size, _) = values.shape, moments.shape
     if prompts.size != n or blocks != ceil_div(k, size):
         raise ValueError(f"{blocks} blocks of {size} channels and {prompts.size} prompts are none of {n} x {k}")
-    scratch = np.empty((2, size * _TILE))
+    scratch = np.empty((2, size * TILE))
     first = address_of(scratch, _F64, scratch.size, written=True)
     _kernels("moments").call["add_moments"](
         address_of(values, _U16, n * k),
         address_of(prompts, np.dtype(np.int32), n),
         address_of(moments, _F64, blocks * size * size, written=True),
-        *(first, first + 8 * size * _TILE),
+        *(first, first + 8 * size * TILE),
         *(n, k, blocks, size),
     )
 
@@ -243,7 +243,7 @@ def add_moments(values: NDArray[np.uint16], prompts: NDArray[np.int32], moments:
 def factor(matrix: NDArray[np.float64]) -> bool:
     """Replace the upper triangle of H [S, S] by R, upper triangular, with R R^T = H; False if H has no such factor."""
     size = matrix.shape[0]
-    panel = np.empty((_LANES, size))
+    panel = np.empty((LANES, size))
     places = (address_of(matrix, _F64, size * size, written=True), address_of(panel, _F64, panel.size, written=True))
     return bool(_kernels("moments").call["factor"](*places, size))
 
@@ -271,7 +271,7 @@ def compensate_rows(  # noqa: PLR0913
         raise ValueError(f"{blocks} blocks of {size} channels are none of {k}")
     if order.shape != (blocks, size) or (np.sort(order) != np.arange(size)).any():
         raise ValueError("the order of a block is no permutation of its channels")
-    scratch, values = np.empty(4 * size * _LANES), value_table(format)  # kept while the kernel runs
+    scratch, values = np.empty(4 * size * LANES), value_table(format)  # kept while the kernel runs
     _kernels("compensate-uint16" if bits == "uint16" else "compensate-uint32").call["compensate"](
         address_of(weight, _DTYPES[bits], n * k),
         address_of(payload, _U8, n * k, written=True),

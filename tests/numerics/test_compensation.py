@@ -1,5 +1,6 @@
 """Compensated rounding, byte for byte against GPTQ in NumPy, which inverts, and shares no code with it."""
 
+import re
 from typing import Any
 
 import ml_dtypes
@@ -9,6 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from fp8pack.numerics.compensation import DAMPING, Feedback, compensate, feedback_of
+from fp8pack.numerics.compensation_kernels import compile_compensation, compile_moments
 from fp8pack.numerics.formats import E4M3, FORMATS, Float8Format
 from fp8pack.numerics.granularity import parse_granularity
 from fp8pack.numerics.native import add_moments, compensate_rows, factor, quantize_rows
@@ -169,6 +171,13 @@ def test_without_tokens_rounding_is_to_nearest_and_dead_channels_do_no_harm() ->
     )
     np.testing.assert_array_equal(found[:, ::3], nearest[:, ::3])
     assert not np.isin(found & 0x7F, E4M3.nan_codes).any()
+
+
+def test_no_product_is_fused_with_a_sum_and_no_sum_is_reordered() -> None:
+    """What would let two processors give other bytes does not stand in the kernels."""
+    for ir in (compile_moments(), compile_compensation("uint16"), compile_compensation("uint32")):
+        assert re.search(r"\bfadd\b", ir)
+        assert not re.search(r"llvm\.fm|\b(fast|contract|reassoc)\b", ir)
 
 
 def test_arrays_that_do_not_belong_together_are_refused() -> None:
