@@ -34,6 +34,7 @@ def calibrate(
     max_length: int | None = None,
     batch_size: int = 1,
     all_experts: bool = False,
+    second_moments: str = "none",
     until_converged: bool = False,
     stream_layers: str = "auto",
     device: str = "auto",
@@ -50,9 +51,11 @@ def calibrate(
     prompts: built-in, files (JSONL, Parquet, CSV, text) or data sets in the hub cache; mixed in turn.
     text_column: the column with the text or the conversation; by default the first known one.
     num_prompts: use 128 to 512. max_length: tokens per prompt; by default the model's limit, at most 2048.
-    batch_size: prompts per forward pass. all_experts: also run every token through every expert. until_converged: stop
-        when no amax has grown by more than 1 % over 64 prompts. stream_layers: keep one layer in memory at a time: on,
-        off, or auto, if the weights exceed half of the free memory.
+    batch_size: prompts per forward pass. all_experts: also run every token through every expert.
+    second_moments: none, or X^T X of the inputs of every weight, in blocks (diagonal, of 128 channels) or full, for
+        compensated rounding.
+    until_converged: stop when no amax has grown by more than 1 % over 64 prompts. stream_layers: keep one layer in
+        memory at a time: on, off, or auto, if the weights exceed half of the free memory.
     device: auto, cpu or cuda. trust_remote_code: allow custom modeling code from the checkpoint.
     resume: continue unfinished work. overwrite: replace an existing output. deadline: such as "50m".
     on_progress: called with (tokens done, tokens in all). on_note: called with one line of text.
@@ -72,6 +75,7 @@ def calibrate(
         max_length=max_length,
         batch_size=batch_size,
         all_experts=all_experts,
+        second_moments=second_moments,
         until_converged=until_converged,
         stream_layers=stream_layers,
         device=device,

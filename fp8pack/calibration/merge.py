@@ -12,15 +12,15 @@ from fp8pack.checkpoint.calibration_file import read_calibration, write_calibrat
 from fp8pack.checkpoint.staging import check_output_file
 from fp8pack.errors import InputError, OutputError, RecipeError
 from fp8pack.inputs import Paths, parse_path, parse_paths
-from fp8pack.planning.calibration import Calibration, Site, site_order
+from fp8pack.planning.calibration import Calibration, Moments, Site, site_order
 from fp8pack.planning.calibration_summary import CalibrationSummary, summarize
 
 
 def merge(calibrations: Paths, output: str | Path, *, overwrite: bool = False) -> CalibrationSummary:
     """Write the union of calibration files of one model.
 
-    Prompts are in the order of the files. amax, histograms and counts are exact in any order; sums of squares agree
-    to 1e-12 of their value.
+    Prompts are in the order of the files. amax, histograms and counts are exact in any order; sums of squares and
+    second moments agree to 1e-12 of their value.
 
     Raises:
         InputError: a file is not a calibration file, two files are of different models or options, or contain the same
@@ -116,4 +116,20 @@ def _join(parts: list[Site | None], counts: list[int]) -> Site:
         np.add.reduce([site.channel_squares for site in sites]),
         np.concatenate(list(history)),
         first.heads,
+        _join_moments(sites),
     )
+
+
+def _join_moments(sites: list[Site]) -> Moments | None:
+    """The sum of the second moments, in the order of the files, made when it is asked for."""
+    moments = [site.moments for site in sites if site.moments is not None]
+    if len(moments) < len(sites):
+        return None
+
+    def load() -> NDArray[np.float64]:
+        total = moments[0].load()
+        for other in moments[1:]:
+            total += other.load()
+        return total
+
+    return Moments(moments[0].block, load)

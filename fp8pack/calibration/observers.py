@@ -7,6 +7,7 @@ are recorded by functions that replace transformers' experts implementation and 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,18 +18,23 @@ from blake3 import blake3
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from fp8pack.calibration.options import SECOND_MOMENTS, moment_options
 from fp8pack.calibration.recorder import Recorder, Rows, Threads
 from fp8pack.calibration.sharing import Recorders
 from fp8pack.checkpoint.calibration_file import write_calibration
 from fp8pack.checkpoint.source import open_checkpoint
 from fp8pack.errors import InputError
+from fp8pack.inputs import parse_choice
 from fp8pack.modelrun.names import Names, is_transformers_model, names_of, transformers_parts
-from fp8pack.planning.calibration import INFINITY, Calibration, Site, site_order
+from fp8pack.numerics.second_moments import block_of
+from fp8pack.planning.calibration import INFINITY, Calibration, Site, is_gemm_input, site_order
 
 _NOT_IDS = ("attention_mask", "position_ids", "token_type_ids", "cache_position")
 
 
-def observe(model: nn.Module, names: Mapping[str, str | Sequence[str]] | None = None) -> "Observation":
+def observe(
+    model: nn.Module, names: Mapping[str, str | Sequence[str]] | None = None, *, second_moments: str = "none"
+) -> "Observation":
     """Record the activations of a model while it runs: `with observe(model) as calibration: model(batch)`.
 
     Any nn.Module can be observed, in any dtype (values are rounded to BF16), on any device. Each sequence of each call
@@ -37,21 +43,24 @@ def observe(model: nn.Module, names: Mapping[str, str | Sequence[str]] | None = 
     call. A tensor that is input of a module twice in a call counts once.
 
     names: parameters in memory -> the checkpoint's tensors, if they differ; not needed for transformers models.
+    second_moments: none, or X^T X of the inputs of GEMMs, in blocks (diagonal, of 128 channels) or full, which
+        compensated rounding needs.
 
     Raises:
-        InputError: `names` has a parameter that the model does not have.
+        InputError: `names` has a parameter that the model does not have. RecipeError: wrong second_moments.
     """
+    parse_choice("second_moments", second_moments, SECOND_MOMENTS)
     if names is not None:
         if unknown := names.keys() - model.state_dict().keys():
             raise InputError(f"the model has no parameter {min(unknown)!r}, which is in `names`")
         given = {name: [tensor] if isinstance(tensor, str) else tensor for name, tensor in names.items()}
-        return Observation(model, Names(given))
+        return Observation(model, Names(given), second_moments=second_moments)
     tensors: dict[str, tuple[str, ...]] = {name: (name,) for name in model.state_dict()}
     for path, part in transformers_parts(model):
         inside = f"{path}." if path else ""
         found = names_of(part).tensors.items()
         tensors |= {f"{inside}{name}": tuple(inside + tensor for tensor in origin) for name, origin in found}
-    return Observation(model, Names(tensors))
+    return Observation(model, Names(tensors), second_moments=second_moments)
 
 
 @dataclass(slots=True)
@@ -76,6 +85,7 @@ class Observation:
         names: Names,
         *,
         all_experts: bool = False,
+        second_moments: str = "none",
         wants: Callable[[str], bool] = lambda path: True,
     ) -> None:
         """Observe the modules whose path in memory `wants` accepts."""
@@ -87,11 +97,13 @@ class Observation:
         self._batch: _Batch | None = None
         self._num_cached_tokens: Callable[[Mapping[str, Any]], int | None] = lambda kwargs: None
         self._depth = 0
+        self._second_moments = second_moments
         self._undo = ExitStack()
         self._threads = Threads(1)
 
     def __enter__(self) -> "Observation":
-        self._threads = Threads(max(1, torch.get_num_threads() // 2))  # torch's own threads keep spinning for a while
+        count = torch.get_num_threads()  # and half of them for short work: torch's own keep spinning for a while
+        self._threads = Threads(max(1, count // 2), 1 if self._second_moments == "none" else count)
         try:
             self._attach()
         except BaseException:
@@ -126,7 +138,7 @@ class Observation:
         if not self.prompts:
             raise InputError("the model was not called while it was observed", "call it inside `with observe(model)`")
         fingerprint = open_checkpoint(Path(model)).fingerprint if model is not None else ""
-        write_calibration(Path(path), self.calibration(fingerprint))
+        write_calibration(Path(path), self.calibration(fingerprint, moment_options(self._second_moments)))
 
     def restore(self, calibration: Calibration) -> None:
         """Continue from a calibration of the same model."""
@@ -146,12 +158,16 @@ class Observation:
             recorder.heads = max(recorder.heads, heads)
             self._add(recorder, value)
 
-        self._routed.see(points, value, add)
+        has_moments = self._second_moments != "none" and any(map(is_gemm_input, points))
+        self._routed.see(points, value, add, partial(self._add_moments, value=value) if has_moments else None)
 
     def record_rows(self, points: Sequence[str], value: Tensor, rows: Rows, *, routed: bool) -> None:
         """Add a tensor [R, K] of these rows, which is no input of another module."""
         recorders = self._routed if routed else self._unrouted
-        self._add_rows(recorders.get(points, value.shape[-1]), value, rows)
+        recorder = recorders.get(points, value.shape[-1])
+        self._add_rows(recorder, value, rows)
+        if routed and self._second_moments != "none":
+            self._add_moments_of(recorder, value, rows)
 
     def expect(self, points: Sequence[str], channels: int) -> None:
         """Create a site of these points, even if nothing is recorded."""
@@ -270,23 +286,37 @@ class Observation:
         return hook
 
     def _add(self, recorder: Recorder, value: Tensor) -> None:
+        value, rows, is_spread = self._rows_of(value)
+        self._add_rows(recorder, value, rows)
+        if is_spread:
+            recorder.spread(self._running.prompts)
+
+    def _add_moments(self, recorder: Recorder, value: Tensor) -> None:
+        value, rows, _ = self._rows_of(value)
+        self._add_moments_of(recorder, value, rows)
+
+    def _rows_of(self, value: Tensor) -> tuple[Tensor, Rows, bool]:
+        """A tensor with its channels last, the prompts of its rows, and whether they count for all prompts."""
         batch = self._running
         if value.ndim == 4 and _has_heads_first(value, batch.shape):
             value = value.transpose(1, 2)
         lead, count = tuple(value.shape[:-1]), value.numel() // max(value.shape[-1], 1)
         num_rows = batch.rows.prompts.size
         if lead[: len(batch.shape)] == batch.shape or count == num_rows:  # [B, T, …, K] or [B * T, K]
-            self._add_rows(recorder, value, batch.rows.repeat(count // max(num_rows, 1)))
-        elif lead[:1] == (len(batch.prompts),):  # [B, …, K]
-            prompts = np.array(batch.prompts, np.int32).repeat(count // lead[0])
-            self._add_rows(recorder, value, Rows.of(prompts))
-        elif count:
-            self._add_rows(recorder, value, Rows.of(np.full(count, batch.prompts[0], np.int32)))
-            recorder.spread(batch.prompts)
+            return value, batch.rows.repeat(count // max(num_rows, 1)), False
+        if lead[:1] == (len(batch.prompts),):  # [B, …, K]
+            return value, Rows.of(np.array(batch.prompts, np.int32).repeat(count // lead[0])), False
+        return value, Rows.of(np.full(count, batch.prompts[0], np.int32)), count > 0
 
     def _add_rows(self, recorder: Recorder, value: Tensor, rows: Rows) -> None:
         bits, channels = _bf16(value), value.shape[-1]
         recorder.add(bits.data_ptr(), (bits.numel() // max(channels, 1), channels), rows, self._threads)
+
+    def _add_moments_of(self, recorder: Recorder, value: Tensor, rows: Rows) -> None:
+        channels = value.shape[-1]
+        bits = _bf16(value).detach().view(torch.int16).reshape(-1, max(channels, 1)).numpy().view(np.uint16)
+        if bits.size:
+            recorder.add_moments(bits, block_of(self._second_moments, channels), rows, self._threads)
 
 
 def observable(model: nn.Module, names: Names) -> set[str]:

@@ -11,8 +11,9 @@ import torch
 from blake3 import blake3
 
 from fp8pack.calibration.calibration_journal import CalibrationJournal
+from fp8pack.calibration.cost_of_moments import cost_of_moments
 from fp8pack.calibration.observers import observable, prompt_digest
-from fp8pack.calibration.options import FEWEST_PROMPTS, MOST_PROMPTS, CalibrateOptions
+from fp8pack.calibration.options import FEWEST_PROMPTS, MOST_PROMPTS, CalibrateOptions, moment_options
 from fp8pack.checkpoint.source import Source, beside, open_checkpoint
 from fp8pack.checkpoint.staging import Staging, check_output_file
 from fp8pack.errors import InputError, RecipeError
@@ -100,7 +101,12 @@ def open_run(model: Path, options: CalibrateOptions) -> Run:
             notes.append(f"{conversations} conversations are run as plain text: the tokenizer has no chat template")
     if cut := sum(is_cut for _, is_cut in by_digest.values()):
         notes.append(f"{cut} prompts are truncated to {max_length} tokens")
-    notes += _unseen_notes(source, loader)
+    seen = observable(loader.model, loader.names)
+    notes += _unseen_notes(source, seen)
+    if options.second_moments != "none":
+        num_tokens = sum(len(ids) for ids, _ in by_digest.values())
+        per_token = int(loader.model.config.get_text_config().to_dict().get("num_experts_per_tok") or 1)
+        notes.append(cost_of_moments(source, seen, options.second_moments, num_tokens, per_token))
     stack, why = _choose_stack(loader, options, _was_streamed(source, output, options))
     if why:
         notes.append(f"the whole model is loaded, not one layer at a time: {why}")
@@ -109,6 +115,7 @@ def open_run(model: Path, options: CalibrateOptions) -> Run:
         "batch_size": options.batch_size,
         "all_experts": options.all_experts,
         "until_converged": options.until_converged,
+        **moment_options(options.second_moments),
     }
     return Run(
         source=source,
@@ -134,9 +141,8 @@ def _count_notes(count: int, loaded: int, options: CalibrateOptions) -> list[str
     return notes
 
 
-def _unseen_notes(source: Source, loader: ModelLoader) -> list[str]:
+def _unseen_notes(source: Source, seen: set[str]) -> list[str]:
     """The note on weights that pack would quantize and whose input activations cannot be recorded."""
-    seen = observable(loader.model, loader.names)
     unseen = [
         spec.name
         for spec in source.specs

@@ -19,7 +19,13 @@ from fp8pack.modelrun.prompts import BUILT_IN
 
 FEWEST_PROMPTS, DEFAULT_PROMPTS, MOST_PROMPTS = 128, 256, 512
 DEVICES = ("auto", "cpu", "cuda")
+SECOND_MOMENTS = ("none", "blocks", "full")
 STREAM_LAYERS = ("auto", "on", "off")
+
+
+def moment_options(second_moments: str) -> dict[str, str]:
+    """Return what a calibration says of second moments among its options: nothing if it has none."""
+    return {} if second_moments == "none" else {"second_moments": second_moments}
 
 
 @dataclass(frozen=True, slots=True, init=False)
@@ -37,6 +43,7 @@ class CalibrateOptions:
     max_length: int | None
     batch_size: int
     all_experts: bool
+    second_moments: str
     until_converged: bool
     stream_layers: str
     device: str
@@ -55,6 +62,7 @@ class CalibrateOptions:
         max_length: int | str | None = None,
         batch_size: int | str = 1,
         all_experts: bool = False,
+        second_moments: str = "none",
         until_converged: bool = False,
         stream_layers: str = "auto",
         device: str = "auto",
@@ -71,6 +79,7 @@ class CalibrateOptions:
         put("max_length", None if max_length is None else parse_count("max_length", max_length, least=1))
         put("batch_size", parse_count("batch_size", batch_size, least=1))
         put("all_experts", parse_switch("all_experts", all_experts))
+        put("second_moments", parse_choice("second_moments", second_moments, SECOND_MOMENTS))
         put("until_converged", parse_switch("until_converged", until_converged))
         put("stream_layers", parse_choice("stream_layers", stream_layers, STREAM_LAYERS))
         put("device", parse_device(device, DEVICES))

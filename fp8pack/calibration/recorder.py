@@ -3,15 +3,20 @@
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fp8pack.numerics.native import address_of, load_observer
-from fp8pack.planning.calibration import NUM_MAGNITUDES, Site, histogram_of
+from fp8pack.numerics.native import add_moments, address_of, load_observer
+from fp8pack.numerics.second_moments import matrices_of, triangles_of
+from fp8pack.numerics.tiles import TILE_ROWS
+from fp8pack.planning.calibration import NUM_MAGNITUDES, Moments, Site, histogram_of, is_gemm_input
+from fp8pack.units import ceil_div
 
 _SPLIT_ELEMENTS = 1 << 18  # below, a second thread costs more time than it saves
+_SPLIT_PRODUCTS = 1 << 22  # likewise, of moments
 _I32 = np.dtype(np.int32)
 _NONE = 1 << 16  # above every magnitude
 
@@ -46,18 +51,19 @@ class Rows:
 
 
 class Threads:
-    """Threads that split the columns of a call; the statistics do not depend on their number."""
+    """Threads that split the columns of a call, or the rows of moments; statistics do not depend on their number."""
 
-    def __init__(self, count: int) -> None:
-        self._pool = ThreadPoolExecutor(count - 1) if count > 1 else None
-        self._count = count
+    def __init__(self, count: int, most: int = 1) -> None:
+        """`most`: for moments, which take long enough to wait for threads that still spin."""
+        self._pool = ThreadPoolExecutor(max(count, most) - 1) if max(count, most) > 1 else None
+        self._count, self._most = count, max(count, most)
         self._scratch = [np.zeros(NUM_MAGNITUDES, np.int64) for _ in range(count - 1)]
         self._observe = load_observer()
 
     def observe(self, values: int, rows: Rows, shape: tuple[int, int], recorder: "Recorder") -> tuple[int, int]:
         """Add values [T, K] at an address to a recorder; return the smallest magnitude above zero and the largest."""
         (n, k), places = shape, recorder.addresses
-        if self._pool is None or n * k < _SPLIT_ELEMENTS or k < self._count:
+        if self._pool is None or self._count == 1 or n * k < _SPLIT_ELEMENTS or k < self._count:
             found = self._observe(values, rows.address, *places, n, k, recorder.capacity, 0, k)
             return found >> 32, found & 0xFFFFFFFF
         bounds = [k * i // self._count for i in range(self._count + 1)]
@@ -77,6 +83,24 @@ class Threads:
             recorder.add_counts(histogram, amax)
         return min(found >> 32 for found in ranges), max(found & 0xFFFFFFFF for found in ranges)
 
+    def add_moments(self, values: NDArray[np.uint16], rows: Rows, moments: NDArray[np.float64]) -> None:
+        """Add values [T, K] to moments [B, S, S]."""
+        count, size, _ = moments.shape
+        if self._pool is None or values.size * size < _SPLIT_PRODUCTS:
+            add_moments(values, rows.prompts[: len(values)], moments)
+            return
+        bounds = _cut(count, size, self._most)
+        jobs = [
+            self._pool.submit(add_moments, values, rows.prompts[: len(values)], moments, part)
+            for part in pairwise(bounds[1:])
+        ]
+        try:
+            add_moments(values, rows.prompts[: len(values)], moments, (bounds[0], bounds[1]))
+        finally:
+            wait(jobs)
+        for job in jobs:
+            job.result()
+
     def close(self) -> None:
         """End the threads."""
         if self._pool is not None:
@@ -95,6 +119,7 @@ class Recorder:
         self._least, self._most = _NONE, 0
         self._channels = (np.zeros(channels, np.uint16), np.zeros(channels, np.float64))
         self._prompt_amax = np.zeros(64, np.uint16)
+        self._moments: NDArray[np.float64] | None = None
         self.addresses = self._find_addresses()
 
     @classmethod
@@ -110,6 +135,8 @@ class Recorder:
         recorder._channels[1][:] = site.channel_squares
         recorder._reserve(site.prompt_amax.size)
         recorder._prompt_amax[: site.prompt_amax.size] = site.prompt_amax
+        if site.moments is not None:
+            recorder._moments = matrices_of(site.moments.load(), site.moments.block)
         return recorder
 
     @property
@@ -127,6 +154,12 @@ class Recorder:
         least, most = threads.observe(values, rows, shape, self)
         self._least, self._most = min(self._least, least), max(self._most, most)
         self.tokens += rows.num_tokens
+
+    def add_moments(self, values: NDArray[np.uint16], block: int, rows: Rows, threads: Threads) -> None:
+        """Add values [T, K], raw BF16 bits, to second moments in blocks of so many channels."""
+        if self._moments is None:
+            self._moments = np.zeros((ceil_div(values.shape[1], block), block, block))
+        threads.add_moments(values, rows, self._moments)
 
     def add_counts(self, histogram: NDArray[np.int64], prompt_amax: NDArray[np.uint16]) -> None:
         """Add the counts of another thread."""
@@ -153,6 +186,10 @@ class Recorder:
         np.copyto(other._channels[1], self._channels[1])
         other._reserve(self._prompt_amax.size)
         np.copyto(other._prompt_amax, self._prompt_amax)
+        if self._moments is None or other._moments is None:
+            other._moments = None if self._moments is None else self._moments.copy()
+        else:
+            np.copyto(other._moments, self._moments)
         return other
 
     @property
@@ -170,7 +207,15 @@ class Recorder:
         channel_amax, channel_squares = self._channels[0].copy(), self._channels[1].copy()
         amax = self.prompt_amax(num_prompts).copy()
         histogram = histogram_of(self._histogram)
-        return Site(tuple(self.points), self.tokens, *histogram, channel_amax, channel_squares, amax, self.heads)
+        is_input = any(map(is_gemm_input, self.points))
+        moments = self._stored_moments() if is_input else None
+        return Site(
+            tuple(self.points), self.tokens, *histogram, channel_amax, channel_squares, amax, self.heads, moments
+        )
+
+    def _stored_moments(self) -> Moments | None:
+        moments = self._moments
+        return None if moments is None else Moments(moments.shape[1], lambda: triangles_of(moments))
 
     def _reserve(self, num_prompts: int) -> None:
         if num_prompts > self._prompt_amax.size:
@@ -183,6 +228,14 @@ class Recorder:
         """The addresses of the arrays, cached: getting them from NumPy takes as long as a small tensor."""
         amax, squares = self._channels
         return _place(amax), _place(squares), _place(self._histogram), _place(self._prompt_amax)
+
+
+def _cut(count: int, size: int, parts: int) -> list[int]:
+    """Bounds of parts of the rows of moments [B * S]: whole blocks, or rows of one triangle with as many elements."""
+    if count >= parts:
+        return [count * i // parts * size for i in range(parts + 1)]
+    inside = [round(size * (1 - (1 - i / parts) ** 0.5)) // TILE_ROWS * TILE_ROWS for i in range(parts)]
+    return [*inside, size] if count == 1 else [0, count * size]
 
 
 def _place(array: NDArray[Any]) -> int:

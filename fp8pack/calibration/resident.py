@@ -21,7 +21,12 @@ def run_resident(run: Run, folder: Path, journal: CalibrationJournal, progress: 
     """
     run.loader.load_all()
     state = folder / "state.safetensors"
-    observation = Observation(run.loader.model, run.loader.names, all_experts=run.options.all_experts)
+    observation = Observation(
+        run.loader.model,
+        run.loader.names,
+        all_experts=run.options.all_experts,
+        second_moments=run.options.second_moments,
+    )
     done = 0
     if journal.done:
         observation.restore(read_calibration(state))

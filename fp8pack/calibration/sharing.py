@@ -29,6 +29,13 @@ class _Seen:
     recorder: Recorder
     before: Recorder | None
     points: set[str] = field(default_factory=set)
+    has_moments: bool = False
+
+    def take_moments(self, add: Callable[[Recorder], None] | None) -> None:
+        """Add the tensor to the second moments once: of its points, those that are inputs need them."""
+        if add is not None and not self.has_moments:
+            add(self.recorder)
+            self.has_moments = True
 
 
 class Recorders:
@@ -56,8 +63,17 @@ class Recorders:
             self._by_point.update(dict.fromkeys(points, Recorder(points, channels)))
         return self._by_point[points[0]]
 
-    def see(self, points: Sequence[str], value: Tensor, add: Callable[[Recorder], None]) -> None:
-        """Record a tensor [..., K] for points; `add` adds it to a recorder, unless it is recorded already."""
+    def see(
+        self,
+        points: Sequence[str],
+        value: Tensor,
+        add: Callable[[Recorder], None],
+        add_moments: Callable[[Recorder], None] | None = None,
+    ) -> None:
+        """Record a tensor [..., K] for points; `add` adds it to a recorder, unless it is recorded already.
+
+        add_moments: adds it to the second moments of a recorder, None if these points need none.
+        """
         block = self._block(points[0])
         seen = next((seen for seen in self._open if seen.block == block and _is_same(seen, value)), None)
         if seen is not None:
@@ -66,6 +82,7 @@ class Recorders:
                 seen.recorder.points.extend(points)
             if self._by_point.get(points[0]) is seen.recorder:
                 seen.points.update(points)
+                seen.take_moments(add_moments)
                 return
         for other in [other for other in self._open if points[0] in other.recorder.points]:
             self._close(other)
@@ -77,6 +94,7 @@ class Recorders:
         add(recorder)
         version = -1 if value.is_inference() else value._version
         self._open.append(_Seen(value, value.data_ptr(), version, block, recorder, before, set(points)))
+        self._open[-1].take_moments(add_moments)
         if len(self._open) > _MAX_OPEN:
             self._close(self._open[0])
 

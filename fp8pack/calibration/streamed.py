@@ -32,7 +32,13 @@ def run_streamed(
 
         if not is_last:
             loader.load(name for name in parameters if name.startswith(inside))
-        observation = Observation(loader.model, loader.names, all_experts=run.options.all_experts, wants=wants)
+        observation = Observation(
+            loader.model,
+            loader.names,
+            all_experts=run.options.all_experts,
+            second_moments=run.options.second_moments,
+            wants=wants,
+        )
         with loader.without_logits(), rounds.round(index) as take, observation:
             for tokens, call in run.batches():
                 take(partial(loader.model, **call))

@@ -2,13 +2,16 @@
 
 For each site, under its first point: `<point>.bins` U16, `<point>.counts` I64, `<point>.channel_amax` BF16 [K],
 `<point>.channel_squares` F64 [K], `<point>.prompt_amax` BF16 [P]; `all_experts/<point>…` for the set of all experts.
+Schema 2 adds `<point>.second_moments` F64 [B, S * (S + 1) / 2] to inputs, for blocks of S channels.
 The rest is JSON in the metadata, under the key `fp8pack_calibration`.
 """
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, suppress
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,13 +24,17 @@ from fp8pack.checkpoint.header import build_header
 from fp8pack.checkpoint.shard_writer import ShardWriter, sync_directory, writing
 from fp8pack.checkpoint.source import ShardReader
 from fp8pack.errors import InputError, SpaceError
-from fp8pack.modelfacts.spec import Stored, TensorSpec
-from fp8pack.planning.calibration import INFINITY, NUM_MAGNITUDES, Calibration, Site
+from fp8pack.modelfacts.spec import DTYPE_BITS, Stored, TensorSpec
+from fp8pack.numerics.second_moments import BLOCK, diagonal_of, triangles_shape
+from fp8pack.planning.calibration import INFINITY, NUM_MAGNITUDES, Calibration, Moments, Site
+from fp8pack.regular_files import FileVersion
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSIONS = (1, 2)  # the second is written where there are second moments
 METADATA_KEY = "fp8pack_calibration"
 _ALL_EXPERTS = "all_experts/"
+_MOMENTS = ".second_moments"
 _MAX_CHANNELS = 1 << 24
+_PIECE = 16 << 20  # what is digested at a time
 _DTYPES: dict[str, tuple[str, np.dtype[Any]]] = {
     "bins": ("U16", np.dtype("<u2")),
     "counts": ("I64", np.dtype("<i8")),
@@ -42,11 +49,12 @@ class _Entry(BaseModel):
 
 
 class SiteEntry(_Entry):
-    """A site: the names it goes by, and how many tokens passed it."""
+    """A site: the names it goes by, how many tokens passed it, and the channels of a block of its second moments."""
 
     points: Annotated[tuple[str, ...], Field(min_length=1)]
     tokens: Annotated[int, Field(ge=0)]
     heads: Annotated[int, Field(ge=1)] = 1
+    block: Annotated[int, Field(ge=0)] = 0
 
 
 class CalibrationEntry(_Entry):
@@ -69,19 +77,19 @@ def write_calibration(path: Path, calibration: Calibration) -> None:
     """
     if not path.parent.is_dir():
         raise SpaceError(f"{path.parent} is not a directory", "make it first")
-    arrays = sorted(_arrays(calibration), key=lambda item: -item[1].itemsize)  # so that each lies aligned
-    tensors = [Stored(name, _DTYPES[name.rpartition(".")[2]][0], array.shape) for name, array in arrays]
+    arrays = sorted(_arrays(calibration), key=lambda item: _place(item[0]))
     begins, size = [], 0
-    for stored in tensors:
+    for stored, _ in arrays:
         begins.append(size)
         size += stored.nbytes
-    header = build_header(tensors, begins, {METADATA_KEY: json.dumps(_metadata(calibration), ensure_ascii=False)})
+    metadata = {METADATA_KEY: json.dumps(_metadata(calibration), ensure_ascii=False)}
+    header = build_header([stored for stored, _ in arrays], begins, metadata)
     temporary = path.with_name(f".{path.name}.partial")
     try:
         with closing(ShardWriter(temporary, create=True)) as writer:
             writer.start(header, len(header) + size)
-            for (_, array), begin in zip(arrays, begins, strict=True):
-                writer.write(memoryview(array.tobytes()), len(header) + begin)
+            for (_, load), begin in zip(arrays, begins, strict=True):
+                writer.write(memoryview(load().tobytes()), len(header) + begin)
             writer.sync()
         with writing(path):
             temporary.replace(path)
@@ -92,7 +100,7 @@ def write_calibration(path: Path, calibration: Calibration) -> None:
 
 
 def read_calibration(path: Path) -> Calibration:
-    """Read and check a calibration file.
+    """Read and check a calibration file; second moments are read and checked when they are asked for.
 
     Raises:
         InputError: it is no calibration of fp8pack, of a schema that this version does not know, or malformed.
@@ -100,23 +108,32 @@ def read_calibration(path: Path) -> Calibration:
     if not path.exists():
         raise InputError(f"{path} does not exist")
     with closing(ShardReader(path)) as reader:
-        header = reader.header()
+        header, version = reader.header(), reader.version
         entry = _parse_metadata(header.metadata, path.name)
         specs = {spec.name: spec for spec in header.tensors}
         _check_tensors(entry, specs, path.name)  # before a byte of them is read: sizes are bounded from here on
-        data = bytearray(reader.size)
-        reader.readinto(memoryview(data), 0)
+        begin = min((spec.begin for spec in header.tensors if not spec.name.endswith(_MOMENTS)), default=reader.size)
+        digest, data = blake3(), bytearray(reader.size - begin)
+        for offset in range(0, begin, _PIECE):
+            piece = bytearray(min(_PIECE, begin - offset))
+            reader.readinto(memoryview(piece), offset)
+            digest.update(piece)
+        reader.readinto(memoryview(data), begin)
+        digest.update(data)
 
     def site(prefix: str, found: SiteEntry) -> Site:
+        name = f"{prefix}{found.points[0]}"
         arrays: list[NDArray[Any]] = []
         for kind, (_, dtype) in _DTYPES.items():
-            spec = specs[f"{prefix}{found.points[0]}.{kind}"]
-            arrays.append(np.frombuffer(data, dtype, spec.shape[0], spec.begin))
+            spec = specs[f"{name}.{kind}"]
+            arrays.append(np.frombuffer(data, dtype, spec.shape[0], spec.begin - begin))
         read = Site(found.points, found.tokens, arrays[0], arrays[1], arrays[2], arrays[3], arrays[4], found.heads)
         if not _is_sound(read):
-            name = f"{prefix}{found.points[0]}"
-            raise InputError(f"{path.name}: the statistics of {name[:200]!r} contradict each other", "calibrate again")
-        return read
+            raise _contradiction(path.name, name)
+        if not found.block:
+            return read
+        load = partial(_read_moments, path, version, specs[f"{name}{_MOMENTS}"], read, found.block)
+        return replace(read, moments=Moments(found.block, load))
 
     return Calibration(
         entry.fingerprint,
@@ -124,9 +141,24 @@ def read_calibration(path: Path) -> Calibration:
         entry.options,
         tuple(site("", found) for found in entry.sites),
         tuple(site(_ALL_EXPERTS, found) for found in entry.all_experts),
-        f"blake3:{blake3(data).hexdigest()}",
+        f"blake3:{digest.hexdigest()}",
         entry.num_tokens,
     )
+
+
+def _read_moments(path: Path, version: FileVersion, spec: TensorSpec, site: Site, block: int) -> NDArray[np.float64]:
+    """The triangles of a site; InputError if they contradict the sums of squares, which are their diagonal."""
+    triangles = np.empty(spec.shape, np.float64)
+    with closing(ShardReader(path, version)) as reader:
+        reader.readinto(triangles.data.cast("B"), spec.begin)
+    diagonal = diagonal_of(triangles, site.channel_squares.size, block)
+    if not np.isfinite(triangles).all() or not np.allclose(diagonal, site.channel_squares, rtol=1e-9, atol=0):
+        raise _contradiction(path.name, site.points[0])
+    return triangles
+
+
+def _contradiction(file: str, site: str) -> InputError:
+    return InputError(f"{file}: the statistics of {site[:200]!r} contradict each other", "calibrate again")
 
 
 def is_calibration(path: Path) -> bool:
@@ -138,6 +170,7 @@ def is_calibration(path: Path) -> bool:
 def _check_tensors(entry: CalibrationEntry, specs: Mapping[str, TensorSpec], file: str) -> None:
     """Each site has its tensors, of sizes that can be, and there are no others."""
     expected = {f"{prefix}{site.points[0]}.{kind}" for prefix, site in _sites(entry) for kind in _DTYPES}
+    expected |= {f"{prefix}{site.points[0]}{_MOMENTS}" for prefix, site in _sites(entry) if site.block}
     for name in sorted(expected.symmetric_difference(specs)):
         problem = "is missing" if name in expected else "belongs to no site"
         raise InputError(f"{file}: tensor {name[:200]!r} {problem}")
@@ -149,7 +182,12 @@ def _check_tensors(entry: CalibrationEntry, specs: Mapping[str, TensorSpec], fil
                 raise InputError(f"{file}: tensor {spec.name[:200]!r} is not one-dimensional {dtype}")
             shapes.append(spec.shape[0])
         bins, counts, amax, squares, prompts = shapes
-        if bins != counts or bins > NUM_MAGNITUDES or amax != squares or amax > _MAX_CHANNELS:
+        matches = bins == counts and bins <= NUM_MAGNITUDES and amax == squares and amax <= _MAX_CHANNELS
+        if site.block:
+            moments = specs[f"{prefix}{site.points[0]}{_MOMENTS}"]
+            matches &= site.block in (min(BLOCK, amax), amax) and moments.dtype == "F64"
+            matches &= moments.shape == triangles_shape(amax, site.block)
+        if not matches:
             raise InputError(f"{file}: the tensors of {site.points[0][:200]!r} have shapes that do not match")
         if prompts != len(entry.prompts):
             raise InputError(f"{file}: {site.points[0][:200]!r} has {prompts} prompts, not {len(entry.prompts)}")
@@ -179,19 +217,29 @@ def _is_sound(site: Site) -> bool:
     )
 
 
-def _arrays(calibration: Calibration) -> Iterator[tuple[str, NDArray[Any]]]:
+def _place(stored: Stored) -> tuple[bool, int]:
+    """The key that sorts tensors: second moments first, then by the size of an element, so that each lies aligned."""
+    return not stored.name.endswith(_MOMENTS), -DTYPE_BITS[stored.dtype]
+
+
+def _arrays(calibration: Calibration) -> Iterator[tuple[Stored, Callable[[], NDArray[Any]]]]:
+    """Every tensor, and what returns it."""
     for prefix, sites in (("", calibration.sites), (_ALL_EXPERTS, calibration.all_experts)):
         for site in sites:
+            name = f"{prefix}{site.points[0]}"
             values: list[NDArray[Any]] = [site.bins, site.counts, site.channel_amax, site.channel_squares]
             values.append(site.prompt_amax)
-            for (kind, (_, dtype)), array in zip(_DTYPES.items(), values, strict=True):
-                yield f"{prefix}{site.points[0]}.{kind}", array.astype(dtype, copy=False)
+            for (kind, (stored, dtype)), array in zip(_DTYPES.items(), values, strict=True):
+                yield Stored(f"{name}.{kind}", stored, array.shape), partial(array.astype, dtype, copy=False)
+            if site.moments is not None:
+                shape = triangles_shape(site.channel_amax.size, site.moments.block)
+                yield Stored(f"{name}{_MOMENTS}", "F64", shape), site.moments.load
 
 
 def _metadata(calibration: Calibration) -> dict[str, Any]:
     growth = calibration.growth
     document: dict[str, Any] = {
-        "schema": SCHEMA_VERSION,
+        "schema": SCHEMA_VERSIONS[-1] if any(site.moments for site in calibration.sites) else SCHEMA_VERSIONS[0],
         "fingerprint": calibration.fingerprint,
         "prompts": list(calibration.prompts),
         "num_tokens": calibration.num_tokens,
@@ -206,7 +254,8 @@ def _metadata(calibration: Calibration) -> dict[str, Any]:
 
 def _entry(site: Site) -> dict[str, Any]:
     heads = {"heads": site.heads} if site.heads > 1 else {}
-    return {"points": list(site.points), "tokens": site.tokens, **heads}
+    block = {"block": site.moments.block} if site.moments else {}
+    return {"points": list(site.points), "tokens": site.tokens, **heads, **block}
 
 
 def _parse_metadata(metadata: Mapping[str, str], file: str) -> CalibrationEntry:
@@ -218,9 +267,9 @@ def _parse_metadata(metadata: Mapping[str, str], file: str) -> CalibrationEntry:
         raise InputError(
             f"{file} is not a calibration file of fp8pack", "`fp8pack calibrate MODEL` writes one"
         ) from None
-    if schema != SCHEMA_VERSION:
+    if type(schema) is not int or schema not in SCHEMA_VERSIONS:
         raise InputError(
-            f"{file} has schema {str(schema)[:40]!r}, this version reads {SCHEMA_VERSION}", "use a newer fp8pack"
+            f"{file} has schema {str(schema)[:40]!r}, this version reads {SCHEMA_VERSIONS[-1]}", "use a newer fp8pack"
         )
     try:
         return CalibrationEntry.model_validate(document)

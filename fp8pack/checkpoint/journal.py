@@ -20,7 +20,7 @@ from fp8pack.checkpoint.shard_writer import writing
 from fp8pack.errors import InputError, OutputError
 from fp8pack.regular_files import open_regular
 
-_VERSION = 1
+_VERSION = 2
 _MAX_HEAD_NBYTES = 1 << 24
 
 
@@ -28,7 +28,8 @@ _MAX_HEAD_NBYTES = 1 << 24
 class BandResult:
     """A finished band: BLAKE3 of its payload and of its scales, amax, the energies of a sample of its rows.
 
-    A copied band has no scales and no amax. Energies are float64 sums over the first 8 rows of the band.
+    A copied band has no scales and no amax. Energies are float64 sums over the first 8 rows of the band; those of
+    outputs, on the inputs of a calibration, are of compensated rounding alone.
     """
 
     tensor: str
@@ -38,11 +39,14 @@ class BandResult:
     amax: float = 0.0
     signal: float = 0.0
     noise: float = 0.0
+    output_signal: float = 0.0
+    output_noise: float = 0.0
 
     def as_row(self) -> list[Any]:
         """Return the result as it stands in the journal."""
         digests = [self.digest.hex(), self.scale_digest.hex()]
-        return [self.tensor, self.index, *digests, self.amax, self.signal, self.noise]
+        energies = [self.signal, self.noise, self.output_signal, self.output_noise]
+        return [self.tensor, self.index, *digests, self.amax, *energies]
 
 
 @dataclass(slots=True)
@@ -194,6 +198,10 @@ def _replay(progress: Progress, line: Any) -> None:
 
 def _parse_row(row: Any) -> BandResult:
     match row:
-        case [str(name), int(index), str(digest), str(of_scale), float() | int(), float() | int(), float() | int()]:
-            return BandResult(name, index, bytes.fromhex(digest), bytes.fromhex(of_scale), *row[4:])
+        case [str(name), int(index), str(digest), str(of_scale), *numbers] if _are_numbers(numbers, 5):
+            return BandResult(name, index, bytes.fromhex(digest), bytes.fromhex(of_scale), *numbers)
     raise ValueError("not a band")
+
+
+def _are_numbers(values: list[Any], count: int) -> bool:
+    return len(values) == count and all(type(value) in (int, float) for value in values)

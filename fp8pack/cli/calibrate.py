@@ -59,6 +59,14 @@ def calibrate(
     all_experts: Annotated[
         bool, _running("--all-experts", help="Also run every token through every expert, for rarely routed ones")
     ] = False,
+    second_moments: Annotated[
+        str,
+        _running(
+            "--second-moments",
+            metavar="none|blocks|full",
+            help="Also record X^T X of inputs, for compensated rounding; blocks: of 128 channels",
+        ),
+    ] = "none",
     until_converged: Annotated[
         bool, _running("--until-converged", help="Stop when no amax has grown by more than 1 % over 64 prompts")
     ] = False,

@@ -23,6 +23,8 @@ def convert(
     granularity: options.GranularityText = None,
     quant_method: options.QuantMethodName = None,
     scale_rounding: options.Rounding = None,
+    scales: options.ScaleChoice = "amax",
+    rounding: options.WeightRounding = "nearest",
     activations: options.Activations = None,
     calibration: options.CalibrationFile = None,
     kv_cache: options.KvCache = False,

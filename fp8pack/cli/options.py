@@ -9,6 +9,7 @@ import typer
 from fp8pack.engines.gpus import GPUS
 from fp8pack.engines.known import NAMES
 from fp8pack.numerics.formats import FORMATS
+from fp8pack.numerics.rounding import SCALE_CHOICES, WEIGHT_ROUNDINGS
 from fp8pack.planning.recipe import ACTIVATIONS, KEPT_DTYPES, ROUNDINGS, SCHEMES, WRITABLE
 
 RECIPE, WRITING, OUTPUT = "Recipe", "Writing", "Output"
@@ -59,6 +60,18 @@ Rounding = Annotated[
     str | None,
     recipe_option("--scale-rounding", help="Round scales to powers of two: none, up or floor", values=ROUNDINGS),
 ]
+ScaleChoice = Annotated[
+    str,
+    recipe_option("--scales", help="amax, or mse: of 16 candidates the one with the least error", values=SCALE_CHOICES),
+]
+WeightRounding = Annotated[
+    str,
+    recipe_option(
+        "--rounding",
+        help="Round weights to nearest, or compensated (GPTQ) with a calibration's second moments",
+        values=WEIGHT_ROUNDINGS,
+    ),
+]
 Activations = Annotated[
     str | None,
     recipe_option("--activations", help="How activations are scaled: dynamic, static or none", values=ACTIVATIONS),
@@ -68,7 +81,7 @@ CalibrationFile = Annotated[
     recipe_option(
         "--calibration",
         metavar="FILE",
-        help="Calibration file from `fp8pack calibrate`; needed for static scales and K/V scales",
+        help="Calibration file from `fp8pack calibrate`, for static scales, K/V scales and compensated rounding",
     ),
 ]
 KvCache = Annotated[

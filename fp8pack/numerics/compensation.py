@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 
 from fp8pack.numerics import native
 from fp8pack.numerics.formats import Float8Format
+from fp8pack.numerics.rounding import DAMPING
 
-DAMPING = 0.01  # of the mean of the diagonal, as GPTQ adds it
-PASSES = 1  # over all columns again: the next two gain a tenth of what the first does
+_STEP = 256  # rows that are transposed at a time
+PASSES = 2  # over all columns again: the second gains 3 % of the KL divergence, the next four together 1 %
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,32 +29,57 @@ class Feedback:
 
     order [B, S] int64: the channels of each block, largest second moment first. gains [B, S, S] float64, strictly lower
     triangular: G of the first rounding, both axes in that order; gains_again [B, S, S]: H_ij / H_ii, zero diagonals.
+    diagonal, damped [B, S]: H_ii before and after damping.
     """
 
     order: NDArray[np.int64]
     gains: NDArray[np.float64]
     gains_again: NDArray[np.float64]
+    diagonal: NDArray[np.float64]
+    damped: NDArray[np.float64]
 
 
 def feedback_of(moments: NDArray[np.float64], damping: float = DAMPING) -> Feedback:
-    """Return the feedback of second moments [B, S, S], of which the upper triangles count.
+    """Return the feedback of second moments [B, S, S], of which the upper triangles count; they are overwritten.
 
     damping: added to the diagonal, as a share of its mean, so that H has a factor after few tokens. A channel that was
         always zero, and a block without tokens, have a feedback of zeros, which rounds to nearest.
+    Three times the memory of the moments is used at most.
     """
-    diagonals = np.diagonal(moments, axis1=1, axis2=2)
+    diagonals = np.diagonal(moments, axis1=1, axis2=2).copy()
     order = np.argsort(-diagonals, axis=1, kind="stable")
-    gains, again = np.zeros_like(moments), np.zeros_like(moments)
+    diagonals = np.take_along_axis(diagonals, order, 1)
+    gains, damped = np.zeros_like(moments), diagonals.copy()
     for i, block in enumerate(moments):
         used = order[i, : np.count_nonzero(diagonals[i])]  # of a last block, the channels that it lacks come last
-        matrix = (np.triu(block) + np.triu(block, 1).T)[np.ix_(used, used)]
-        np.fill_diagonal(matrix, np.diagonal(matrix) + damping * math.fsum(diagonals[i].tolist()) / max(used.size, 1))
-        root, live = matrix.copy(), slice(used.size)
-        if used.size and native.factor(root):
-            gains[i, live, live] = np.triu(root / np.diagonal(root), 1).T
-            again[i, live, live] = matrix / np.diagonal(matrix)[:, None]
-            np.fill_diagonal(again[i], 0)
-    return Feedback(order, gains, again)
+        live = block[: used.size, : used.size]
+        _mirror(block)
+        block[: used.size] = block[used]
+        live[:] = block[: used.size, used]
+        block[used.size :], block[:, used.size :] = 0, 0
+        damped[i, : used.size] += damping * math.fsum(diagonals[i].tolist()) / max(used.size, 1)
+        np.fill_diagonal(live, damped[i])
+        root = live.copy()
+        if not used.size or not native.factor(root):
+            block[:] = 0
+            continue
+        root /= np.diagonal(root).copy()
+        for begin in range(0, used.size, _STEP):
+            rows = slice(begin, min(begin + _STEP, used.size))
+            gains[i, rows, : rows.stop] = root[: rows.stop, rows].T
+            gains[i, rows, rows] = np.tril(gains[i, rows, rows], -1)
+        live /= damped[i, : used.size, None]
+        np.fill_diagonal(live, 0)
+    return Feedback(order, gains, moments, diagonals, damped)
+
+
+def _mirror(block: NDArray[np.float64]) -> None:
+    """Fill the lower triangle of a symmetric matrix from the upper one."""
+    for begin in range(0, block.shape[0], _STEP):
+        end = begin + _STEP
+        square = block[begin:end, begin:end]
+        square[:] = np.triu(square) + np.triu(square, 1).T
+        block[end:, begin:end] = block[begin:end, end:].T
 
 
 def compensate(  # noqa: PLR0913
@@ -75,3 +101,18 @@ def compensate(  # noqa: PLR0913
         native.compensate_rows(
             weight, payload, scales, matrix, feedback.order, dtype=dtype, region=region, format=format, again=i > 0
         )
+
+
+def output_energy(values: NDArray[np.float32], feedback: Feedback) -> float:
+    """Return the energy that rows [N, K] give on the inputs of the second moments, within their blocks, in float64.
+
+    Of a weight it is the signal of its output, of an error the noise.
+    """
+    (count, size), total = feedback.order.shape, 0.0
+    for i in range(count):
+        part = values[:, i * size : (i + 1) * size].astype(np.float64)
+        columns = part[:, feedback.order[i, : part.shape[1]]]
+        live = slice(part.shape[1])
+        others = columns @ (feedback.gains_again[i, live, live] * feedback.damped[i, live, None])
+        total += float((columns * (columns * feedback.diagonal[i, live] + others)).sum())
+    return total

@@ -14,24 +14,12 @@ from fp8pack.numerics.value_table import value_table
 _FLOAT_DTYPE = {"F16": np.float16, "F32": np.float32}
 
 
-def error_energy(
-    weight: NDArray[Any],
-    payload: NDArray[np.uint8],
-    scales: NDArray[np.float32],
-    *,
-    dtype: str,
-    region: tuple[int, int],
-    format: Float8Format,
-) -> tuple[float, float]:
-    """Return signal and noise: the energy of a weight, and of what quantizing took away from it, in float64.
-
-    Shapes: weight [N, K], the raw bits of `dtype` (BF16, F16, F32); payload [N, K]; scales [ceil(N/R), ceil(K/C)],
-        where region = (R, C). Values are exact in float32; their difference is rounded to float32 once.
-    """
-    n, k = weight.shape
-    rows, cols = region
-    spread = np.repeat(np.repeat(scales, rows, axis=0)[:n], cols, axis=1)[:, :k]
-    return energies(widen(weight, dtype), value_table(format)[payload] * spread)
+def dequantized(
+    payload: NDArray[np.uint8], scales: NDArray[np.float32], *, region: tuple[int, int], format: Float8Format
+) -> NDArray[np.float32]:
+    """Return payload [N, K] * scales [ceil(N/R), ceil(K/C)] in float32, where region = (R, C)."""
+    (n, k), (rows, cols) = payload.shape, region
+    return value_table(format)[payload] * np.repeat(np.repeat(scales, rows, axis=0)[:n], cols, axis=1)[:, :k]
 
 
 def energies(exact: NDArray[np.float32], approximate: NDArray[np.float32]) -> tuple[float, float]:

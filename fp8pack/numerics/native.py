@@ -35,6 +35,8 @@ Module = Literal[
     "moments",
     "compensate-uint16",
     "compensate-uint32",
+    "scale-errors-uint16",
+    "scale-errors-uint32",
 ]
 
 _KIND: Final = {"BF16": 0, "F16": 1, "F32": 2}
@@ -54,8 +56,10 @@ _KERNELS: Final[dict[Module, tuple[str, ...]]] = {
     "moments": ("add_moments", "factor"),
     "compensate-uint16": ("compensate",),
     "compensate-uint32": ("compensate",),
+    "scale-errors-uint16": ("scale_errors",),
+    "scale-errors-uint32": ("scale_errors",),
 }
-_SOURCES = ("kernels.py", "compensation_kernels.py", "tiles.py")
+_SOURCES = ("kernels.py", "compensation_kernels.py", "scale_kernels.py", "tiles.py")
 _CHUNK = 2048  # elements that `compare` widens at a time
 _BEYOND = 1 + 2.0**-8  # a weight that is larger than the largest value by more than a BF16 rounding was clipped
 
@@ -67,9 +71,10 @@ _SIGNATURES: Final = {
     "largest_codes": (None, _P, _P, *[_I] * 8),
     "observe": (_I, *[_P] * 6, *[_I] * 5),
     "compare": (None, *[_P] * 6, *[_I] * 3, _B, _B, _F),
-    "add_moments": (None, *[_P] * 5, *[_I] * 4),
+    "add_moments": (None, *[_P] * 4, *[_I] * 6),
     "factor": (_I, _P, _P, _I),
     "compensate": (None, *[_P] * 7, *[_I] * 8, _F, *[_U] * 3),
+    "scale_errors": (None, *[_P] * 6, *[_I] * 6, _F, *[_U] * 3),
 }
 
 
@@ -220,23 +225,28 @@ def compare_rows(  # noqa: PLR0913
     )
 
 
-def add_moments(values: NDArray[np.uint16], prompts: NDArray[np.int32], moments: NDArray[np.float64]) -> None:
-    """Add X^T X of activations to their second moments, in float64, row after row.
+def add_moments(
+    values: NDArray[np.uint16],
+    prompts: NDArray[np.int32],
+    moments: NDArray[np.float64],
+    rows: tuple[int, int] | None = None,
+) -> None:
+    """Add X^T X of activations to their second moments, in float64, token after token.
 
     Shapes: values [T, K], raw BF16 bits; prompts [T], negative for padding, which is left out; moments [B, S, S], of
-        blocks of S channels, of which the last may be narrower. Of each block the upper triangle alone is added to.
+        blocks of S channels, of which the last may be narrower. Their upper triangles count.
+    rows: those of moments [B * S, S] to add to; calls for other rows may run at once.
     """
     (n, k), (blocks, size, _) = values.shape, moments.shape
     if prompts.size != n or blocks != ceil_div(k, size):
         raise ValueError(f"{blocks} blocks of {size} channels and {prompts.size} prompts are none of {n} x {k}")
-    scratch = np.empty((2, size * TILE))
-    first = address_of(scratch, _F64, scratch.size, written=True)
+    scratch = np.empty(size * TILE)
     _kernels("moments").call["add_moments"](
         address_of(values, _U16, n * k),
         address_of(prompts, np.dtype(np.int32), n),
         address_of(moments, _F64, blocks * size * size, written=True),
-        *(first, first + 8 * size * TILE),
-        *(n, k, blocks, size),
+        address_of(scratch, _F64, scratch.size, written=True),
+        *(n, k, blocks, size, *(rows or (0, blocks * size))),
     )
 
 
@@ -284,6 +294,35 @@ def compensate_rows(  # noqa: PLR0913
     )
 
 
+def add_scale_errors(  # noqa: PLR0913
+    weight: Array,
+    scales: NDArray[np.float32],
+    errors: NDArray[np.float64],
+    *,
+    factors: NDArray[np.float32],
+    dtype: str,
+    region: tuple[int, int],
+    format: Float8Format,
+) -> None:
+    """Add to errors what rounding to nearest costs each region with each of the candidates scale * factor.
+
+    Shapes: weight and scales as in `quantize_rows`; factors [F]; errors [ceil(N/R), ceil(K/C), F] float64, the squares
+        of differences, added row after row. The differences are taken in float32.
+    """
+    (n, k), bits, (rows, cols), count = weight.shape, _BITS[dtype], region, factors.size
+    steps, values = np.empty(count, np.float32), value_table(format)  # kept while the kernel runs
+    grid = ceil_div(n, rows) * ceil_div(k, cols)
+    _kernels("scale-errors-uint16" if bits == "uint16" else "scale-errors-uint32").call["scale_errors"](
+        address_of(weight, _DTYPES[bits], n * k),
+        address_of(scales, _F32, grid),
+        address_of(errors, _F64, grid * count, written=True),
+        address_of(values, _F32, 256),
+        address_of(factors, _F32, count),
+        address_of(steps, _F32, count, written=True),
+        *(n, k, rows, cols, _KIND[dtype], count, format.max, *_encoder(format)),
+    )
+
+
 class _Kernels:
     """The C functions of a module, and the engine that owns their code."""
 
@@ -325,12 +364,14 @@ def _load(module: Module) -> _Kernels:
 
 
 def _compile(module: Module) -> str:
-    from fp8pack.numerics import compensation_kernels, kernels  # imports Numba, for compiling only
+    from fp8pack.numerics import compensation_kernels, kernels, scale_kernels  # imports Numba, for compiling only
 
     if module == "moments":
         return compensation_kernels.compile_moments()
     if module == "compensate-uint16" or module == "compensate-uint32":  # noqa: PLR1714
         return compensation_kernels.compile_compensation("uint16" if module == "compensate-uint16" else "uint32")
+    if module == "scale-errors-uint16" or module == "scale-errors-uint32":  # noqa: PLR1714
+        return scale_kernels.compile_scale_errors("uint16" if module == "scale-errors-uint16" else "uint32")
     if module == "observe":
         return kernels.compile_observer()
     if module == "uint16" or module == "uint32":  # noqa: PLR1714  (mypy narrows this, not `in`)

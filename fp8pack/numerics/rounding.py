@@ -1,6 +1,7 @@
 """How scales are rounded."""
 
 from enum import StrEnum
+from typing import Final
 
 
 class ScaleRounding(StrEnum):
@@ -14,3 +15,8 @@ class ScaleRounding(StrEnum):
     NONE = "none"
     UP = "up"
     FLOOR = "floor"
+
+
+SCALE_CHOICES: Final = ("amax", "mse")
+WEIGHT_ROUNDINGS: Final = ("nearest", "compensated")
+DAMPING: Final = 0.01  # of compensated rounding: added to the diagonal, as a share of its mean, as GPTQ adds it

@@ -1,5 +1,7 @@
 """Scales: the multipliers that dequantize, and how they are rounded and stored."""
 
+import math
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -7,6 +9,19 @@ from fp8pack.numerics.formats import Float8Format
 from fp8pack.numerics.rounding import ScaleRounding
 
 MIN_SCALE = 2.0**-126  # the smallest normal float32: a smaller scale would be flushed to zero on GPUs
+
+
+def _octave(steps: int) -> NDArray[np.float32]:
+    """2^(i / steps) for i below steps, a power of two, by square roots and products, which IEEE 754 rounds alike."""
+    root, found = 2.0, [1.0]
+    for _ in range(steps.bit_length() - 1):
+        root = math.sqrt(root)
+    for _ in range(steps - 1):
+        found.append(found[-1] * root)
+    return np.array(found, np.float32)
+
+
+CANDIDATES = _octave(16)  # of a search for scales, times that of amax: 32 gain no more
 
 
 def scale_of(amax: float, format: Float8Format, rounding: ScaleRounding) -> np.float32:
@@ -22,6 +37,15 @@ def scale_of(amax: float, format: Float8Format, rounding: ScaleRounding) -> np.f
         case ScaleRounding.FLOOR:
             bits = max((int(np.float32(amax).view(np.uint32)) >> 23) - format.emax, 1) << 23
     return np.uint32(bits).view(np.float32)
+
+
+def better_scales(scales: NDArray[np.float32], errors: NDArray[np.float64]) -> NDArray[np.float32]:
+    """Return of the candidates scale * CANDIDATES the one with the least error, the smallest of equals.
+
+    Shapes: scales [...]; errors [..., C], as `native.add_scale_errors` adds them up.
+    """
+    better: NDArray[np.float32] = scales * CANDIDATES[np.argmin(errors, -1)]
+    return better
 
 
 def encode_e8m0(scales: NDArray[np.float32]) -> NDArray[np.uint8]:

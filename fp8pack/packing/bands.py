@@ -19,12 +19,15 @@ from fp8pack.checkpoint.values import dequantize
 from fp8pack.modelfacts.contents import Quantized
 from fp8pack.modelfacts.spec import DTYPE_BITS, ELEMENT_BITS, NIBBLE, TensorSpec
 from fp8pack.numerics import native
+from fp8pack.numerics.compensation import Feedback, compensate, output_energy
 from fp8pack.numerics.formats import Float8Format
 from fp8pack.numerics.granularity import TENSOR
-from fp8pack.numerics.metrics import error_energy, widen
+from fp8pack.numerics.metrics import dequantized, energies, widen
 from fp8pack.numerics.narrow import OVERFLOW, cast, narrow
+from fp8pack.numerics.scaling import CANDIDATES, better_scales
 from fp8pack.numerics.value_table import value_table
 from fp8pack.packing.codecs import BITS_DTYPE, Codec
+from fp8pack.packing.feedbacks import Feedbacks
 from fp8pack.packing.scales import encode_scales, refine
 from fp8pack.packing.target import Target, Writer
 from fp8pack.planning.plan import ExpertPart, Packing, TensorPlan
@@ -83,8 +86,8 @@ class OutputPlace:
 class BandWorker:
     """Works bands with buffers and open files of its own; one for each thread."""
 
-    def __init__(self, codec: Codec, source: Source, target: Target) -> None:
-        self._codec = codec
+    def __init__(self, codec: Codec, source: Source, target: Target, feedbacks: Feedbacks) -> None:
+        self._codec, self._feedbacks = codec, feedbacks
         self._source, self._target = source, target
         self._buffers: dict[str, NDArray[np.uint8]] = {}
         self._reader: ShardReader | None = None
@@ -101,6 +104,15 @@ class BandWorker:
             if math.isnan(found):
                 break
         return found
+
+    def scale_errors(self, band: Band, packing: Packing, scale: np.float32) -> NDArray[np.float64]:
+        """Return what each candidate of a tensor-wide scale costs a band."""
+        errors, scales = np.zeros((1, 1, CANDIDATES.size)), np.full((1, 1), scale, np.float32)
+        for lo, hi in self._strips(band):
+            weight, dtype = self._read_values(band, lo, hi)
+            how: dict[str, Any] = {"dtype": dtype, "region": weight.shape, "format": packing.format}
+            native.add_scale_errors(weight, scales, errors, factors=CANDIDATES, **how)
+        return errors.ravel()
 
     def copy(self, band: Band, place: OutputPlace) -> BandResult:
         """Copy a band as it is."""
@@ -129,9 +141,17 @@ class BandWorker:
 
     def pack(self, band: Band, packing: Packing, place: OutputPlace, fixed_scale: np.float32) -> BandResult:
         """Quantize a band; `fixed_scale` is the scale of a two-pass packing, ignored otherwise."""
+        if packing.compensation is None:
+            return self._pack(band, packing, place, fixed_scale, None)
+        with self._feedbacks.borrow(packing.compensation) as feedback:
+            return self._pack(band, packing, place, fixed_scale, feedback)
+
+    def _pack(
+        self, band: Band, packing: Packing, place: OutputPlace, fixed_scale: np.float32, feedback: Feedback | None
+    ) -> BandResult:
         spec = band.tensor.spec
         begin, region_rows = band.rows[0], packing.granularity.region(spec.shape)[0]
-        hasher, amax, energies = blake3(), 0.0, (0.0, 0.0)
+        hasher, amax, measured = blake3(), 0.0, np.zeros(4)
         scales, writer = self._scales(band, packing, fixed_scale), self._open_writer(place.file)
         for lo, hi in self._strips(band):
             weight, dtype = self._read_values(band, lo, hi)
@@ -142,20 +162,23 @@ class BandWorker:
             amax = found if math.isnan(found) else max(amax, found)
             if math.isnan(amax):
                 return BandResult(spec.name, band.index, b"", amax=amax)
+            region = packing.granularity.region(weight.shape)
+            if packing.searched and not packing.two_pass:
+                _search_scales(weight, payload, part, dtype=dtype, region=region, format=packing.format)
+            if feedback is not None:
+                compensate(weight, payload, part, feedback, dtype=dtype, region=region, format=packing.format)
             if (sampled := begin + SAMPLE_ROWS - lo) > 0:
                 rows, regions = slice(sampled), slice(ceil_div(sampled, region_rows))
-                measured = error_energy(
-                    *(weight[rows], payload[rows], part[regions]),
-                    dtype=dtype,
-                    region=packing.granularity.region(weight.shape),
-                    format=packing.format,
-                )
-                energies = (energies[0] + measured[0], energies[1] + measured[1])
+                exact = widen(weight[rows], dtype)
+                rounded = dequantized(payload[rows], part[regions], region=region, format=packing.format)
+                measured[:2] += energies(exact, rounded)
+                if feedback is not None:
+                    measured[2:] += output_energy(exact, feedback), output_energy(exact - rounded, feedback)
             data = payload.data.cast("B")
             hasher.update(data)
             _move(writer.write, data, band, itemsize=1, begin=place.payload_begin, lo=lo)
         scale_digest = self._write_scales(band, packing, place, scales)
-        return BandResult(spec.name, band.index, hasher.digest(), scale_digest, amax, *energies)
+        return BandResult(spec.name, band.index, hasher.digest(), scale_digest, amax, *measured.tolist())
 
     def carry(self, band: Band, packing: Packing, place: OutputPlace) -> BandResult:
         """Write the FP8 bytes of a band as they are, and their scales under the convention's name and shape."""
@@ -342,6 +365,22 @@ class BandWorker:
         if name not in self._buffers or self._buffers[name].size < nbytes:
             self._buffers[name] = np.empty(nbytes, np.uint8)
         return self._buffers[name][:nbytes].data
+
+
+def _search_scales(
+    weight: NDArray[Any],
+    payload: NDArray[np.uint8],
+    scales: NDArray[np.float32],
+    *,
+    dtype: str,
+    region: tuple[int, int],
+    format: Float8Format,
+) -> None:
+    """Replace scales by better ones, and the payload by that of rounding to nearest with them."""
+    errors = np.zeros((*scales.shape, CANDIDATES.size))
+    native.add_scale_errors(weight, scales, errors, factors=CANDIDATES, dtype=dtype, region=region, format=format)
+    scales[...] = better_scales(scales, errors)
+    native.quantize_rows(weight, payload, scales, dtype=dtype, region=region, format=format, rounding=None)
 
 
 def _quantized(band: Band) -> Quantized:

@@ -19,6 +19,8 @@ def convert(
     granularity: str | None = None,
     quant_method: str | None = None,
     scale_rounding: str | None = None,
+    scales: str = "amax",
+    rounding: str = "nearest",
     activations: str | None = None,
     calibration: str | Path | None = None,
     kv_cache: bool = False,
@@ -56,9 +58,12 @@ def convert(
     granularity: tensor, channel, group:G, block:RxC or mx: the region of a weight [N, K] that shares a scale.
     quant_method: the on-disk convention: fp8, compressed-tensors, modelopt, mxfp8, quark, torchao, comfyui,
         comfyui-scaled or fp8pack. scale_rounding: none, up or floor, the last two to powers of two.
-    activations: dynamic, static or none. calibration: the file of `fp8pack.calibrate`, for static activations and
-        `kv_cache`. percentile: clip activations there instead of at amax. margin: activation scales times 2^margin.
-        warmup: skip the first prompts.
+    scales: amax, or mse, which takes of 16 candidates in the octave above the one with the least error.
+    rounding: of weights that are requantized: nearest, or compensated (gptq), so that outputs are close on the inputs
+        of the calibration.
+    activations: dynamic, static or none. calibration: the file of `fp8pack.calibrate`, for static activations,
+        `kv_cache` and compensated rounding. percentile: clip activations there instead of at amax. margin: activation
+        scales times 2^margin. warmup: skip the first prompts.
     ignore: patterns of tensors to dequantize to BF16, or to `kept_dtype`. only, pack, kept_dtype, targets, tp, ep, gpu,
         strict_target, strip_prefix: as in `pack`.
     output: by default beside the source, named after the scheme. copy: patterns of side files that are skipped by
@@ -75,6 +80,8 @@ def convert(
         granularity=granularity,
         quant_method=quant_method,
         scale_rounding=scale_rounding,
+        scales=scales,
+        rounding=rounding,
         activations=activations,
         calibration=calibration,
         kv_cache=kv_cache,

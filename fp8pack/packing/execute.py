@@ -13,6 +13,7 @@ from typing import TypeAlias
 
 import numpy as np
 from blake3 import blake3
+from numpy.typing import NDArray
 
 from fp8pack.checkpoint.announcement import plain_metadata
 from fp8pack.checkpoint.header import build_header
@@ -21,15 +22,17 @@ from fp8pack.checkpoint.shard_writer import sync_file
 from fp8pack.checkpoint.source import Source
 from fp8pack.errors import InputError
 from fp8pack.modelfacts.patterns import ignoring
-from fp8pack.numerics.scaling import scale_of
+from fp8pack.numerics.rounding import DAMPING
+from fp8pack.numerics.scaling import CANDIDATES, better_scales, scale_of
 from fp8pack.packing.amax_pass import AmaxCollector
 from fp8pack.packing.bands import Band, BandWorker, OutputPlace
 from fp8pack.packing.codecs import Codec
+from fp8pack.packing.feedbacks import Feedbacks
 from fp8pack.packing.side_work import SideWork
 from fp8pack.packing.target import Folder, Target
 from fp8pack.packing.workers import Stop, run_threads
 from fp8pack.planning.layout import ShardPlan
-from fp8pack.planning.plan import Action, Plan, TensorPlan
+from fp8pack.planning.plan import Action, PackPlan, Plan, TensorPlan
 
 _Job: TypeAlias = "tuple[ShardWork, Band] | SideWork"
 
@@ -129,7 +132,7 @@ def plan_work(plan: Plan, source: Source) -> tuple[ShardWork, ...]:
             for tensor in tensors
             for constant in tensor.constants
         )
-        digest = _digest(source, header, tensors, groups, constants)
+        digest = _digest(source, header, tensors, groups, constants, _rounding_digest(plan))
         num_bands = sum(tensor.num_bands for tensor in tensors)
         works.append(ShardWork(shard, tuple(tensors), digest, about, len(header), places, num_bands, constants))
     return tuple(works)
@@ -153,10 +156,13 @@ class Execution:
         self.works = plan_work(plan, source)
         self._two_pass = [tensor for tensor in plan.packed if tensor.packing and tensor.packing.two_pass]
         side_nbytes = sum(work.side.size for work in sides)
-        self.counters = Counters(plan.source_nbytes + sum(t.spec.nbytes for t in self._two_pass) + side_nbytes)
+        self._searched = [tensor for tensor in self._two_pass if tensor.packing and tensor.packing.searched]
+        passes = sum(tensor.spec.nbytes for tensor in (*self._two_pass, *self._searched))
+        self.counters = Counters(plan.source_nbytes + passes + side_nbytes)
         self._source, self._folder, self._journal = source, folder, journal
         self._target = target or Folder(folder)
         self._checkpoint_nbytes = checkpoint_nbytes
+        self._feedbacks = Feedbacks(plan.recipe.calibration if isinstance(plan, PackPlan) else None)
         self._amax: dict[str, float] = {}
         self._offenders: set[str] = set()
 
@@ -204,9 +210,11 @@ class Execution:
             if not work.results:
                 self._target.start(work.plan.file, work.header(), work.size, work.constants)
         self._find_amax(codec, workers, stop, tick)
-        scales = self._scales()
+        scales = self._search_scales(self._scales(), codec, workers, stop, tick)
         copies = (iter([work]) for work in self._sides if not work.digest)
         streams = (self._jobs(work, scales) for work in self.works if not work.is_done)
+        if any(tensor.packing and tensor.packing.compensation for tensor in self._plan.packed):
+            streams = (stream for stream in [chain.from_iterable(streams)])  # all threads share one feedback
         with ThreadPoolExecutor(max_workers=1) as syncing:
 
             def sync(work: ShardWork, results: list[BandResult]) -> None:
@@ -267,7 +275,7 @@ class Execution:
                 collector.add(band, worker.amax(band))
                 self.counters.add(band.nbytes)
 
-            with closing(BandWorker(codec, self._source, self._target)) as worker:
+            with closing(BandWorker(codec, self._source, self._target, self._feedbacks)) as worker:
                 yield work
 
         files = [list(members) for _, members in groupby(todo, key=lambda tensor: tensor.spec.file)]
@@ -293,6 +301,44 @@ class Execution:
             for name, packing in packings.items()
             if len(known[packing.scale_group]) == len(groups[packing.scale_group])
         }
+
+    def _search_scales(
+        self, scales: dict[str, np.float32], codec: Codec, workers: int, stop: Stop, tick: Callable[[], None]
+    ) -> dict[str, np.float32]:
+        """The scales of two-pass tensors, those that are searched for replaced by the best for all that share one.
+
+        Errors are added up in the order of the plan, whichever thread found them.
+        """
+        todo = [tensor for tensor in self._searched if tensor.spec.name in scales]
+        found: dict[tuple[str, int], NDArray[np.float64]] = {}
+
+        @contextmanager
+        def make_worker() -> Iterator[Callable[[Band], None]]:
+            def work(band: Band) -> None:
+                if (packing := band.tensor.packing) is not None:
+                    name = band.tensor.spec.name
+                    found[name, band.index] = worker.scale_errors(band, packing, scales[name])
+                self.counters.add(band.nbytes)
+
+            with closing(BandWorker(codec, self._source, self._target, self._feedbacks)) as worker:
+                yield work
+
+        files = [list(members) for _, members in groupby(todo, key=lambda tensor: tensor.spec.file)]
+        run_threads([_bands(tensors) for tensors in files], make_worker, count=workers, stop=stop, tick=tick)
+        if stop.is_set():
+            return {}
+        totals: dict[str, NDArray[np.float64]] = {}
+        for tensor in todo:
+            group = tensor.packing.scale_group if tensor.packing else ""
+            totals.setdefault(group, np.zeros(CANDIDATES.size))
+            for index in range(tensor.num_bands):
+                totals[group] += found[tensor.spec.name, index]
+        better = {
+            tensor.spec.name: better_scales(np.array([scales[tensor.spec.name]]), totals[tensor.packing.scale_group])[0]
+            for tensor in todo
+            if tensor.packing
+        }
+        return scales | better
 
     @contextmanager
     def _worker(
@@ -323,7 +369,7 @@ class Execution:
             elif ready := work.record(result, band.nbytes, self._checkpoint_nbytes):
                 sync(work, ready)
 
-        with closing(BandWorker(codec, self._source, self._target)) as worker:
+        with closing(BandWorker(codec, self._source, self._target, self._feedbacks)) as worker:
             keep = {Action.COPIED: worker.copy, Action.CAST: worker.cast, Action.UNPACKED: worker.unpack}
             yield do
 
@@ -366,9 +412,11 @@ def _digest(
     tensors: list[TensorPlan],
     groups: dict[str, list[str]],
     constants: tuple[tuple[int, bytes], ...],
+    rounding: str,
 ) -> str:
     """The digest of a shard's part of the plan: what is read, how it is packed, and where it goes."""
     hasher = blake3(source.fingerprint.encode())
+    hasher.update(rounding.encode())
     hasher.update(header)
     for _, data in constants:
         hasher.update(data)
@@ -379,12 +427,21 @@ def _digest(
     return hasher.hexdigest()
 
 
+def _rounding_digest(plan: Plan) -> str:
+    """What compensated rounding depends on, empty for rounding to nearest."""
+    recipe = plan.recipe if isinstance(plan, PackPlan) else None
+    if recipe is None or recipe.rounding == "nearest" or recipe.calibration is None:
+        return ""
+    return f"{recipe.rounding} {DAMPING} {recipe.calibration.digest}"
+
+
 def _how(tensor: TensorPlan, groups: dict[str, list[str]]) -> list[object]:
     packing, quantized = tensor.packing, tensor.quantized
     how: list[object] = []
     if packing:
         how += [packing.format.name, packing.granularity.name, packing.rounding.value, packing.carried, packing.tiled]
         how += [groups.get(packing.scale_group, [])]
+        how += [packing.searched, [*packing.compensation.points] if packing.compensation else []]
     if quantized:
         scale = quantized.scale
         how += [quantized.granularity.name, quantized.tiled, [scale.file, scale.begin, scale.dtype] if scale else []]

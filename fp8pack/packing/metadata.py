@@ -17,11 +17,11 @@ from fp8pack.checkpoint.side_files import SideFile
 from fp8pack.checkpoint.source import INDEX_NAME, SINGLE_NAME
 from fp8pack.modelfacts.contents import Quantized
 from fp8pack.modelfacts.spec import Stored
-from fp8pack.numerics.metrics import sqnr_db
 from fp8pack.packing.execute import ShardWork
 from fp8pack.packing.model_card import CARD_NAME, MAX_CARD_NBYTES, missing_from_card, model_card, strip_card
 from fp8pack.packing.prepare import Prepared
 from fp8pack.packing.side_work import SideWork, digest_of, read_side_file
+from fp8pack.packing.sqnr import Measured, sqnr_of
 from fp8pack.planning.activation_scales import ActivationScale
 from fp8pack.planning.plan import Action, Packing, PackPlan, Plan, TensorPlan
 
@@ -73,19 +73,7 @@ def _small_entry(content: bytes) -> dict[str, Any]:
     return {"size": len(content), "digest": f"blake3:{blake3(content).hexdigest()}"}
 
 
-def sqnr_of(works: tuple[ShardWork, ...]) -> dict[str, float]:
-    """Return the SQNR in dB of each weight that was quantized, energies added up in the order of its bands."""
-    sqnr = {}
-    for work in works:
-        for tensor in work.tensors:
-            found = [work.results[tensor.spec.name, index] for index in range(tensor.num_bands)]
-            noise = sum(result.noise for result in found)
-            if noise > 0:
-                sqnr[tensor.spec.name] = sqnr_db(sum(result.signal for result in found), noise)
-    return sqnr
-
-
-def _card(prepared: Prepared, sqnr: dict[str, float], section: str = "") -> bytes | None:
+def _card(prepared: Prepared, sqnr: Measured, section: str = "") -> bytes | None:
     """The model card of a directory: with FP8 weights, above the text of the base model's; else without what was ours.
 
     None where there is none: nothing is left of it, or that of the source is too long and is copied.
@@ -147,7 +135,7 @@ def small_entries(prepared: Prepared) -> dict[str, dict[str, Any]]:
 
 
 def small_files(
-    prepared: Prepared, names: Collection[str], sqnr: Callable[[], dict[str, float]]
+    prepared: Prepared, names: Collection[str], sqnr: Callable[[], Measured]
 ) -> Iterator[tuple[str, bytes]]:
     """Yield the content of files that are no shards, by name; the SQNR is asked for if the model card is one."""
     contents = _contents(prepared)

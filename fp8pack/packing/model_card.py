@@ -16,6 +16,9 @@ from fp8pack.checkpoint.source import Source
 from fp8pack.engines.known import NAMES
 from fp8pack.engines.serve import load_code, serve_command
 from fp8pack.limits import MAX_DEPTH, depth_of
+from fp8pack.numerics.rounding import DAMPING
+from fp8pack.numerics.scaling import CANDIDATES
+from fp8pack.packing.sqnr import Measured
 from fp8pack.planning.plan import Action, PackPlan
 from fp8pack.planning.recipe import WRITABLE
 from fp8pack.units import format_size
@@ -34,13 +37,11 @@ _ACTIVATIONS = {
 }
 
 
-def model_card(
-    verb: str, plan: PackPlan, source: Source, sqnr: Mapping[str, float], base: str, section: str = ""
-) -> bytes:
+def model_card(verb: str, plan: PackPlan, source: Source, measured: Measured, base: str, section: str = "") -> bytes:
     """Return the text of README.md.
 
-    verb: `pack` or `convert`. sqnr: in dB, of every weight that was quantized, over the rows that were measured.
-        base: the text of the base model's card, empty if it has none. section: more of what quantization cost.
+    verb: `pack` or `convert`. measured: what quantizing cost, on a sample of the rows. base: the text of the base
+        model's card, empty if it has none. section: more of what quantization cost.
     """
     head, body = _split(strip_card(base))
     model = _base_model(source, base)
@@ -50,7 +51,7 @@ def model_card(
         f"# {_escape(model.rpartition('/')[2]) or plan.facts.architecture or 'A model'} in FP8",
         _what(verb, plan, model),
         _ignored(plan),
-        _quality(plan, sqnr),
+        _quality(plan, measured),
         section.strip(),
         _serving(plan),
         _END,
@@ -148,6 +149,10 @@ def _what(verb: str, plan: PackPlan, model: str) -> str:
         ("quant method", f"`{recipe.quant_method}`"),
         ("size", f"{format_size(before)} before, {format_size(after)} after ({after / before - 1:+.0%})"),
     ]
+    if recipe.scales == "mse":
+        rows.insert(1, ("scales", f"of {CANDIDATES.size} candidates, the one with the least error"))
+    if recipe.rounding == "compensated":
+        rows.insert(1, ("rounding", f"compensated for the inputs of a calibration (GPTQ), damping {DAMPING}"))
     if carried:
         rows.insert(1, ("passed through", f"{carried} weights: their FP8 bytes are those of the source"))
     if unpacked:
@@ -186,6 +191,10 @@ def _command(verb: str, plan: PackPlan, model: str) -> str:
         words += ["--target", recipe.spelling]
     if recipe.kept_dtype:
         words += ["--kept-dtype", recipe.kept_dtype]
+    if recipe.scales != "amax":
+        words += ["--scales", recipe.scales]
+    if recipe.rounding != "nearest":
+        words += ["--rounding", recipe.rounding]
     if recipe.calibration is not None:
         options = recipe.activation_options
         words += ["--calibration", "FILE", *(["--kv-cache"] if recipe.kv_cache else [])]
@@ -220,23 +229,31 @@ def _escape(text: str) -> str:
     return re.sub(r"([\\`*\[\]<>|])", r"\\\1", " ".join(text.split()))
 
 
-def _quality(plan: PackPlan, sqnr: Mapping[str, float]) -> str:
-    """The SQNR by role, of the weights that were measured."""
+def _quality(plan: PackPlan, measured: Measured) -> str:
+    """The SQNR by role, of outputs if there are any, and of weights."""
+    found = {
+        "the outputs of the quantized weights, on the inputs of the calibration,": measured.outputs,
+        "the quantized weights": measured.weights,
+    }
+    tables = [
+        f"Signal-to-quantization-noise ratio (SQNR) of {what} against the source in dB, over a sample of their rows."
+        f"\n\n{_by_role(plan, sqnr)}"
+        for what, sqnr in found.items()
+        if sqnr
+    ]
+    return "\n\n".join(["## What quantization cost", *tables]) if tables else ""
+
+
+def _by_role(plan: PackPlan, sqnr: Mapping[str, float]) -> str:
     roles: dict[str, list[float]] = defaultdict(list)
     for tensor in plan.packed:
         if tensor.spec.name in sqnr:
             roles[tensor.role].append(sqnr[tensor.spec.name])
-    if not roles:
-        return ""
     rows = [
         f"| {role} | {len(found)} | {sum(found) / len(found):.1f} | {min(found):.1f} |"
         for role, found in sorted(roles.items())
     ]
-    return (
-        "## What quantization cost\n\nSignal-to-quantization-noise ratio (SQNR) of the quantized weights against the "
-        "source in dB, over a sample of their rows.\n\n"
-        "| role | weights | mean | worst |\n|---|---|---|---|\n" + "\n".join(rows)
-    )
+    return "| role | weights | mean | worst |\n|---|---|---|---|\n" + "\n".join(rows)
 
 
 def _serving(plan: PackPlan) -> str:

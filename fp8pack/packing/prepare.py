@@ -96,6 +96,7 @@ def prepare_pack(
     contents = split_experts(contents)
     decisions = decide(contents, request, anew=True)
     calibration = calibration or _calibration(source, request)
+    _check_device(request, options)
     recipe = choose_recipe(decisions, source.facts, request, calibration)
     method, limit = find_method(recipe, request.rules), _shard_limit(source, options)
     plan = make_plan(
@@ -121,6 +122,7 @@ def prepare_convert(
             f"{fused.file}: {fused.name!r} cannot be split into per-expert weights", "`fp8pack unpack` it, then pack"
         )
     calibration = calibration or _calibration(source, request, carries_static=contents.activations == "static")
+    _check_device(request, options)
     decisions, storage = decide(contents, request), contents.storage
     if storage is None:  # FP4 and integers: nothing of the recipe is that of the source
         recipe = choose_recipe(decisions, source.facts, request, calibration)
@@ -134,6 +136,12 @@ def prepare_convert(
     announcement = _Announcement(method.config(plan), method.files(plan))
     suffix = f"{recipe.suffix}-{recipe.quant_method}" if request.quant_method else recipe.suffix
     return _place(source, plan, announcement, _Job("convert", suffix, recipe.kept_dtype or ""), options)
+
+
+def _check_device(request: Request, options: WriteOptions) -> None:
+    what = "compensated rounding" if request.rounding == "compensated" else "the search for scales"
+    if (request.rounding == "compensated" or request.scales == "mse") and options.device != "cpu":
+        raise RecipeError(f"{what} runs on the CPU, in the order of sums that the bytes depend on", "--device cpu")
 
 
 def _resolve(request: Request, storage: Storage, calibration: Calibration | None) -> Recipe:
@@ -241,11 +249,14 @@ def _calibration(source: Source, request: Request, *, carries_static: bool = Fal
     scheme = parse_scheme(request.scheme)
     activations = request.activations or (scheme.activations if scheme else None)
     if request.calibration is None:
-        if request.kv_cache or (activations == "static" and not carries_static):
+        is_compensated = request.rounding == "compensated"
+        if is_compensated or request.kv_cache or (activations == "static" and not carries_static):
             file = beside(source, f"{source.name}-calibration.safetensors")
+            what = "compensated rounding needs" if is_compensated else "calibrated scales need"
+            moments = " --second-moments blocks" if is_compensated else ""
             raise RecipeError(
-                "calibrated scales need a calibration file",
-                f"run `fp8pack calibrate {shlex.quote(str(source.path))}`, then the same command with "
+                f"{what} a calibration file",
+                f"run `fp8pack calibrate {shlex.quote(str(source.path))}{moments}`, then the same command with "
                 f"`--calibration {shlex.quote(str(file))}`",
             )
         return None

@@ -9,14 +9,15 @@ from fp8pack.checkpoint.journal import NoRecord
 from fp8pack.checkpoint.quantized import read_contents
 from fp8pack.checkpoint.source import open_checkpoint
 from fp8pack.checkpoint.whole import Difference, digest_of_file
-from fp8pack.errors import InputError
+from fp8pack.errors import InputError, RecipeError
 from fp8pack.machine import usable_cores
 from fp8pack.packing.codecs import make_codec
 from fp8pack.packing.execute import Execution, ShardWork
-from fp8pack.packing.metadata import shard_entries, small_entries, sqnr_of, tensor_entries
+from fp8pack.packing.metadata import shard_entries, small_entries, tensor_entries
 from fp8pack.packing.model_card import CARD_NAME
 from fp8pack.packing.options import WriteOptions
 from fp8pack.packing.prepare import Prepared, prepare_convert, prepare_pack, prepare_unpack
+from fp8pack.packing.sqnr import Measured, sqnr_of
 from fp8pack.packing.stated_calibration import stated_calibration
 from fp8pack.packing.target import Nowhere, Target
 from fp8pack.packing.workers import Stop
@@ -42,8 +43,8 @@ def recompute(
     calibration: the file that scales of activations are computed from; without it they are taken from the manifest.
 
     Raises:
-        InputError: the source is not the one that was packed.
-        RecipeError: the recipe is not one of this version.
+        InputError: the source, or the calibration, is not the one that was used.
+        RecipeError: the recipe is not one of this version, or needs a calibration.
     """
     prepared = prepare_again(packed, source, calibration)
     works = run_nowhere(prepared, tell)
@@ -51,8 +52,8 @@ def recompute(
     yield from _file_differences(prepared, works, packed)
 
 
-def sqnr_again(prepared: Prepared) -> dict[str, float]:
-    """Return the SQNR of each weight, as packing the source again measures it; the model card shows it."""
+def sqnr_again(prepared: Prepared) -> Measured:
+    """Return the SQNR of weights and outputs, as packing the source again measures it; the model card shows it."""
     return sqnr_of(run_nowhere(prepared, lambda done, total: None))
 
 
@@ -61,6 +62,9 @@ def prepare_again(packed: Packed, source: Path, calibration: Path | None) -> Pre
     prepared = prepare_anew(packed, source, calibration)
     if prepared.source.fingerprint != packed.document["source"]["fingerprint"]:
         raise InputError(f"{source} is not what {packed.checkpoint} was packed from", "choose its source")
+    stated, now = (recipe.get("calibration") for recipe in (packed.document["recipe"], prepared.plan.recipe_data))
+    if "rounding" in packed.document["recipe"] and stated != now:
+        raise InputError(f"{calibration} is not the calibration that {packed.checkpoint} was rounded with")
     return prepared
 
 
@@ -113,6 +117,10 @@ def _prepare(
     contents = read_contents(open_checkpoint(source))
     prepare = prepare_convert if contents.storage is not None else prepare_pack
     takes_stated = recipe is None and "calibration" in stated and calibration is None
+    if takes_stated and "rounding" in stated:
+        raise RecipeError(
+            f"{packed.checkpoint} was rounded with the second moments of a calibration", "add --calibration FILE"
+        )
     return prepare(source, request, options, stated_calibration(packed.document) if takes_stated else None)
 
 

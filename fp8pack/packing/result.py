@@ -56,20 +56,28 @@ class SchemeChoice:
     quant_method: str
     kv_cache: bool
     kept_dtype: str | None = None
+    scales: str = "amax"
+    rounding: str = "nearest"
 
 
 @dataclass(frozen=True, slots=True)
 class Sqnr:
-    """Signal to quantization noise of weights, in dB: of the FP8 values against the source, on 8 rows of each band."""
+    """Signal to quantization noise against the source in dB, of weights or of outputs, on 8 rows of each band."""
 
     mean: float
     worst: float
     worst_tensor: str
 
 
+def summarize_sqnr(sqnr: Mapping[str, float]) -> Sqnr | None:
+    """Return mean and worst of the SQNR of each tensor, None without any."""
+    worst = min(sqnr, key=lambda name: sqnr[name], default=None)
+    return Sqnr(sum(sqnr.values()) / len(sqnr), sqnr[worst], worst) if worst else None
+
+
 @dataclass(frozen=True, slots=True)
 class Written:
-    """What a run did: sizes in bytes, `sqnr` None where this run quantized nothing."""
+    """What a run did: sizes in bytes; SQNR as in PackResult, None where nothing was quantized, or compensated."""
 
     root: str
     already_complete: bool
@@ -77,6 +85,7 @@ class Written:
     resumed_nbytes: int = 0
     peak_memory: int = 0
     sqnr: Sqnr | None = None
+    output_sqnr: Sqnr | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -87,7 +96,8 @@ class PackResult(Document):
     scheme: None when unpacking. recipe: as the manifest records it. kept: every tensor that is not packed. tensors: all
     of them, in a dry run or when asked for, else empty. num_carried: packed weights whose FP8 bytes are the source's.
     targets, tp, ep: as asked. engines: who loads the output, empty when unpacking. free_nbytes: on its file system,
-    before the work. root: of the manifest; None in a dry run, as are `seconds` and `peak_memory`.
+    before the work. root: of the manifest; None in a dry run, as are `seconds` and `peak_memory`. sqnr: of weights;
+    output_sqnr: of the outputs of weights that were compensated, on the inputs of the calibration.
     """
 
     verb: str
@@ -121,6 +131,7 @@ class PackResult(Document):
     resumed_nbytes: int = 0
     peak_memory: int | None = None
     sqnr: Sqnr | None = None
+    output_sqnr: Sqnr | None = None
 
     def _repr_html_(self) -> str:
         rows = [("source", f"{self.source} ({format_size(self.source_nbytes)})")]
@@ -128,6 +139,8 @@ class PackResult(Document):
         if self.scheme:
             rows += [("scheme", f"{self.scheme.name} ({self.scheme.reason})")]
         rows += [("packed", f"{self.num_packed} of {self.num_tensors} tensors")]
+        if self.output_sqnr:
+            rows += [("output SQNR", f"mean {self.output_sqnr.mean:.1f} dB, worst {self.output_sqnr.worst:.1f} dB")]
         if self.sqnr:
             rows += [("weight SQNR", f"mean {self.sqnr.mean:.1f} dB, worst {self.sqnr.worst:.1f} dB")]
         if self.seconds is not None:
@@ -173,6 +186,7 @@ def make_result(prepared: Prepared, written: Written | None = None, *, every_ten
         resumed_nbytes=written.resumed_nbytes if written else 0,
         peak_memory=written.peak_memory if written else None,
         sqnr=written.sqnr if written else None,
+        output_sqnr=written.output_sqnr if written else None,
     )
 
 
@@ -192,6 +206,8 @@ def _scheme(recipe: Recipe) -> SchemeChoice:
         quant_method=recipe.quant_method,
         kv_cache=recipe.kv_cache,
         kept_dtype=recipe.kept_dtype,
+        scales=recipe.scales,
+        rounding=recipe.rounding,
     )
 
 

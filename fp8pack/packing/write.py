@@ -22,12 +22,12 @@ from fp8pack.packing.metadata import (
     describes,
     manifest_path,
     side_files_to_copy,
-    sqnr_of,
     write_metadata,
 )
 from fp8pack.packing.prepare import Prepared
-from fp8pack.packing.result import PackResult, Sqnr, Written, make_result
+from fp8pack.packing.result import PackResult, Written, make_result, summarize_sqnr
 from fp8pack.packing.side_work import SideWork
+from fp8pack.packing.sqnr import sqnr_of
 from fp8pack.packing.workers import Stop
 from fp8pack.regular_files import read_regular
 from fp8pack.units import format_size
@@ -191,14 +191,14 @@ def _num_workers(prepared: Prepared) -> int:
 
 
 def _result(prepared: Prepared, root: str, seconds: float, execution: Execution, staging: Staging) -> Written:
-    sqnr = sqnr_of(execution.works)
-    worst = min(sqnr, key=lambda name: sqnr[name], default=None)
+    measured = sqnr_of(execution.works)
     return Written(
         root=root,
         already_complete=False,
         seconds=seconds,
         resumed_nbytes=execution.counters.resumed_nbytes,
         peak_memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        sqnr=Sqnr(sum(sqnr.values()) / len(sqnr), sqnr[worst], worst) if worst else None,
+        sqnr=summarize_sqnr(measured.weights),
+        output_sqnr=summarize_sqnr(measured.outputs),
         notes=(*staging.notes, *card_notes(prepared)),
     )

@@ -10,7 +10,7 @@ Magnitudes are stored as BF16 bit patterns without the sign (0 to 0x7F7F), which
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
@@ -39,6 +39,18 @@ def values_of(magnitudes: NDArray[np.uint16]) -> NDArray[np.float32]:
     return (magnitudes.astype(np.uint32) << 16).view(np.float32)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Moments:
+    """The second moments X^T X of a site in blocks of `block` channels; `load` reads them, since they are large.
+
+    load: returns the upper triangle of each block, [B, block * (block + 1) / 2] float64; zeros where the last block is
+    narrower.
+    """
+
+    block: int
+    load: Callable[[], NDArray[np.float64]]
+
+
 @dataclass(frozen=True, slots=True)
 class Site:
     """The statistics of one site: T tokens of K channels.
@@ -46,7 +58,7 @@ class Site:
     bins, counts: the histogram of magnitudes, sparse: uint16 ascending, and int64 above zero.
     channel_amax [K] uint16 magnitudes; channel_squares [K] float64, the sum of squares of each channel.
     prompt_amax [P] uint16 magnitudes, in the order of the calibration's prompts; 0 where a prompt did not reach it.
-    heads: of K and V, whose channels are ordered by head.
+    heads: of K and V, whose channels are ordered by head. moments: if they were asked for, of inputs of GEMMs.
     """
 
     points: tuple[str, ...]
@@ -57,6 +69,7 @@ class Site:
     channel_squares: NDArray[np.float64]
     prompt_amax: NDArray[np.uint16]
     heads: int = 1
+    moments: Moments | None = None
 
     @property
     def amax(self) -> float:
@@ -131,6 +144,11 @@ class Calibration:
     def growth(self) -> float:
         """The largest growth of any site's amax over the last quarter of the prompts."""
         return max((site.growth for site in self.sites), default=1.0)
+
+
+def is_gemm_input(point: str) -> bool:
+    """Say whether a point is the input of a GEMM."""
+    return point.endswith(".input")
 
 
 def expert_of(point: str) -> tuple[str, str] | None:

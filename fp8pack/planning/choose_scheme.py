@@ -87,7 +87,9 @@ def choose_scheme(
 
 
 def _choose(request: Request, packed: Packed, facts: ModelFacts, is_diffusion: bool) -> tuple[Scheme, str]:
-    static = request.activations == "static" or (request.calibration is not None and not request.kv_cache)
+    static = request.activations == "static" or (
+        request.calibration is not None and not request.kv_cache and request.rounding == "nearest"
+    )
     activations = request.activations or ("static" if static else "dynamic")
     overridden = [_overridden(choice, request) for choice in _CHOICES if choice.activations == activations]
     choices = [choice for choice in overridden if choice is not None]

@@ -24,6 +24,7 @@ from fp8pack.planning.activation_scales import NO_KV_CACHE, ActivationScale, Act
 from fp8pack.planning.calibration import Calibration
 from fp8pack.planning.carry import activation_scales, agree, can_carry
 from fp8pack.planning.choose_scheme import choose_scheme
+from fp8pack.planning.compensate import compensate_tensors
 from fp8pack.planning.decide import Decision, granularity_of, not_quantized, settle
 from fp8pack.planning.layout import Output, arrange
 from fp8pack.planning.plan import Action, ExpertPart, Packing, PackPlan, Plan, QuantMethod, TensorPlan
@@ -73,7 +74,13 @@ def make_plan(  # noqa: PLR0913
     if not any(tensor.packing for tensor in tensors):
         raise _nothing_to_pack(tensors)
     keeps_inputs = contents.activations == "static" and request.activations is None and request.scheme == "auto"
-    tensors, notes = _calibrate(tensors, recipe, method, inputs=recipe.activations == "static" and not keeps_inputs)
+    notes: list[str] = []
+    if recipe.rounding == "compensated" and recipe.calibration is not None:
+        compensated = compensate_tensors(tensors, recipe.calibration)
+        tensors, notes = compensated.tensors, compensated.notes
+    tensors, scale_notes = _calibrate(
+        tensors, recipe, method, inputs=recipe.activations == "static" and not keeps_inputs
+    )
     tensors += activation_scales(tensors, contents, recipe, method)
     tensors = _mark(tensors, recipe.storage, method)
     _check_names(tensors)
@@ -92,7 +99,7 @@ def make_plan(  # noqa: PLR0913
         tuple(replace(shard, metadata=metadata) for shard in shards),
         recipe.as_data(),
         selection_of(request),
-        (*([] if contents.storage else _warnings(tensors)), *notes),
+        (*([] if contents.storage else _warnings(tensors)), *notes, *scale_notes),
         recipe,
         engines,
         ignored,
@@ -157,6 +164,7 @@ class _Planner:
             self.method.scale(spec, granularity),
             fused_module(spec.name) or spec.name,
             tiled=tiled,
+            searched=self.recipe.scales == "mse" and rounding == ScaleRounding.NONE,
         )
         if quantized is not None:
             carried = can_carry(spec, quantized, packing, powers_of_two=self.contents.powers_of_two)

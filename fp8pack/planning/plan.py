@@ -30,11 +30,24 @@ class Action(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Compensation:
+    """The second moments that a weight is rounded with: those of these points of the calibration, added up.
+
+    block: channels of a block. nbytes: of the feedback that is made of them.
+    """
+
+    points: tuple[str, ...]
+    block: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Packing:
     """How a weight [N, K] is packed; `scale_group` names the tensors that share a tensor-wide scale.
 
-    carried: the payload is passed through from the source, and only scales are converted. tiled: the scales are stored
-    in the order of numerics/swizzle.py.
+    searched: the scale is the best of several, not that of amax. compensation: None rounds to nearest. carried: the
+    payload is passed through from the source, and only scales are converted. tiled: the scales are stored in the order
+    of numerics/swizzle.py.
     """
 
     format: Float8Format
@@ -44,6 +57,8 @@ class Packing:
     scale_group: str
     carried: bool = False
     tiled: bool = False
+    searched: bool = False
+    compensation: Compensation | None = None
 
     @property
     def two_pass(self) -> bool:

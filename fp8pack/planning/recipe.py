@@ -25,7 +25,7 @@ from fp8pack.modelfacts.patterns import Pattern, Patterns, parse_patterns
 from fp8pack.modelfacts.storage import Storage
 from fp8pack.numerics.formats import E4M3, Float8Format, parse_format
 from fp8pack.numerics.granularity import BLOCK_128, CHANNEL, MX, TENSOR, Granularity, parse_granularity
-from fp8pack.numerics.rounding import ScaleRounding
+from fp8pack.numerics.rounding import DAMPING, SCALE_CHOICES, WEIGHT_ROUNDINGS, ScaleRounding
 
 if TYPE_CHECKING:
     from fp8pack.planning.calibration import Calibration  # NumPy, which --help must not wait for
@@ -89,6 +89,8 @@ class Request:
     granularity: Granularity | None
     quant_method: str | None
     scale_rounding: ScaleRounding | None
+    scales: str
+    rounding: str
     activations: str | None
     calibration: Path | None
     kv_cache: bool
@@ -117,6 +119,8 @@ class Request:
         granularity: Granularity | str | None = None,
         quant_method: str | None = None,
         scale_rounding: ScaleRounding | str | None = None,
+        scales: str = "amax",
+        rounding: str = "nearest",
         activations: str | None = None,
         calibration: str | Path | None = None,
         kv_cache: bool = False,
@@ -142,8 +146,10 @@ class Request:
         put("format", _parsed(format, Float8Format, parse_format))
         put("granularity", _parsed(granularity, Granularity, parse_granularity))
         put("quant_method", None if quant_method is None else parse_choice("quant_method", quant_method, WRITABLE))
-        rounding = None if scale_rounding is None else parse_choice("scale_rounding", scale_rounding, ROUNDINGS)
-        put("scale_rounding", None if rounding is None else ScaleRounding(rounding))
+        of_scales = None if scale_rounding is None else parse_choice("scale_rounding", scale_rounding, ROUNDINGS)
+        put("scale_rounding", None if of_scales is None else ScaleRounding(of_scales))
+        put("scales", parse_choice("scales", scales, SCALE_CHOICES))
+        put("rounding", parse_weight_rounding(rounding))
         put("activations", None if activations is None else parse_choice("activations", activations, ACTIVATIONS))
         put("calibration", None if calibration is None else parse_path("calibration", calibration))
         put("kv_cache", parse_switch("kv_cache", kv_cache))
@@ -220,10 +226,12 @@ class Recipe:
     quant_method: str
     suffix: str
     kv_cache: bool = False
-    calibration: "Calibration | None" = None  # if scales of activations are stored
+    calibration: "Calibration | None" = None  # if anything depends on it
     activation_options: ActivationOptions = field(default_factory=ActivationOptions)
     spelling: str = ""  # see Storage
     kept_dtype: str | None = None
+    scales: str = "amax"
+    rounding: str = "nearest"
 
     @property
     def storage(self) -> Storage:
@@ -243,15 +251,17 @@ class Recipe:
             "quant_method": self.quant_method,
             **({"spelling": self.spelling} if self.spelling else {}),
             **({"kept_dtype": self.kept_dtype} if self.kept_dtype else {}),
-            **self._calibrated(),
+            **({"scales": self.scales} if self.scales != "amax" else {}),
+            **({"rounding": self.rounding, "damping": DAMPING} if self.rounding != "nearest" else {}),
+            **({"calibration": self.calibration.digest} if self.calibration else {}),
+            **self._scaled_activations(),
         }
 
-    def _calibrated(self) -> dict[str, Any]:
-        if self.calibration is None:
+    def _scaled_activations(self) -> dict[str, Any]:
+        if self.calibration is None or not (self.activations == "static" or self.kv_cache):
             return {}
         options = self.activation_options
         return {
-            "calibration": self.calibration.digest,
             "kv_cache": self.kv_cache,
             "percentile": options.percentile,
             "margin": options.margin,
@@ -296,6 +306,11 @@ def parse_scheme(text: str) -> Scheme | None:
     return next((scheme for scheme in SCHEMES if scheme.name == name), None)
 
 
+def parse_weight_rounding(text: object) -> str:
+    """Return how weights are rounded; `gptq` is another name of compensated rounding."""
+    return parse_choice("rounding", "compensated" if text == "gptq" else text, WEIGHT_ROUNDINGS)
+
+
 def _scheme_key(text: str) -> str:
     return text.strip().upper().replace("-", "_")
 
@@ -330,7 +345,7 @@ def resolve_conversion(request: Request, storage: Storage, calibration: "Calibra
         scheme = Scheme("", *parts_of_source, method, suffix)
     activations = request.activations or scheme.activations
     has_scales = activations == "static" and storage.activations == "static"
-    if request.kv_cache or calibration is not None or not has_scales:
+    if request.kv_cache or request.rounding != "nearest" or calibration is not None or not has_scales:
         check_calibration(request, activations, calibration)
     named = parse_scheme(request.scheme) is not None
     recipe = _override(scheme, request, "asked for" if named else "as in the source", calibration)
@@ -339,14 +354,21 @@ def resolve_conversion(request: Request, storage: Storage, calibration: "Calibra
 
 def check_calibration(request: Request, activations: str, calibration: "Calibration | None") -> None:
     """Raise RecipeError if calibrated scales are asked for without a calibration, or the other way round."""
-    what = "static activations" if activations == "static" else "KV-cache scales" if request.kv_cache else ""
+    what = "static activations need" if activations == "static" else "KV-cache scales need" if request.kv_cache else ""
     if what and calibration is None:
-        raise RecipeError(f"{what} need a calibration", "run `fp8pack calibrate MODEL`, then use --calibration FILE")
-    options = request.percentile is not None or request.margin or request.warmup
-    if not what and calibration is not None:
+        raise RecipeError(f"{what} a calibration", "run `fp8pack calibrate MODEL`, then use --calibration FILE")
+    if request.rounding == "compensated" and calibration is None:
         raise RecipeError(
-            "a calibration is for static activations or KV-cache scales, and neither is asked for",
-            "add --scheme FP8 or --kv-cache, or leave out --calibration",
+            "compensated rounding needs a calibration with second moments",
+            "run `fp8pack calibrate MODEL --second-moments blocks`, then use --calibration FILE",
+        )
+    options = request.percentile is not None or request.margin or request.warmup
+    if not what and request.rounding == "nearest" and calibration is not None:
+        has_moments = any(site.moments for site in calibration.sites)
+        compensated = "--rounding compensated, " if has_moments else ""
+        raise RecipeError(
+            "a calibration is for static activations, KV-cache scales or compensated rounding, and none is asked for",
+            f"add {compensated}--scheme FP8 or --kv-cache, or leave out --calibration",
         )
     if not what and options:
         raise RecipeError(
@@ -373,6 +395,8 @@ def _override(scheme: Scheme, request: Request, reason: str, calibration: "Calib
     )
     parts = (format, granularity, rounding, activations, method)
     asked = (request.format, request.granularity, request.scale_rounding, request.activations, request.quant_method)
+    if request.scales == "mse" and rounding != ScaleRounding.NONE:
+        raise RecipeError("scales that are powers of two leave nothing to search", "leave out --scales mse")
     kv = "-KV" if request.kv_cache else ""
     known = next((known for known in SCHEMES if parts == _parts(known)), None)
     return Recipe(
@@ -385,6 +409,8 @@ def _override(scheme: Scheme, request: Request, reason: str, calibration: "Calib
         ActivationOptions(request.percentile, request.margin, request.warmup),
         spelling_of(request, method, granularity),
         request.kept_dtype,
+        request.scales,
+        request.rounding,
     )
 
 

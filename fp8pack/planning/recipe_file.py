@@ -20,7 +20,7 @@ DEFAULTS: dict[str, object] = {name: given.default for name, given in signature(
 _RULE_KEYS = ("match", "action", "format", "granularity")
 _MAX_NBYTES = 1 << 30  # of a manifest
 _MAX_YAML = 1 << 20
-_OF_A_RESULT = ("reason", "spelling", "calibration", "unpack")  # in the recipe of a manifest, but no keyword
+_OF_A_RESULT = ("reason", "spelling", "calibration", "damping", "unpack")  # in the recipe of a manifest, but no keyword
 
 
 def make_request(recipe: str | Path | Mapping[str, object] | None = None, **given: object) -> Request:

@@ -45,6 +45,8 @@ def _pack_lines(result: PackResult, scheme: SchemeChoice) -> list[str]:
     parts = f"{scheme.format} {scheme.granularity} {scheme.quant_method}"
     parts += ", static activations" if scheme.activations == "static" else ""
     parts += ", KV cache scales" if scheme.kv_cache else ""
+    parts += ", scales of least error" if scheme.scales == "mse" else ""
+    parts += ", compensated rounding" if scheme.rounding == "compensated" else ""
     packed = f"packed   {result.num_packed} linears"
     if carried := result.num_carried:
         packed += f", {'all' if carried == result.num_packed else carried} passed through (payload unchanged)"
@@ -76,10 +78,11 @@ def result_lines(result: PackResult) -> list[str]:
     rate = (result.source_nbytes - result.resumed_nbytes) / seconds
     peak = f"peak {format_size(result.peak_memory or 0)}"
     lines.append(f"result   {'  '.join([size, format_seconds(seconds), f'{format_size(rate)}/s', peak])}")
-    if sqnr := result.sqnr:
-        source = "the FP8 source" if result.verb == "convert" else "the source"
-        values = f"mean {sqnr.mean:.1f}, worst {sqnr.worst:.1f} dB"
-        lines.append(f"SQNR     of weights against {source} (8 rows per band): {values}")
+    source = "the FP8 source" if result.verb == "convert" else "the source"
+    for what, sqnr in (("outputs on calibrated inputs", result.output_sqnr), ("weights", result.sqnr)):
+        if sqnr:
+            values = f"mean {sqnr.mean:.1f}, worst {sqnr.worst:.1f} dB"
+            lines.append(f"SQNR     of {what} against {source} (8 rows per band): {values}")
     return [*lines, *engines, f"next     {_next(result)}"]
 
 

@@ -195,6 +195,12 @@ class Parts:
         path.write_bytes(struct.pack("<Q", len(encoded)) + encoded + data)
         return path
 
+    def add_moments(self, count: int, *, block: int = 2, dtype: str = "F64") -> None:
+        """Add second moments of so many elements to the first site."""
+        self.document["schema"] = 2
+        self.document["sites"][0]["block"] = block
+        self.tensors["a.input.second_moments"] = (dtype, np.ones((1, count), NUMPY_OF[dtype]))
+
     def edit(self, kind: str, change: Callable[[NDArray[Any]], Any], site: str = "a.input") -> None:
         """Change one tensor of a site."""
         dtype, array = self.tensors[f"{site}.{kind}"]
@@ -374,7 +380,15 @@ MALFORMED: dict[str, Callable[[Parts], object]] = {
     "the-metadata-is-text": lambda p: setattr(p, "metadata", '"schema"'),
     "the-metadata-is-deep": lambda p: setattr(p, "metadata", '{"schema":' + "[" * 100_000),
     "no-schema": lambda p: p.document.pop("schema"),
-    "schema-2": setting(schema=2),
+    "schema-3": setting(schema=3),
+    "schema-is-a-switch": setting(schema=True),
+    "moments-of-no-site": lambda p: p.add_moments(1, block=0),
+    "moments-are-missing": lambda p: site_of(p).update(block=2),
+    "moments-are-F32": lambda p: p.add_moments(3, dtype="F32"),
+    "moments-are-too-few": lambda p: p.add_moments(2),
+    "moments-are-too-many": lambda p: p.add_moments(4),
+    "moments-have-another-block": lambda p: p.add_moments(1, block=1),
+    "moments-have-a-negative-block": lambda p: p.add_moments(3, block=-1),
     "schema-0": setting(schema=0),
     "schema-is-text": setting(schema="1"),
     "schema-is-long": setting(schema="1" * 100_000),

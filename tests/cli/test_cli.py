@@ -13,7 +13,7 @@ from fp8pack.cli.app import app
 
 PACK_OPTIONS = {
     *("--output", "--scheme", "--format", "--granularity", "--quant-method", "--scale-rounding", "--activations"),
-    *("--calibration", "--kv-cache", "--percentile", "--margin", "--warmup"),
+    *("--calibration", "--kv-cache", "--percentile", "--margin", "--warmup", "--scales", "--rounding"),
     *("--keep-first-layers", "--keep-last-layers", "--kept-dtype", "--targets"),
     *(
         "--recipe",
@@ -36,7 +36,7 @@ PACK_OPTIONS = {
 }
 CALIBRATE_OPTIONS = {
     *("--output", "--prompts", "--text-column", "--num-prompts", "--max-length", "--batch-size"),
-    *("--all-experts", "--until-converged"),
+    *("--all-experts", "--until-converged", "--second-moments"),
     *("--stream-layers", "--device", "--trust-remote-code", "--resume", "--no-resume", "--deadline", "--overwrite"),
     *("--json", "--quiet", "--help"),
 }

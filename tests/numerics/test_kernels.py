@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from fp8pack.numerics.formats import E4M3, FORMATS, Float8Format
 from fp8pack.numerics.granularity import parse_granularity
-from fp8pack.numerics.metrics import error_energy
+from fp8pack.numerics.metrics import dequantized, energies, widen
 from fp8pack.numerics.native import amax_rows, dequantize_rows, largest_codes, quantize_rows
 from fp8pack.numerics.rounding import ScaleRounding
 from fp8pack.numerics.scaling import decode_e8m0, encode_e8m0, scale_of
@@ -146,7 +146,8 @@ def test_error_energy_measures_what_dequantizing_gives_back(dtype: str) -> None:
     weight = np.random.default_rng(1).standard_normal((40, 200), dtype=np.float32).astype(NUMPY_DTYPE[dtype])
     payload, scales, _ = run(weight, dtype, FORMATS[0], "group:64", ScaleRounding.NONE)
     region, format = (1, 64), FORMATS[0]
-    signal, noise = error_energy(bits_of(weight), payload, scales, dtype=dtype, region=region, format=format)
+    rounded = dequantized(payload, scales, region=region, format=format)
+    signal, noise = energies(widen(bits_of(weight), dtype), rounded)
     exact = weight.astype(np.float64)
     restored = value_table(format)[payload].astype(np.float64) * oracle.spread(scales, region, (40, 200))
     assert signal == pytest.approx((exact**2).sum(), rel=1e-9)
