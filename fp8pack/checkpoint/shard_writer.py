@@ -3,7 +3,7 @@
 import errno
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
@@ -119,6 +119,18 @@ def write_file(path: Path, data: bytes) -> None:
         writer.sync()
     finally:
         writer.close()
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file whole: another one there is replaced at the end. Raises SpaceError as `write_file` does."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        write_file(temporary, content)
+        with writing(path):
+            temporary.replace(path)
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def sync_file(path: Path) -> None:

@@ -1,5 +1,6 @@
 """`fp8pack eval`."""
 
+import json
 import os
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,6 +17,15 @@ _RUNNING = "Running"
 
 def _running(*flags: str, help: str, metavar: str | None = None) -> Any:
     return typer.Option(*flags, help=help, metavar=metavar, rich_help_panel=_RUNNING)
+
+
+def _check_sensitivity(output: Path, *, is_measured: bool) -> None:
+    if not is_measured:
+        raise RecipeError("only what layers or linears cost is written", "add --per-linear, or leave out --output")
+    if output.suffix != ".json" or output.is_dir():
+        raise RecipeError(
+            f"output {str(output)!r} does not end in .json", "an existing .json is replaced, nothing else"
+        )
 
 
 def evaluate(
@@ -85,6 +95,10 @@ def evaluate(
         bool, typer.Option("--per-layer", help="What each decoder layer costs: one at a time in FP8, 4,096 tokens")
     ] = False,
     per_linear: Annotated[bool, typer.Option("--per-linear", help="The same for each linear: takes longer")] = False,
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", metavar="FILE", help="Write what each layer or linear costs, for pack --keep"),
+    ] = None,
     fail_if: Annotated[
         list[str] | None,
         typer.Option("--fail-if", metavar="CONDITION", help="Exit with code 8 when it is true, e.g. 'kl>0.01'"),
@@ -126,10 +140,13 @@ def evaluate(
     if (per_layer or per_linear) and (len(checkpoints) > 1 or fail_if or base or save_base):
         sentence = "layers are measured of one checkpoint, without bounds and base"
         raise RecipeError(sentence, "name one, and leave out --fail-if, --base and --save-base")
+    if output is not None:
+        _check_sensitivity(output, is_measured=per_layer or per_linear)
     found_on = parse_choice("fail_on", fail_on, FAIL_ON)
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # torch's threads spin, and starve all others on a shared machine
     with quiet_imports():
         from fp8pack.evaluation import evaluate, evaluate_encoder, evaluate_layers  # torch, transformers: seconds
+    from fp8pack.checkpoint.shard_writer import replace_file
     from fp8pack.checkpoint.source import open_checkpoint
     from fp8pack.report.evaluation import print_encoder_evaluation, print_evaluation, print_layer_evaluation
     from fp8pack.report.progress import EVALUATING, showing_progress
@@ -138,6 +155,8 @@ def evaluate(
         by = "linear" if per_linear else "layer"
         with showing_progress(EVALUATING, quiet) as on_progress:
             layers = evaluate_layers.run_layers(checkpoints[0], against, by, given, on_progress)
+        if output is not None:
+            replace_file(output, (json.dumps(layers.to_dict(), indent=2) + "\n").encode())
         show(layers, print_layer_evaluation, as_json=as_json, as_markdown=as_markdown, html=html)
         return
     is_encoder = bool(evaluate_encoder.kind_of(open_checkpoint(against)))

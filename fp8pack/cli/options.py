@@ -155,6 +155,22 @@ StripPrefix = Annotated[
     list[str] | None,
     recipe_option("--strip-prefix", metavar="PREFIX", help="Remove PREFIX from tensor names, e.g. _orig_mod."),
 ]
+Keep = Annotated[
+    str | None,
+    recipe_option(
+        "--keep",
+        metavar="BUDGET",
+        help="Weights that cost most stay unquantized: kl<=0.001, bytes<=8.5GB, worst:8 or sqnr_output>=30",
+    ),
+]
+Sensitivity = Annotated[
+    Path | None,
+    recipe_option(
+        "--sensitivity",
+        metavar="FILE",
+        help="With --keep: the file of `fp8pack eval --per-linear -o`, instead of a run",
+    ),
+]
 Copy = Annotated[
     list[str] | None,
     _writing("--copy", metavar="PATTERN", help="Also copy side files that are excluded by default"),

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from fp8pack.cli import options
+from fp8pack.errors import RecipeError
 
 
 def pack(
@@ -45,6 +46,8 @@ def pack(
     gpu: options.GpuName = None,
     strict_target: options.StrictTarget = False,
     strip_prefix: options.StripPrefix = None,
+    keep: options.Keep = None,
+    sensitivity: options.Sensitivity = None,
     copy: options.Copy = None,
     max_shard_size: options.MaxShardSize = None,
     workers: options.Workers = None,
@@ -75,7 +78,14 @@ def pack(
     from fp8pack.planning.recipe_file import make_request
 
     request = make_request(recipe, **options.request_params(ctx))
-    prepared = prepare_pack(model, request, WriteOptions(**options.write_params(ctx)))
+    how = WriteOptions(**options.write_params(ctx))
+    if keep is None and sensitivity is not None:
+        raise RecipeError("a sensitivity is for a budget", "add --keep BUDGET")
+    prepared = prepare_pack(model, request, how)
+    if keep is not None:
+        from fp8pack.cli.keep import keep_within
+
+        prepared = keep_within(model, request, how, keep, sensitivity, quiet=quiet)
     section = None
     if evaluate:
         from fp8pack.cli.card_section import measured_section

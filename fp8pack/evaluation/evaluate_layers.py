@@ -162,6 +162,13 @@ class _Layers:
             return [self.names[index]]
         return [name for name in self._fp8 if name.startswith(f"{self.names[index]}.")]
 
+    def weights_of(self, part: str) -> tuple[tuple[str, ...], int]:
+        """The weights of a part that are in FP8, by their names in the checkpoint, and their elements."""
+        modules = [
+            each for each in self._packed.opened.model.get_submodule(part).modules() if isinstance(each, FP8Linear)
+        ]
+        return tuple(each.name for each in modules), sum(each.in_features * each.out_features for each in modules)
+
     @property
     def num_passes(self) -> int:
         """How often the text passes through a layer, or through the head, in all."""
@@ -342,11 +349,13 @@ def _evaluate(
         by=by,
         perplexity=bootstrap.mean(next(iter(joined.values())).base_loss, np.exp),
         parts=tuple(
-            PartCost(name, bootstrap.mean(found.kl), bootstrap.mean(found.top1)) for name, found in joined.items()
+            PartCost(name, bootstrap.mean(found.kl), bootstrap.mean(found.top1), *layers.weights_of(name))
+            for name, found in joined.items()
         ),
         linears=tuple(LinearCost(name, tally.sqnr) for name, tally in layers.state.linears.items()),
         notes=tuple(notes),
         seconds=time.monotonic() - started,
+        fingerprint=base.source.fingerprint,
     )
 
 

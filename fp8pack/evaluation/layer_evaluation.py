@@ -9,11 +9,16 @@ from fp8pack.evaluation.intervals import Interval
 
 @dataclass(frozen=True, slots=True)
 class PartCost:
-    """What one layer or linear costs when it alone is in FP8: KL divergence in nats, agreement of the top token."""
+    """What one layer or linear costs when it alone is in FP8: KL divergence in nats, agreement of the top token.
+
+    tensors: its weights that are in FP8, by their names in the checkpoint. num_elements: of these.
+    """
 
     name: str
     kl: Interval
     top1: Interval
+    tensors: tuple[str, ...] = ()
+    num_elements: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +34,7 @@ class LayerEvaluation(Document):
     """A checkpoint against its source, one layer or linear at a time.
 
     parts: what each costs alone, in order; by: `layer` or `linear`. linears: the SQNR of every FP8 linear's output,
-    over the first `num_linear_tokens` tokens. num_tokens: that were predicted. perplexity: of the source.
+    over the first `num_linear_tokens` tokens. num_tokens: that were predicted. perplexity, fingerprint: of the source.
     """
 
     source: Path
@@ -46,6 +51,7 @@ class LayerEvaluation(Document):
     linears: tuple[LinearCost, ...]
     notes: tuple[str, ...]
     seconds: float
+    fingerprint: str = ""
 
     @property
     def worst(self) -> tuple[PartCost, ...]:

@@ -3,12 +3,16 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+from fp8pack.documents import Document
+from fp8pack.errors import RecipeError
 from fp8pack.inputs import Duration, Size, Texts, parse_path
+from fp8pack.packing.keep import prepare_keeping, read_sensitivity
 from fp8pack.packing.metadata import CardSection
 from fp8pack.packing.options import WriteOptions
 from fp8pack.packing.prepare import prepare_pack
 from fp8pack.packing.result import PackResult
 from fp8pack.packing.write import OnProgress, run
+from fp8pack.planning.keep import parse_budget
 from fp8pack.planning.recipe_file import make_request
 
 
@@ -42,6 +46,8 @@ def pack(
     gpu: str | None = None,
     strict_target: bool = False,
     strip_prefix: Texts = (),
+    keep: str | None = None,
+    sensitivity: str | Path | Document | None = None,
     copy: Texts = (),
     max_shard_size: Size | None = None,
     workers: int | None = None,
@@ -72,6 +78,8 @@ def pack(
     ignore, only, pack: patterns of tensors to keep in BF16, to quantize alone, to quantize whatever the policy says. A
         pattern is a name, a glob over the whole name, or `re:` and an expression; `?` before it lets it match nothing.
     keep_first_layers, keep_last_layers: so many decoder layers stay in BF16.
+    keep: a budget: `kl<=0.001`, `bytes<=8.5GB`, `worst:8` or `sqnr_output>=30`: weights that cost most stay.
+    sensitivity: what each costs: the result of `evaluate_layers`, or the file of `fp8pack eval --per-linear -o`.
     kept_dtype: bfloat16 or float16: the dtype of floats that are not quantized, rounded once to nearest even; what
         engines keep in float32 stays. By default that of the source.
     targets, tp, ep, gpu: the engines that must load the output, at which tensor-parallel size, with experts divided
@@ -127,5 +135,11 @@ def pack(
         overwrite=overwrite,
         deadline=deadline,
     )
-    prepared = prepare_pack(parse_path("model", model), request, how)
+    if keep is None and sensitivity is None:
+        prepared = prepare_pack(parse_path("model", model), request, how)
+    elif keep is None or sensitivity is None:
+        raise RecipeError("a budget and what the weights cost belong together", "give both keep and sensitivity")
+    else:
+        budget, found = parse_budget(keep), read_sensitivity(sensitivity)
+        prepared = prepare_keeping(parse_path("model", model), request, how, budget, found)
     return run(prepared, on_progress, dry_run=dry_run, card_section=card_section)

@@ -27,6 +27,7 @@ from fp8pack.modelfacts.storage import Storage
 from fp8pack.packing.options import WriteOptions
 from fp8pack.planning.calibration import Calibration
 from fp8pack.planning.decide import decide
+from fp8pack.planning.keep import Choice
 from fp8pack.planning.make_plan import choose_recipe, make_plan, make_unpack_plan
 from fp8pack.planning.plan import Plan
 from fp8pack.planning.recipe import WRITABLE, Recipe, Request, parse_scheme, resolve_conversion
@@ -52,7 +53,10 @@ class _Job:
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A source, the plan for it, and where the output goes; `documents` are the small files that are written anew."""
+    """A source, the plan for it, and where the output goes.
+
+    documents: the small files that are written anew. choice: what a budget keeps, if one was given.
+    """
 
     verb: Verb
     source: Source
@@ -61,6 +65,7 @@ class Prepared:
     documents: Mapping[str, bytes]
     output: Path
     options: WriteOptions
+    choice: Choice | None = None
 
 
 @dataclass(frozen=True, slots=True)

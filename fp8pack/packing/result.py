@@ -8,6 +8,7 @@ from fp8pack.checkpoint.shard_writer import free_space
 from fp8pack.documents import Document, html_table
 from fp8pack.engines.judge import EngineVerdict
 from fp8pack.packing.prepare import Prepared
+from fp8pack.planning.keep import Choice
 from fp8pack.planning.plan import Action, PackPlan, Plan, TensorPlan
 from fp8pack.planning.recipe import Recipe
 from fp8pack.units import format_seconds, format_size
@@ -97,7 +98,8 @@ class PackResult(Document):
     of them, in a dry run or when asked for, else empty. num_carried: packed weights whose FP8 bytes are the source's.
     targets, tp, ep: as asked. engines: who loads the output, empty when unpacking. free_nbytes: on its file system,
     before the work. root: of the manifest; None in a dry run, as are `seconds` and `peak_memory`. sqnr: of weights;
-    output_sqnr: of the outputs of weights that were compensated, on the inputs of the calibration.
+    output_sqnr: of the outputs of weights that were compensated, on the inputs of the calibration. choice: what `keep`
+    chose.
     """
 
     verb: str
@@ -132,6 +134,7 @@ class PackResult(Document):
     peak_memory: int | None = None
     sqnr: Sqnr | None = None
     output_sqnr: Sqnr | None = None
+    choice: Choice | None = None
 
     def _repr_html_(self) -> str:
         rows = [("source", f"{self.source} ({format_size(self.source_nbytes)})")]
@@ -187,6 +190,7 @@ def make_result(prepared: Prepared, written: Written | None = None, *, every_ten
         peak_memory=written.peak_memory if written else None,
         sqnr=written.sqnr if written else None,
         output_sqnr=written.output_sqnr if written else None,
+        choice=prepared.choice,
     )
 
 

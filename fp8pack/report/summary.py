@@ -7,11 +7,14 @@ from collections.abc import Sequence
 from fp8pack.engines.known import BY_ID, id_of
 from fp8pack.engines.serve import serve_command
 from fp8pack.packing.result import PackResult, PlannedTensor, SchemeChoice, SkippedFile
+from fp8pack.planning.keep import Choice
 from fp8pack.report.engines import engine_lines
+from fp8pack.report.text import listed
 from fp8pack.units import format_seconds, format_size, natural
 
 _PLURALS = {"norm": "norms", "bias": "biases", "embedding": "embeddings", "router": "routers", "logits": "logits"}
 _MAX_LINES = 4
+_FRONTIER = 7  # points of a frontier that are printed
 
 
 def plan_lines(result: PackResult) -> list[str]:
@@ -58,8 +61,23 @@ def _pack_lines(result: PackResult, scheme: SchemeChoice) -> list[str]:
     return [
         f"scheme   {scheme.name} ({scheme.reason}): {parts}",
         f"{packed}    kept {_kept([entry for entry in kept if entry.action != 'unpacked'], into)}",
-        *_reason_lines(kept),
+        *_reason_lines([entry for entry in kept if not (result.choice and entry.name in result.choice.kept)]),
+        *(_frontier_lines(result.choice) if result.choice else []),
     ]
+
+
+def _frontier_lines(choice: Choice) -> list[str]:
+    """What a budget keeps, and some points of the frontier around it."""
+    last, chosen = len(choice.frontier) - 1, choice.chosen
+    shown = sorted({0, last, *(last * i // (_FRONTIER - 1) for i in range(_FRONTIER)), min(chosen.parts, last)})
+    lines = [
+        f"keep     {chosen.parts} of {last} parts stay: KL {chosen.kl:.3g}, tensors {format_size(chosen.nbytes)}",
+        f"         {listed(list(choice.kept), _MAX_LINES)}" if choice.kept else "         none",
+    ]
+    for step in (choice.frontier[i] for i in shown):
+        mark = "  <-" if step == chosen else ""
+        lines.append(f"         {step.parts:4} kept  KL {step.kl:<9.3g} {format_size(step.nbytes)}{mark}")
+    return lines
 
 
 def result_lines(result: PackResult) -> list[str]:

@@ -25,7 +25,7 @@ COMMANDS = {
 PRINTING = {"ctx", "as_json", "as_markdown", "html", "quiet", "verbose"}  # of the command line alone
 CHOOSING = {  # which tensors are printed, and which function is called
     "inspect": {"tensor", "tensors", "only", "where", "sort", "explain"},
-    "evaluate": {"per_layer", "per_linear"},
+    "evaluate": {"per_layer", "per_linear", "output"},
     "pack": {"evaluate"},  # in Python: card_section
 }
 LISTENING = {"on_progress", "on_note", "card_section"}  # of Python alone

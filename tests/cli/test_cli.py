@@ -27,6 +27,8 @@ PACK_OPTIONS = {
         "--gpu",
         "--strict-target",
         "--strip-prefix",
+        "--keep",
+        "--sensitivity",
         "--kept-dtype",
         "--copy",
         "--max-shard-size",
@@ -41,7 +43,9 @@ CALIBRATE_OPTIONS = {
     *("--json", "--quiet", "--help"),
 }
 MERGE_OPTIONS = {"--output", "--overwrite", "--json", "--quiet", "--help"}
-CONVERT_OPTIONS = PACK_OPTIONS - {"--eval", "--recipe", "--keep-first-layers", "--keep-last-layers"}
+CONVERT_OPTIONS = PACK_OPTIONS - {
+    *("--eval", "--recipe", "--keep-first-layers", "--keep-last-layers", "--keep", "--sensitivity")
+}
 UNPACK_OPTIONS = {
     *("--output", "--dtype", "--copy", "--max-shard-size", "--workers", "--max-memory", "--resume", "--no-resume"),
     *("--deadline", "--overwrite", "--dry-run", "--json", "--quiet", "--verbose", "--help"),

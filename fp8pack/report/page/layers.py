@@ -8,9 +8,21 @@ from fp8pack.report.page.inspection import by_layer
 from fp8pack.report.page.parts import Column, bars, facts, heat_map, long_table, paragraph, section
 from fp8pack.report.quality import decibels
 from fp8pack.report.sentences import spread, verdict_of_layers
-from fp8pack.units import format_seconds
+from fp8pack.units import format_seconds, format_size
 
 _MOST_BARS = 80
+
+
+def _frontier(found: LayerEvaluation) -> list[tuple[str, float, str]]:
+    """The sum of KL divergences when the first parts are kept, those first that gain most for a byte."""
+    order = sorted(found.parts, key=lambda part: -part.kl.value / max(part.num_elements, 1))
+    rows, left, nbytes = [], math.fsum(part.kl.value for part in order), 0
+    for kept, part in enumerate([None, *order]):
+        if part is not None:
+            left, nbytes = max(0.0, left - part.kl.value), nbytes + part.num_elements
+        name = f"{kept} kept, +{format_size(nbytes)}" + (f": {part.name.removeprefix('model.')}" if part else "")
+        rows.append((name, left, f"{left:.3g}"))
+    return rows[:: max(1, -(-len(rows) // _MOST_BARS))]
 
 
 def layers_page(found: LayerEvaluation, command: str = "") -> str:
@@ -52,6 +64,9 @@ def layers_page(found: LayerEvaluation, command: str = "") -> str:
             section("KL by layer and linear", heat_map("Darker is worse", *by_layer(kl, max), "{:.2g}".format))
             if found.by == "linear"
             else "",
+            section(
+                "What keeping some would save", bars("KL divergence, the sum of the parts in FP8", _frontier(found))
+            ),
             section(
                 "Outputs of linears",
                 heat_map(caption, *by_layer(sqnr, min), lambda value: decibels(value, 1), low_is_dark=True),

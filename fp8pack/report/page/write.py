@@ -1,10 +1,8 @@
 """A result as a page, and the page as a file."""
 
-import os
-from contextlib import suppress
 from pathlib import Path
 
-from fp8pack.checkpoint.shard_writer import write_file, writing
+from fp8pack.checkpoint.shard_writer import replace_file
 from fp8pack.documents import Document
 from fp8pack.errors import OutputError, RecipeError
 from fp8pack.evaluation.encoder_evaluation import EncoderEvaluation
@@ -52,11 +50,4 @@ def check_page(path: Path) -> None:
 def write_page(path: Path, page: str) -> None:
     """Write a page whole: another one there is replaced at the end."""
     check_page(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        write_file(temporary, page.encode())
-        with writing(path):
-            temporary.replace(path)
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+    replace_file(path, page.encode())
