@@ -168,7 +168,7 @@ Sensitivity = Annotated[
     recipe_option(
         "--sensitivity",
         metavar="FILE",
-        help="With --keep: the file of `fp8pack eval --per-linear -o`, instead of a run",
+        help="What weights cost, by `fp8pack eval`: no model is run for the budget",
     ),
 ]
 Copy = Annotated[
