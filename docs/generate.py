@@ -42,6 +42,7 @@ SCHEMAS: dict[str, Any] = {
     "encoder-evaluation.schema.json": fp8pack.EncoderEvaluation,
     "output-predictions.schema.json": fp8pack.OutputPredictions,
     "layer-evaluation.schema.json": fp8pack.LayerEvaluation,
+    "recommendation.schema.json": fp8pack.Recommendation,
     "environment.schema.json": fp8pack.Environment,
 }
 
@@ -70,14 +71,30 @@ API = {
     "Write": ("pack", "convert", "unpack"),
     "Look": (
         *("inspect", "inspect_tensor", "inspect_calibration", "diff", "verify", "evaluate", "evaluate_layers"),
-        *("evaluate_encoder", "predict_outputs", "compare_models", "html_report", "markdown_report", "environment"),
+        *(
+            "evaluate_encoder",
+            "predict_outputs",
+            "recommend",
+            "compare_models",
+            "html_report",
+            "markdown_report",
+            "environment",
+        ),
     ),
     "Calibrate": ("calibrate", "merge", "observe"),
     "Load and multiply": ("load_packed", "linear", "load_model", "report_fp8", "FP8Linear"),
     "Results": (
         *("PackResult", "Inspection", "TensorInspection", "TensorDetail", "Comparison", "CalibrationSummary"),
         *("EngineVerdict", "Verification", "Evaluation", "LayerEvaluation", "EncoderEvaluation"),
-        *("OutputPredictions", "ModelComparison", "Environment", "PackedCheckpoint", "PackedTensor", "FP8Report"),
+        *(
+            "OutputPredictions",
+            "Recommendation",
+            "ModelComparison",
+            "Environment",
+            "PackedCheckpoint",
+            "PackedTensor",
+            "FP8Report",
+        ),
     ),
     "Errors": (
         *("Fp8PackError", "RecipeError", "InputError", "OutputError", "SpaceError", "VerificationError"),

@@ -1,6 +1,7 @@
 """Train the demo model: a small Qwen3 causal LM on the source text of the Python standard library.
 
-The defaults give the checkpoint in examples/demo-qwen3 (same Python version, library versions and CPU).
+The defaults give the checkpoint in examples/demo-qwen3 (same Python version, library versions and CPU). With experts,
+for benchmarks: `python examples/train_demo.py --experts 8 --steps 2000 --output DIR`.
 """
 
 import argparse
@@ -19,7 +20,15 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 VOCAB_SIZE, CONTEXT, BATCH_SIZE, THREADS = 4096, 256, 4, 2
 PEAK_LR, FINAL_LR, WARMUP_STEPS, WEIGHT_DECAY, CLIP_NORM = 2e-3, 5e-5, 150, 0.1, 1.0
@@ -38,6 +47,7 @@ SHAPE: dict[str, Any] = {
     "num_hidden_layers": 4,
     "max_window_layers": 4,
 }
+EXPERTS_SHAPE: dict[str, Any] = {"moe_intermediate_size": 256, "num_experts_per_tok": 2, "norm_topk_prob": True}
 SHAPE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
 
 CARD = """---
@@ -51,11 +61,11 @@ pipeline_tag: text-generation
 A small Qwen3 causal language model, really trained, to demonstrate and test weight quantization.
 It continues Python source text and is useful for nothing else.
 
-- Model: `Qwen3ForCausalLM`, {parameters:,} parameters (embedding tied with the output head), 4 layers,
-  hidden 256, MLP 512, 4 query and 2 key/value heads of 64; BF16, two safetensors shards
+- Model: `{model}`, {parameters:,} parameters (embedding tied with the output head), 4 layers,
+  hidden 256, {mlp}, 4 query and 2 key/value heads of 64; BF16, two safetensors shards
 - Tokenizer: byte-level BPE, 4096 tokens, trained on the same text
 - Training text: the standard library of CPython {python}, {files} files, {stream:,} tokens
-- Training: `python examples/train_demo.py --seed {seed} --steps {steps}`; float32, AdamW, cosine schedule
+- Training: `python examples/train_demo.py --seed {seed} --steps {steps}{options}`; float32, AdamW, cosine schedule
   with warm-up, {steps:,} steps of {batch} x 256 tokens = {seen:,} tokens
 - Wall time: {minutes:.1f} minutes, {threads} threads on {cores} cores of {cpu}; torch {torch}
 - Held-out perplexity: **{perplexity:.2f}** (chance: 4096)
@@ -126,16 +136,19 @@ def encode_corpus(tokenizer: Any, texts: list[str]) -> torch.Tensor:
     return torch.tensor([token for text in texts for token in tokenizer.encode(END_OF_TEXT + text).ids])
 
 
-def build_model(tokenizer: Any) -> Any:
-    """Make the untrained model in float32."""
+def build_model(tokenizer: Any, experts: int = 0) -> Any:
+    """Make the untrained model in float32; with experts, two of them for each token."""
     ends: dict[str, Any] = {
         "eos_token_id": tokenizer.token_to_id(END_OF_TEXT),
         "pad_token_id": tokenizer.token_to_id(PAD),
     }
-    config = Qwen3Config(
-        vocab_size=VOCAB_SIZE, max_position_embeddings=CONTEXT, tie_word_embeddings=True, **SHAPE, **ends
-    )
-    model = Qwen3ForCausalLM(config)
+    sizes: dict[str, Any] = {"vocab_size": VOCAB_SIZE, "max_position_embeddings": CONTEXT, **SHAPE, **ends}
+    model: Any
+    if experts:
+        config = Qwen3MoeConfig(tie_word_embeddings=True, num_experts=experts, **EXPERTS_SHAPE, **sizes)
+        model = Qwen3MoeForCausalLM(config)
+    else:
+        model = Qwen3ForCausalLM(Qwen3Config(tie_word_embeddings=True, **sizes))
     model.generation_config = GenerationConfig.from_dict(ends)
     return model
 
@@ -240,6 +253,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "demo-qwen3")
     parser.add_argument("--steps", type=int, default=4500, help="optimizer steps (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed (default: %(default)s)")
+    parser.add_argument("--experts", type=int, default=0, help="experts of each layer (default: none)")
     args = parser.parse_args()
     torch.set_num_threads(THREADS)
     torch.manual_seed(args.seed)
@@ -247,11 +261,14 @@ def main() -> None:
     texts = [text for name, text in sources.items() if not is_heldout(name)]
     tokenizer = train_tokenizer(texts)
     stream = encode_corpus(tokenizer, texts)
-    model = build_model(tokenizer)
-    facts = {"parameters": model.num_parameters(), "files": len(texts), "stream": len(stream)}
+    model = build_model(tokenizer, args.experts)
+    mlp = f"{args.experts} experts of {EXPERTS_SHAPE['moe_intermediate_size']}" if args.experts else "MLP 512"
+    facts: dict[str, Any] = {"model": type(model).__name__, "mlp": mlp}
+    facts |= {"options": f" --experts {args.experts}" if args.experts else ""}
+    facts |= {"parameters": model.num_parameters(), "files": len(texts), "stream": len(stream)}
     facts |= {"seed": args.seed, "steps": args.steps, "batch": BATCH_SIZE}
     facts |= {"seen": args.steps * BATCH_SIZE * CONTEXT}
-    print(", ".join(f"{key} {value:,}" for key, value in facts.items()), flush=True)
+    print(", ".join(f"{key} {value}" for key, value in facts.items()), flush=True)
     facts["minutes"] = train(model, stream, args.steps, args.seed) / 60
     save_checkpoint(model, tokenizer, args.output)
     document(args.output, heldout_excerpts(sources), facts)

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from fp8pack.evaluation.evaluation import Evaluation as Evaluation
     from fp8pack.evaluation.layer_evaluation import LayerEvaluation as LayerEvaluation
     from fp8pack.evaluation.model_comparison import ModelComparison as ModelComparison
+    from fp8pack.evaluation.recommend import recommend as recommend
+    from fp8pack.evaluation.recommendation import Recommendation as Recommendation
     from fp8pack.packing.convert import convert as convert
     from fp8pack.packing.pack import pack as pack
     from fp8pack.packing.result import PackResult as PackResult
@@ -76,6 +78,8 @@ _HOMES = {
     "fp8pack.evaluation.evaluate_layers": "evaluate_layers",
     "fp8pack.evaluation.layer_evaluation": "LayerEvaluation",
     "fp8pack.evaluation.model_comparison": "ModelComparison",
+    "fp8pack.evaluation.recommend": "recommend",
+    "fp8pack.evaluation.recommendation": "Recommendation",
     "fp8pack.packing.convert": "convert",
     "fp8pack.packing.pack": "pack",
     "fp8pack.packing.result": "PackResult",

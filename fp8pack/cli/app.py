@@ -19,6 +19,7 @@ from fp8pack.cli.inspect import inspect
 from fp8pack.cli.merge import merge
 from fp8pack.cli.output import Signalled, drop_stdout, open_streams, say
 from fp8pack.cli.pack import pack
+from fp8pack.cli.recommend import recommend
 from fp8pack.cli.unpack import unpack
 from fp8pack.cli.verify import verify
 from fp8pack.errors import Fp8PackError
@@ -40,6 +41,7 @@ app.command()(inspect)
 app.command()(diff)
 app.command()(verify)
 app.command("eval")(evaluate)
+app.command()(recommend)
 app.command()(env)
 
 

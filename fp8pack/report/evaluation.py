@@ -1,6 +1,7 @@
 """What `eval` prints: a table of the checkpoints, and where they differ most from the source."""
 
 import math
+import shlex
 
 from rich.table import Table
 from rich.text import Text
@@ -38,6 +39,7 @@ def print_evaluation(found: Evaluation) -> None:
             shares = f"{place.base_probability:.1%} -> {place.probability:.1%}"
             print_line(console, f"  {place.kl:9.3g}  {place.before[-24:]!r} {place.following!r}  {shares}")
     print_line(console, f"result   {format_seconds(found.seconds)}")
+    print_line(console, f"next     fp8pack recommend {shlex.quote(str(found.source))} compares schemes")
 
 
 def print_encoder_evaluation(found: EncoderEvaluation) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 import fp8pack
 from fp8pack.calibration.options import CalibrateOptions
-from fp8pack.cli import calibrate, convert, diff, inspect, merge, pack, unpack
+from fp8pack.cli import calibrate, convert, diff, inspect, merge, pack, recommend, unpack
 from fp8pack.cli import eval as evaluation
 from fp8pack.packing.options import WriteOptions
 from fp8pack.planning.recipe import Request
@@ -21,6 +21,7 @@ COMMANDS = {
     "calibrate": calibrate.calibrate,
     "merge": merge.merge,
     "evaluate": evaluation.evaluate,
+    "recommend": recommend.recommend,
 }
 PRINTING = {"ctx", "as_json", "as_markdown", "html", "quiet", "verbose"}  # of the command line alone
 CHOOSING = {  # which tensors are printed, and which function is called
