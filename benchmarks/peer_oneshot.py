@@ -25,9 +25,7 @@ def main() -> None:
     data = Dataset.from_list([{"input_ids": row["input_ids"], "attention_mask": row["attention_mask"]} for row in rows])
     started = time.monotonic()
     recipe = getattr(quantization, modifier)(targets="Linear", scheme=scheme, ignore=["lm_head", "re:.*mlp.gate$"])
-    oneshot(
-        model=model, dataset=data, recipe=recipe, num_calibration_samples=len(rows), max_seq_length=int(length)
-    )
+    oneshot(model=model, dataset=data, recipe=recipe, num_calibration_samples=len(rows), max_seq_length=int(length))
     print(f"seconds {time.monotonic() - started:.2f}")
     model.save_pretrained(output, save_compressed=True)
     tokenizer.save_pretrained(output)
