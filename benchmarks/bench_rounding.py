@@ -1,8 +1,8 @@
 """Measure what compensated rounding, searched scales and budgets gain, beside rounding to nearest and llm-compressor.
 
-    python benchmarks/bench_rounding.py --peer PYTHON --experts MODEL --out docs/benchmarks/rounding_MACHINE_YYYYMM.md
+    python benchmarks/bench_rounding.py --peer PEER --experts MODEL --out docs/benchmarks/rounding_MACHINE_YYYYMM.md
 
-PYTHON: of an environment with llm-compressor. MODEL: what `examples/train_demo.py --experts 8` makes. Calibrated on
+PEER: a virtual environment with llm-compressor. MODEL: what `examples/train_demo.py --experts 8` makes. Calibrated on
 pieces of the training text of the demo model, of 256 tokens; evaluated on its held-out text. KL in nats, with 95 %
 intervals over documents.
 """
@@ -117,10 +117,11 @@ def peers(bench: Bench, python: Path) -> tuple[_Table, _Table]:
                 what = "activations and weights" if activations == "declared" else "weights alone"
                 rows.append((f"{scheme}, {what}: {name}", shown(quality), f"{plain:.3f}, {gptq:.3f}", bound))
     larger = make_model(bench.folder / "hidden-1024", 1024, 2)
-    for source, length in ((bench.source, WINDOW), (larger, WINDOW)):
-        theirs_s = [peer(bench, python, "FP8_DYNAMIC", "GPTQModifier", source)[1] for _ in range(RUNS)]
+    few = training_prompts(bench.folder / "few.jsonl", 128)
+    for source, prompts, runs in ((bench.source, bench.prompts, RUNS), (larger, few, 1)):
+        theirs_s = [peer(bench, python, "FP8_DYNAMIC", "GPTQModifier", source, prompts)[1] for _ in range(runs)]
         for kind in ("blocks", "full"):
-            ours_s = [calibrate_and_pack(bench, source, kind, length) for _ in range(RUNS)]
+            ours_s = [calibrate_and_pack(bench, source, kind, prompts) for _ in range(runs)]
             ratio = median(theirs_s) / median(ours_s)
             spread = f"{min(ours_s):.1f} to {max(ours_s):.1f} s against {min(theirs_s):.1f} to {max(theirs_s):.1f} s"
             name = f"{source.name}: calibrate + pack, {kind}, times faster than oneshot with GPTQ"
@@ -128,24 +129,32 @@ def peers(bench: Bench, python: Path) -> tuple[_Table, _Table]:
     return rows, times
 
 
-def peer(bench: Bench, python: Path, scheme: str, modifier: str, source: Path | None = None) -> tuple[Path, float]:
+def peer(
+    bench: Bench, python: Path, scheme: str, modifier: str, source: Path | None = None, prompts: Path | None = None
+) -> tuple[Path, float]:
     """Quantize with llm-compressor; return the checkpoint, and the seconds of oneshot alone."""
     source = source or bench.source
     output = bench.folder / f"peer-{source.name}-{scheme}-{modifier}"
     shutil.rmtree(output, ignore_errors=True)
-    words = [python, "-P", ROOT / "benchmarks/peer_oneshot.py", source, output, scheme, modifier, bench.prompts, WINDOW]
+    words = [python / "bin/python", "-P", ROOT / "benchmarks/peer_oneshot.py", source, output, scheme, modifier]
+    words += [prompts or bench.prompts, WINDOW]
     done = subprocess.run([*map(str, words)], capture_output=True, text=True, check=True)
     seconds = next(line for line in done.stdout.splitlines() if line.startswith("seconds "))
     return output, float(seconds.split()[1])
 
 
-def calibrate_and_pack(bench: Bench, source: Path, kind: str, length: int) -> float:
-    """Return the seconds of both commands, without importing torch, which oneshot's do not count either."""
+def calibrate_and_pack(bench: Bench, source: Path, kind: str, prompts: Path) -> float:
+    """Return the seconds of both, without importing torch, which those of oneshot do not have either."""
     path = bench.folder / "timed.safetensors"
     found = fp8pack.calibrate(
-        source, path, prompts=str(bench.prompts), num_prompts=512, max_length=length, second_moments=kind,
+        source,
+        path,
+        prompts=str(prompts),
+        num_prompts=512,
+        max_length=WINDOW,
+        second_moments=kind,
         overwrite=True,
-    )  # fmt: skip
+    )
     packed = fp8pack.pack(
         source, bench.folder / "timed", scheme="FP8_DYNAMIC", calibration=path, overwrite=True, **BEST
     )
@@ -198,7 +207,7 @@ def calibrating(bench: Bench) -> _Table:
             for kind in ("none", "blocks"):
                 path = bench.folder / "time.safetensors"
                 found = fp8pack.calibrate(
-                    source, path, prompts=str(bench.prompts), num_prompts=64, second_moments=kind, overwrite=True
+                    source, path, prompts=str(bench.prompts), num_prompts=32, second_moments=kind, overwrite=True
                 )
                 seconds[kind] = found.seconds or 0.0
             ratios.append(seconds["blocks"] / seconds["none"])
@@ -318,7 +327,7 @@ def main() -> None:
             table(("what", "errors", "ratios", "bound"), embeddings(folder)),
         ]
         facts = {"Date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"), **hardware([folder])}
-    facts["Versions"] = ", ".join(f"{name} {number}" for name, number in versions(asked.peer).items())
+    facts["Versions"] = ", ".join(f"{name} {number}" for name, number in versions(asked.peer / "bin/python").items())
     facts["Took"] = f"{time.monotonic() - began:.0f} s"
     head = ["# Compensated rounding, searched scales, budgets", "Written by `python benchmarks/bench_rounding.py`."]
     head.append("\n".join(f"- {name}: {value}" for name, value in facts.items()))

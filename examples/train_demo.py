@@ -1,7 +1,7 @@
 """Train the demo model: a small Qwen3 causal LM on the source text of the Python standard library.
 
 The defaults give the checkpoint in examples/demo-qwen3 (same Python version, library versions and CPU). With experts,
-for benchmarks: `python examples/train_demo.py --experts 8 --steps 2000 --output DIR`.
+for benchmarks: `python examples/train_demo.py --experts 8 --steps 1000 --output DIR`.
 """
 
 import argparse
