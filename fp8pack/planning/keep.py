@@ -5,7 +5,6 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from fp8pack.bounds import Bound
 from fp8pack.errors import RecipeError
 from fp8pack.inputs import parse_count, parse_size
 from fp8pack.modelfacts.fused import together
@@ -32,15 +31,12 @@ def parse_budget(text: str) -> Budget:
     """Return the budget of a text such as `kl<=0.001`; RecipeError if it is none."""
     match = re.fullmatch(r"\s*(?:(kl|bytes)\s*<=?|(sqnr_output)\s*>=?|(worst)\s*:)\s*(\S+)\s*", str(text))
     kind = next(filter(None, match.groups()[:3]), "") if match else ""
-    try:
-        if match and kind == "bytes":
-            return Budget(kind, parse_size("keep", match[4]))
-        if match and kind == "worst":
-            return Budget(kind, parse_count("keep", match[4], least=1))
-        if match:
-            return Budget(kind, Bound(kind, "", float(match[4])).value)
-    except ValueError:
-        pass
+    if match and kind == "bytes":
+        return Budget(kind, parse_size("keep", match[4]))
+    if match and kind == "worst":
+        return Budget(kind, parse_count("keep", match[4], least=1))
+    if match and re.fullmatch(r"\d+(\.\d+)?([eE]-?\d+)?", match[4]):
+        return Budget(kind, float(match[4]))
     raise RecipeError(f"keep {text!r} is no budget", f"write {BUDGETS}")
 
 
