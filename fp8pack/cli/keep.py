@@ -4,6 +4,7 @@ import os
 import tempfile
 from pathlib import Path
 
+from fp8pack.checkpoint.shard_writer import writing
 from fp8pack.cli.output import say
 from fp8pack.packing.keep import prepare_keeping, read_sensitivity
 from fp8pack.packing.options import WriteOptions
@@ -32,7 +33,10 @@ def keep_within(
 
     place = prepare_pack(model, request, options)
     given = EvalOptions(num_tokens=LAYER_TOKENS)
-    with tempfile.TemporaryDirectory(dir=place.output.parent, prefix=f".{place.output.name}.fp8pack-keep-") as folder:
+    beside = place.output.parent
+    with writing(beside):
+        working = tempfile.TemporaryDirectory(dir=beside, prefix=f".{place.output.name}.fp8pack-keep-")
+    with working as folder:
         every, chosen = Path(folder) / "every", Path(folder) / "chosen"
         run(prepare_pack(model, request, WriteOptions(every)))
         with showing_progress(EVALUATING, quiet) as on_progress:

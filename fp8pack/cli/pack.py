@@ -81,8 +81,9 @@ def pack(
     how = WriteOptions(**options.write_params(ctx))
     if keep is None and sensitivity is not None:
         raise RecipeError("a sensitivity is for a budget", "add --keep BUDGET")
-    prepared = prepare_pack(model, request, how)
-    if keep is not None:
+    if keep is None:
+        prepared = prepare_pack(model, request, how)
+    else:
         from fp8pack.cli.keep import keep_within
 
         prepared = keep_within(model, request, how, keep, sensitivity, quiet=quiet)

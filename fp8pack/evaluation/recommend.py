@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fp8pack.checkpoint.calibration_file import read_calibration
-from fp8pack.checkpoint.source import open_checkpoint
+from fp8pack.checkpoint.shard_writer import writing
+from fp8pack.checkpoint.source import beside, open_checkpoint
 from fp8pack.errors import InputError, RecipeError
 from fp8pack.evaluation.evaluate import run_evaluation
 from fp8pack.evaluation.evaluation import Quality
@@ -18,7 +19,7 @@ from fp8pack.evaluation.recommendation import Recommendation, SchemeOption
 from fp8pack.inputs import Texts, parse_path, parse_texts
 from fp8pack.modelrun.prompts import HELD_OUT
 from fp8pack.packing.options import WriteOptions
-from fp8pack.packing.prepare import Prepared, prepare_pack
+from fp8pack.packing.prepare import prepare_pack
 from fp8pack.packing.write import run
 from fp8pack.planning.plan import PackPlan
 from fp8pack.planning.recipe import SCHEMES, Request, Scheme
@@ -81,15 +82,18 @@ def run_recommend(
 ) -> Recommendation:
     """Return what `recommend` does."""
     started, source = time.monotonic(), open_checkpoint(model)
-    cases = [_plan(model, case) for case in _cases(targets, calibration)]
+    place = beside(source, ".fp8pack-recommend")
+    cases = [_plan(model, case, place) for case in _cases(targets, calibration)]
     runnable = [case for case in cases if case.plan is not None]
     if not runnable:
         raise RecipeError(f"no scheme of {source.name} can be packed for these targets: {cases[0].problem}")
     measured: list[Quality] = []
     tokens, notes = 0, []
     for i, case in enumerate(runnable):
-        with tempfile.TemporaryDirectory(dir=source.directory.parent, prefix=".fp8pack-recommend-") as folder:
-            run(_prepare(model, case.request, Path(folder) / "out"))
+        with writing(place.parent):
+            working = tempfile.TemporaryDirectory(dir=place.parent, prefix=f"{place.name}-")
+        with working as folder:
+            run(prepare_pack(model, case.request, WriteOptions(Path(folder) / "out")))
 
             def tell(done: int, total: int, i: int = i) -> None:
                 if on_progress is not None:
@@ -131,11 +135,11 @@ def _cases(targets: Sequence[str], calibration: Path | None) -> list[_Case]:
     return cases
 
 
-def _plan(model: Path, case: _Case) -> _Case:
+def _plan(model: Path, case: _Case, output: Path) -> _Case:
     if case.problem:
         return case
     try:
-        plan = _prepare(model, case.request, None).plan
+        plan = prepare_pack(model, case.request, WriteOptions(output)).plan
     except RecipeError as error:
         return replace(case, problem=str(error))
     except InputError as error:
@@ -143,10 +147,6 @@ def _plan(model: Path, case: _Case) -> _Case:
             raise
         return replace(case, problem=str(error))  # the calibration lacks something that this scheme needs
     return replace(case, plan=plan if isinstance(plan, PackPlan) else None)
-
-
-def _prepare(model: Path, request: Request, output: Path | None) -> Prepared:
-    return prepare_pack(model, request, WriteOptions(output, overwrite=output is None))
 
 
 def _choose(both: Sequence[tuple[_Case, Quality]]) -> tuple[_Case, Quality]:

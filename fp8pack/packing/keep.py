@@ -101,13 +101,7 @@ def _pattern(name: str) -> str:
 def _costs(found: _Sensitivity) -> list[Cost]:
     costs = []
     for part in found.parts:
-        inside = [
-            linear.sqnr for linear in found.linears if linear.name == part.name or _is_inside(linear.name, part.name)
-        ]
+        inside = [linear.sqnr for linear in found.linears if f"{linear.name}.".startswith(f"{part.name}.")]
         worst = min((-math.inf if sqnr is None else sqnr for sqnr in inside), default=math.inf)  # None is a NaN
         costs.append(Cost(part.tensors, max(0.0, part.kl.value), worst))
     return costs
-
-
-def _is_inside(name: str, part: str) -> bool:
-    return name.startswith(f"{part}.")

@@ -136,7 +136,7 @@ def _parts(tensors: Sequence[TensorPlan], costs: Iterable[Cost]) -> list[_Part]:
             key = group_of[key]
         return key
 
-    groups: Mapping[str, str] = {name: f"{together(name) or name} together" for name in packed}
+    groups: Mapping[str, str] = {name: together(name) or name for name in packed}
     found: dict[str, _Part] = {}
     measured = [(cost, [name for name in cost.tensors if name in packed]) for cost in costs]
     for _, names in measured:

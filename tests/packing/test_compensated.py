@@ -193,6 +193,29 @@ def test_however_the_work_is_cut_the_root_is_the_same(
     assert len(set(found)) == 1
 
 
+def test_feedbacks_that_do_not_fit_together_are_made_one_after_the_other(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, _, inputs = model
+    calibration = calibrate(source, llama_sites(inputs, "full"))
+    request = Request("FP8_BLOCK", rounding="compensated", calibration=calibration)
+    at_once = run(prepare_pack(source, request, WriteOptions(tmp_path / "a", workers=4)))
+    from fp8pack.packing import feedbacks
+
+    most, make = 0, feedbacks.Feedbacks._make
+
+    def counted(self: feedbacks.Feedbacks, compensation: Any) -> Any:
+        nonlocal most
+        most = max(most, len(self._entries))
+        return make(self, compensation)
+
+    monkeypatch.setattr(feedbacks, "_ROOM", 0)
+    monkeypatch.setattr(feedbacks.Feedbacks, "_make", counted)
+    alone = run(prepare_pack(source, request, WriteOptions(tmp_path / "b", workers=4, sizes=Sizes(strip=1 << 13))))
+    assert most == 1
+    assert alone.root == at_once.root
+
+
 def test_a_pack_that_was_cut_off_continues_to_the_same_bytes(
     model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
